@@ -1,0 +1,113 @@
+"""safetensors directories, single or sharded, memory-mapped; tensors are read one at a time."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+INDEX = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}  # transformers and PEFT refuse files without it
+
+
+class Checkpoint(contextlib.AbstractContextManager):
+    """The tensors of one file, or of a directory with `model.safetensors` or its sharded index.
+
+    Example: `with Checkpoint(directory) as c: c.shapes["wte.weight"], c.read("wte.weight")`
+
+    Raises:
+        FileNotFoundError: when there are no safetensors, or a shard of the index is missing.
+        ValueError: when a file is not valid safetensors, or lacks a tensor that the index promises.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._stack = contextlib.ExitStack()
+        self._file_of = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Tensor name -> shape, without reading any tensor."""
+        self.dtypes: dict[str, str] = {}
+        """Tensor name -> the format's dtype name, such as "F32" or "BF16"."""
+        try:
+            for file, promised in _files(Path(path)).items():
+                self._open(file, promised)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, file: Path, promised: set[str] | None):
+        if not file.is_file():
+            raise FileNotFoundError(f"The shard {file.name!r} of {str(file.parent)!r} is missing; download it again.")
+        try:
+            handle = self._stack.enter_context(safe_open(file, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is not a valid safetensors file ({error}). Download or write it again.") from error
+        names = set(handle.keys())
+        if promised is not None and promised - names:
+            raise ValueError(
+                f"{INDEX} places {sorted(promised - names)[:3]} in {file.name!r}, which does not hold them. The shards are of "
+                "another checkpoint than the index; download them together."
+            )
+        for name in names if promised is None else promised:
+            view = handle.get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+            self._file_of[name] = handle
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a host array of its own dtype (bfloat16 as ml_dtypes')."""
+        return self._file_of[name].get_tensor(name)
+
+    def __exit__(self, *exc):
+        self._stack.close()
+
+
+def _files(path: Path) -> dict[Path, set[str] | None]:
+    """File -> the names to take from it; None: all."""
+    if path.is_file():
+        return {path: None}
+    if (path / "model.safetensors").is_file():
+        return {path / "model.safetensors": None}
+    if (path / INDEX).is_file():
+        weight_map: Mapping[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+        files: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"{INDEX} names the shard {file!r}; a shard must be a file beside the index.")
+            files.setdefault(path / file, set()).add(name)
+        return files
+    others = sorted(f.name for f in path.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".msgpack", ".h5"))
+    raise FileNotFoundError(
+        f"There is no model.safetensors and no {INDEX} in {str(path)!r}"
+        + (f", only {', '.join(others)}: open it in transformers and call `model.save_pretrained(directory)`." if others else ".")
+    )
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file, written whole or not at all. The bytes depend on the tensors alone."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    save_file(ordered, partial, metadata=_METADATA)
+    partial.replace(path)
+
+
+def save_sharded(directory: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int) -> Iterator[Path]:
+    """`model.safetensors`, or shards of at most `max_shard_bytes` with their index. Yields each file when it is written."""
+    directory = Path(directory)
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda t: t.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_tensors(directory / file, {name: tensors[name] for name in names})
+        yield directory / file
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+        yield directory / INDEX

@@ -1,0 +1,53 @@
+"""Checkpoint names <-> tree paths: one rule, read in both directions."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from jlora.models import Model
+
+# Buffers that old checkpoints carry and that hold no parameters: causal masks and rotary frequencies.
+_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def hf_name(path: str) -> str:
+    """ "model/layers/0/mlp/up_proj/kernel" -> "model.layers.0.mlp.up_proj.weight"."""
+    parent, _, name = path.rpartition("/")
+    return f"{parent.replace('/', '.')}.{'bias' if name == 'bias' else 'weight'}"
+
+
+def is_transposed(path: str, model: Model) -> bool:
+    """Whether the checkpoint stores this leaf as [out, in]."""
+    return path.endswith("/kernel") and model.config.transposed_kernels
+
+
+def checkpoint_names(paths: Iterable[str], present: Iterable[str]) -> dict[str, str]:
+    """Tree path -> name in a checkpoint that has the names `present`; the hub's GPT-2 files lack the "transformer." prefix."""
+    names = {path: hf_name(path) for path in paths}
+    present = list(present)
+    if all(n.startswith("transformer.") for n in names.values()) and not any(n.startswith("transformer.") for n in present):
+        names = {path: n.removeprefix("transformer.") for path, n in names.items()}
+    return names
+
+
+def is_ignorable(name: str, model: Model) -> bool:
+    """Whether a tensor that no parameter asks for may be left out: a known buffer, or the copy of a tied head."""
+    return bool(_BUFFERS.fullmatch(name)) or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+
+
+def mismatches(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], ignorable: Iterable[str] = ()
+) -> list[str]:
+    """Missing, unexpected and mis-shaped names as lines for one error."""
+    ignorable = set(ignorable)
+    extra = [n for n in found if n not in expected and n not in ignorable]
+    lines = []
+    for name in expected:
+        if name not in found:
+            close = difflib.get_close_matches(name, extra, n=1)
+            lines.append(f"missing: {name} {expected[name]}" + (f" (there is {close[0]})" if close else ""))
+        elif tuple(found[name]) != tuple(expected[name]):
+            lines.append(f"shape: {name} is {tuple(found[name])}, should be {tuple(expected[name])}")
+    lines += [f"unexpected: {name} {tuple(found[name])}" for name in extra]
+    shown = 20
+    return lines[:shown] + ([f"and {len(lines) - shown} more"] if len(lines) > shown else [])

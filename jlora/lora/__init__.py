@@ -1,0 +1,18 @@
+"""Adapters as values in the parameter tree: the seam, the config, and the functions from tree to tree."""
+
+from jlora.lora.config import LoraConfig as LoraConfig
+from jlora.lora.seam import embed as embed
+from jlora.lora.seam import linear as linear
+from jlora.lora.stack import is_stacked as is_stacked
+from jlora.lora.stack import stack_layers as stack_layers
+from jlora.lora.stack import unstack_layers as unstack_layers
+from jlora.lora.transform import adapted_modules as adapted_modules
+from jlora.lora.transform import adapter_mask as adapter_mask
+from jlora.lora.transform import add_lora as add_lora
+from jlora.lora.transform import combine as combine
+from jlora.lora.transform import merge as merge
+from jlora.lora.transform import path_key as path_key
+from jlora.lora.transform import remove_lora as remove_lora
+from jlora.lora.transform import split as split
+from jlora.lora.transform import with_dropout as with_dropout
+from jlora.lora.weight import LoraWeight as LoraWeight

@@ -1,0 +1,219 @@
+"""`LoraConfig`: which kernels are adapted, and how; PEFT's fields under PEFT's meaning."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+ALL_LINEAR = "all-linear"
+INITS = ("kaiming", "gaussian")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Hyperparameters of an adapter. Immutable and hashable; not needed at run time, the wrapped tree is self-contained.
+
+    A *module path* is a kernel's checkpoint path with dots: "model.layers.3.self_attn.q_proj", "transformer.h.0.mlp.c_fc".
+
+    Example:
+        >>> config = LoraConfig(rank=16, alpha=32.0, targets=("q_proj", "v_proj"), rank_pattern={r"layers\\.0\\..*": 4})
+        >>> config.rank_of("model.layers.0.self_attn.q_proj"), config.scaling_of("model.layers.0.self_attn.q_proj")
+        (4, 8.0)
+
+    Raises:
+        ValueError: for a field out of its range, naming it.
+
+    Reference: PEFT `LoraConfig`; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    """
+
+    rank: int = 8
+    """Rank r of the update."""
+    alpha: float = 16.0
+    """The update is scaled by `alpha / rank` (`alpha / sqrt(rank)` with `use_rslora`)."""
+    targets: str | Sequence[str] = ALL_LINEAR
+    """"all-linear": every linear kernel but the output head; another string: a regular expression that matches a whole
+    module path; a list: module paths or their last parts ("q_proj", "self_attn.q_proj"), never regular expressions."""
+    dropout: float = 0.0
+    """Probability that an input element of the update is dropped during training."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(rank)`."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """lora_A from U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/rank); lora_B is zero."""
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rank by module path: the first key, a regular expression, that matches the path or its end wins."""
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Alpha by module path, as `rank_pattern`."""
+    exclude: str | Sequence[str] = ()
+    """Modules not to adapt, by the rules of `targets`."""
+    layers_to_transform: int | Sequence[int] | None = None
+    """Adapt these layers only (not with a regular expression in `targets`: put the layer numbers into it)."""
+
+    def __post_init__(self):
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.layers_to_transform, int):
+            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
+        elif self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("LoraConfig is not usable:\n  " + "\n  ".join(problems))
+
+    def _problems(self):
+        ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"`{name}` must be an integer of at least 1; got {value!r}. Common values are 4 to 64."
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, value in alphas.items():
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                yield f"`{name}` must be a positive number; got {value!r}. A common choice is twice the rank."
+        if not 0.0 <= self.dropout < 1.0:
+            yield f"`dropout` must be in [0, 1); got {self.dropout!r}. Use 0.05, or 0.0 for none."
+        if self.init not in INITS:
+            yield f"`init` must be one of {', '.join(map(repr, INITS))}; got {self.init!r}."
+        if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
+            yield f"`targets` must name at least one module; got {self.targets!r}. Use 'all-linear' or ('q_proj', 'v_proj')."
+        expressions = {f"{name}[{k!r}]": k for name in ("rank_pattern", "alpha_pattern") for k in getattr(self, name)}
+        expressions |= {n: v for n in ("targets", "exclude") if isinstance(v := getattr(self, n), str)}
+        for name, expression in expressions.items():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                yield f"`{name}` must be a regular expression; got {expression!r} ({error})."
+        if self.layers_to_transform is not None:
+            if not self.layers_to_transform or any(
+                not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.layers_to_transform
+            ):
+                yield f"`layers_to_transform` must hold layer numbers from 0; got {self.layers_to_transform!r}."
+            if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+                yield (
+                    f"`layers_to_transform` goes with a list in `targets` or 'all-linear', as in PEFT; got the regular "
+                    f"expression {self.targets!r}. Put the layer numbers into the expression."
+                )
+
+    def __hash__(self):
+        return hash(json.dumps(dataclasses.asdict(self)))
+
+    def rank_of(self, module: str) -> int:
+        """Rank for a module path."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha for a module path."""
+        return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """Scaling for a module path."""
+        rank = self.rank_of(module)
+        return float(self.alpha_of(module)) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "LoraConfig":
+        """The config of a saved adapter, from its `adapter_config.json`.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: for a feature that jlora does not represent, by its PEFT name.
+        """
+        path = Path(directory) / "adapter_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No adapter at {str(directory)!r}: there is no adapter_config.json. Pass the directory that "
+                "`jlora.save_adapter` or PEFT's `save_pretrained` wrote (after `jlora finetune`: OUTPUT/adapter)."
+            )
+        return cls.from_peft(json.loads(path.read_text()))
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+        """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults."""
+        if fields.get("peft_type") != "LORA":
+            raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
+        unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
+        init = fields.get("init_lora_weights", True)
+        if init not in (True, False, "gaussian"):
+            unsupported["init_lora_weights"] = init
+        if unsupported:
+            listed = "\n  ".join(f"{k} = {v!r}" for k, v in sorted(unsupported.items()))
+            raise ValueError(
+                f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
+                "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
+            )
+        if fields.get("target_modules") is None:
+            raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+        return cls(
+            rank=fields.get("r", 8),
+            alpha=fields.get("lora_alpha", 8),
+            targets=_names(fields["target_modules"]),
+            dropout=fields.get("lora_dropout", 0.0),
+            use_rslora=fields.get("use_rslora", False),
+            init="gaussian" if init == "gaussian" else "kaiming",
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+            exclude=_names(fields.get("exclude_modules") or ()),
+            layers_to_transform=fields.get("layers_to_transform"),
+        )
+
+    def to_peft(self) -> dict[str, Any]:
+        """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
+        the tree replaces "all-linear" by the names it stood for."""
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": _as_json(self.targets),
+            "lora_dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "init_lora_weights": True if self.init == "kaiming" else self.init,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "exclude_modules": _as_json(self.exclude) or None,
+            "layers_to_transform": None if self.layers_to_transform is None else list(self.layers_to_transform),
+        }
+
+
+# Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
+_OFF = (None, False, [], {})
+_NEUTRAL = {
+    "bias": ("none", None),
+    "use_dora": _OFF,
+    "lora_bias": _OFF,
+    "modules_to_save": _OFF,
+    "trainable_token_indices": _OFF,
+    "target_parameters": _OFF,
+    "layer_replication": _OFF,
+    "layers_pattern": (*_OFF, ""),
+    "alora_invocation_tokens": _OFF,
+    "use_qalora": _OFF,
+    "use_bdlora": _OFF,
+    "arrow_config": _OFF,
+    "kasa_config": _OFF,
+    "monteclora_config": _OFF,
+    "velora_config": _OFF,
+}
+
+
+def _names(value):
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _as_json(value):
+    return value if isinstance(value, str) else list(value)
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, default):
+    for key, value in pattern.items():
+        if pattern_matches(key, module):
+            return value
+    return default
+
+
+def pattern_matches(key: str, module: str) -> bool:
+    """PEFT's rule for `rank_pattern` keys: a regular expression for the module path or its dotted end."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None

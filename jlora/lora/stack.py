@@ -1,0 +1,75 @@
+"""The two execution forms of one tree: a subtree per layer, and one subtree with a leading layer axis."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._tree import LAYER_CONTAINERS, flatten, layer_path, nest, split_layer_path
+from jlora._typing import Params
+
+
+def is_stacked(params: Params) -> bool:
+    """Whether the layers are stacked: "model/layers/mlp/…" rather than "model/layers/0/mlp/…"."""
+    return any(layer_path(path, 0) is not None for path in flatten(params))
+
+
+def stack_layers(params: Params) -> dict[str, Any]:
+    """The stacked form: "model/layers/3/mlp/up_proj/kernel" [in, out] becomes the fourth row of
+    "model/layers/mlp/up_proj/kernel" [layers, in, out]; every child array of every value gains the leading axis.
+
+    Models run it as one `scan`, so compile time does not grow with depth. Copies the layers.
+
+    Raises:
+        ValueError: when there are no layers, or they differ (in shape, kind of weight, rank or scaling).
+    """
+    groups: dict[str, list[Any]] = {}
+    flat: dict[str, Any] = {}
+    for path, leaf in flatten(params).items():
+        found = split_layer_path(path)
+        if found is None:
+            flat[path] = leaf
+        else:
+            group = groups.setdefault(found[0], [])
+            group.extend([None] * (found[1] + 1 - len(group)))
+            group[found[1]] = leaf
+    if not groups:
+        raise ValueError(
+            f"`stack_layers` found no layers: no path has a part {' or '.join(map(repr, LAYER_CONTAINERS))} followed by a "
+            f"number. The paths start {sorted(flat)[:3]}{' (stacked already)' if is_stacked(params) else ''}."
+        )
+    depth = max(map(len, groups.values()))
+    for path, layers in groups.items():
+        kinds = {} if None in layers else {str(_kind(layer)): i for i, layer in reversed(list(enumerate(layers)))}
+        if len(layers) < depth or len(kinds) != 1:
+            detail = "; ".join(f"layer {i}: {kind}" for kind, i in kinds.items()) or f"some of the {depth} layers lack it"
+            raise ValueError(
+                f"The layers of {path!r} differ and cannot be stacked: {detail}. Keep the per-layer form, which every model "
+                "runs as well, or adapt all layers alike."
+            )
+        flat[path] = jax.tree.map(lambda *rows: jnp.stack(rows), *layers)
+    return nest(flat)
+
+
+def _kind(leaf: Any) -> tuple:
+    """What must agree for two leaves to be rows of one stack."""
+    leaves, treedef = jax.tree.flatten(leaf)
+    return [(x.shape, str(x.dtype)) for x in leaves], treedef
+
+
+def unstack_layers(params: Params) -> dict[str, Any]:
+    """The per-layer form of a stacked tree: the inverse of `stack_layers`.
+
+    Raises:
+        ValueError: when the tree is not stacked.
+    """
+    if not is_stacked(params):
+        raise ValueError("`unstack_layers` takes a tree made by `stack_layers`; the layers of this one are not stacked.")
+    flat: dict[str, Any] = {}
+    for path, leaf in flatten(params).items():
+        if layer_path(path, 0) is None:
+            flat[path] = leaf
+            continue
+        for i in range(jax.tree.leaves(leaf)[0].shape[0]):
+            flat[layer_path(path, i)] = jax.tree.map(lambda x, i=i: x[i], leaf)
+    return nest(flat)

@@ -1,0 +1,64 @@
+"""The model graphs, and the table of the checkpoint families that they run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jlora.models.config import ConfigReader
+from jlora.models.gpt2 import GPT2 as GPT2
+from jlora.models.gpt2 import GPT2Config as GPT2Config
+from jlora.models.layers import KVCache as KVCache
+from jlora.models.llama import Llama as Llama
+from jlora.models.llama import LlamaConfig as LlamaConfig
+
+Model: TypeAlias = GPT2 | Llama
+ModelConfig: TypeAlias = GPT2Config | LlamaConfig
+
+FAMILIES: Mapping[str, tuple[type, type]] = {
+    "gpt2": (GPT2, GPT2Config),
+    "llama": (Llama, LlamaConfig),
+    "qwen2": (Llama, LlamaConfig),
+    "mistral": (Llama, LlamaConfig),
+}
+"""`model_type` of a config.json -> (module, config)."""
+
+
+def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "none") -> Model:
+    """The module for the fields of a Hugging Face `config.json`.
+
+    Raises:
+        ValueError: for an unknown family, or a field that the graph does not compute.
+    """
+    family = fields.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"config.json has `model_type` {family!r}; jlora runs {', '.join(FAMILIES)}. To adapt another model, write it in "
+            "JAX and wrap its parameters with `jlora.add_lora`."
+        )
+    if remat not in ("none", "layer"):
+        raise ValueError(f"`remat` must be 'none' or 'layer'; got {remat!r}.")
+    module, config = FAMILIES[family]
+    return module(config=config.from_hf(ConfigReader(fields)), dtype=jnp.dtype(dtype), remat=remat)
+
+
+def abstract_params(model: Model) -> Any:
+    """The per-layer parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+
+def empty_cache(model: Model, batch: int, length: int, *, stacked: bool) -> list[KVCache] | KVCache:
+    """A zero KV cache for `length` positions, in the form of the parameters."""
+    shape = (batch, length, *model.config.kv_shape)
+    if stacked:
+        shape = (model.config.depth, *shape)
+        return KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+    return [KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in range(model.config.depth)]
+
+
+def replace(model: Model, **changes: Any) -> Model:
+    """The module with other `dtype` or `remat`; the same parameters fit it."""
+    return dataclasses.replace(model, **changes)

@@ -1,0 +1,11 @@
+"""The loss, the step, the optimizer and the checkpoints of training."""
+
+from jlora.train.checkpoints import Checkpoints as Checkpoints
+from jlora.train.loss import LossFn as LossFn
+from jlora.train.loss import causal_lm_loss as causal_lm_loss
+from jlora.train.optimizers import adamw as adamw
+from jlora.train.optimizers import warmup_cosine as warmup_cosine
+from jlora.train.step import Step as Step
+from jlora.train.step import TrainState as TrainState
+from jlora.train.step import init_state as init_state
+from jlora.train.step import make_step as make_step

@@ -1,0 +1,149 @@
+"""The causal language model loss, whose logits never exist all at once."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
+
+from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
+from jlora._weight import Weight
+from jlora.lora import linear, with_dropout
+from jlora.models import Model
+
+LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
+"""(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
+
+CHUNK = 512
+"""Tokens whose logits are alive together: 512 x 128256 float32 logits are 263 MB."""
+
+IGNORE = -100  # transformers' `ignore_index`
+
+
+def causal_lm_loss(model: Model, *, chunk: int = CHUNK) -> LossFn:
+    """The loss of a model: summed cross-entropy of the next token, and how many tokens were supervised.
+
+    `batch["labels"]` are at the positions of `input_ids` and shifted here, as in transformers; -100 is not supervised, nor
+    is a label whose predecessor lies in another segment, nor padding (segment 0). `key` switches adapter dropout on; None
+    leaves it off. Ask for the sum, not the mean: sums add up over micro-batches.
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Array]:
+        if key is not None:
+            params = with_dropout(params, key)
+        optional = {k: batch[k] for k in ("positions", "segment_ids") if k in batch}
+        hidden = model.apply({"params": params}, batch["input_ids"], **optional, head=False)
+        weight, transpose = model.output_head(params)
+        targets, supervised = next_tokens(batch["labels"], batch.get("segment_ids"))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss = cross_entropy(flat, weight, targets.reshape(-1), supervised.reshape(-1), transpose=transpose, chunk=chunk)
+        return loss, jnp.sum(supervised, dtype=jnp.int32)
+
+    return loss_fn
+
+
+def next_tokens(
+    labels: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None
+) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """(the token each position predicts, whether that prediction is supervised)."""
+    # Shifting the labels rather than slicing the hidden states keeps shapes whole.
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    supervised = targets != IGNORE
+    if segment_ids is not None:
+        following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+        supervised &= (following == segment_ids) & (segment_ids != 0)
+    return targets, supervised
+
+
+def cross_entropy(
+    hidden: Float[Array, "tokens d_model"],
+    weight: Array | Weight,
+    targets: Int[Array, " tokens"],
+    supervised: Bool[Array, " tokens"],
+    *,
+    transpose: bool,
+    chunk: int,
+) -> Float[Array, ""]:
+    """Summed cross-entropy of `linear(hidden, weight, transpose=transpose)` against `targets`, over supervised tokens.
+
+    Supervised tokens are brought to the front and taken `chunk` at a time; chunks without any are not computed. The
+    gradient is taken in the forward pass, while a chunk's logits are there, so they are made once: 4 rather than 6
+    floating point operations a token and head weight, for a residual of the size of `hidden`.
+
+    Reference: the idea is Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.
+    """
+    tokens = hidden.shape[0]
+    chunk = min(chunk, tokens)
+    order = jnp.argsort(~supervised, stable=True)
+    pad = -tokens % chunk
+    order = jnp.pad(order, (0, pad), constant_values=tokens)  # out of range: taken as zero rows
+    rows = jnp.take(hidden, order, axis=0, mode="fill", fill_value=0).reshape(-1, chunk, hidden.shape[1])
+    ids = jnp.take(targets, order, mode="fill", fill_value=0).reshape(-1, chunk)
+    live = jnp.take(supervised, order, mode="fill", fill_value=False).reshape(-1, chunk)
+    return _chunked(transpose, rows, weight, jnp.where(live, ids, 0), live)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(transpose, rows, weight, ids, live):
+    return _scan_chunks(transpose, rows, weight, ids, live, False, [False] * len(jax.tree.leaves(weight)))[0]
+
+
+def _scan_chunks(transpose, rows, weight, ids, live, need_rows: bool, need_leaf: list[bool]):
+    """(loss, gradient of rows or None, gradients of the weight's leaves where needed else None)."""
+    leaves, treedef = jax.tree.flatten(weight)
+    wanted = [leaf for leaf, need in zip(leaves, need_leaf, strict=True) if need]
+
+    def logits_of(x, trained):
+        trained = iter(trained)
+        mixed = [next(trained) if need else leaf for leaf, need in zip(leaves, need_leaf, strict=True)]
+        return linear(x, jax.tree.unflatten(treedef, mixed), transpose=transpose, out_dtype=jnp.float32)
+
+    def compute(x, y, mask):
+        if need_rows and wanted:
+            logits, pull = jax.vjp(logits_of, x, wanted)
+        elif need_rows:
+            logits, pull = jax.vjp(lambda x: logits_of(x, []), x)
+        elif wanted:
+            logits, pull = jax.vjp(lambda w: logits_of(x, w), wanted)
+        else:
+            logits, pull = logits_of(x, []), None
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exp = jnp.exp(logits - top)
+        total = jnp.sum(exp, axis=-1, keepdims=True)
+        at_target = jnp.take_along_axis(logits, y[:, None], axis=-1, mode="clip")
+        loss = jnp.sum(jnp.where(mask, (top + jnp.log(total) - at_target)[:, 0], 0.0))
+        if pull is None:
+            return loss, None, []
+        onehot = jnp.arange(logits.shape[-1]) == y[:, None]
+        grads = pull(jnp.where(mask[:, None], exp / total - onehot, 0.0))
+        return loss, grads[0] if need_rows else None, list(grads[-1]) if wanted else []
+
+    def body(carry, chunk):
+        x, y, mask = chunk
+        skipped = jnp.zeros(()), jnp.zeros_like(x) if need_rows else None, [jnp.zeros_like(w) for w in wanted]
+        loss, dx, dw = jax.lax.cond(jnp.any(mask), compute, lambda *_: skipped, x, y, mask)
+        return (carry[0] + loss, [a + b for a, b in zip(carry[1], dw, strict=True)]), dx
+
+    start = jnp.zeros(()), [jnp.zeros_like(w) for w in wanted]
+    (loss, dw), dx = jax.lax.scan(body, start, (rows, ids, live))
+    dw = iter(dw)
+    return loss, dx, [next(dw) if need else None for need in need_leaf]
+
+
+def _chunked_fwd(transpose, rows, weight, ids, live):
+    primals, treedef = jax.tree.flatten(weight, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    weight = jax.tree.unflatten(treedef, [p.value for p in primals])
+    loss, drows, dleaves = _scan_chunks(
+        transpose, rows.value, weight, ids.value, live.value, rows.perturbed, [p.perturbed for p in primals]
+    )
+    return loss, (drows, jax.tree.unflatten(treedef, dleaves))
+
+
+def _chunked_bwd(transpose, residuals, g):
+    drows, dweight = jax.tree.map(lambda x: (g * x).astype(x.dtype), residuals)
+    return drows, dweight, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
