@@ -1,0 +1,122 @@
+"""What an adapter changed: base and adapted model side by side."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._typing import Array, Batch, Float, Key, Params
+from jlora.evaluation import Evaluation, evaluate
+from jlora.generation import generate
+from jlora.lora import remove_lora
+from jlora.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptComparison:
+    """One prompt, continued by both."""
+
+    prompt: str
+    base: str
+    adapted: str
+    kl: float
+    """KL(adapted || base) of the next-token distributions after the prompt, nats."""
+    l2: float
+    """Euclidean distance of the two logit vectors after the prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    prompts: tuple[PromptComparison, ...]
+    base: Evaluation | None = None
+    """On held-out data, when some was given."""
+    adapted: Evaluation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        held_out = None
+        if self.base is not None and self.adapted is not None:
+            held_out = {
+                name: {"loss": e.loss, "perplexity": e.perplexity, "supervised_tokens": e.supervised_tokens}
+                for name, e in (("base", self.base), ("adapted", self.adapted))
+            }
+        return {"prompts": [dataclasses.asdict(p) for p in self.prompts], "held_out": held_out}
+
+    def to_markdown(self) -> str:
+        lines = ["# Base and adapted model", ""]
+        if self.base is not None and self.adapted is not None:
+            lines += ["| held-out | loss | perplexity |", "| --- | --- | --- |"]
+            lines += [f"| {n} | {e.loss:.4f} | {e.perplexity:.2f} |" for n, e in (("base", self.base), ("adapted", self.adapted))]
+            lines.append("")
+        for p in self.prompts:
+            lines += [f"## {_one_line(p.prompt)}", "", f"KL {p.kl:.4f} nats, L2 {p.l2:.2f}", ""]
+            lines += ["| base | adapted |", "| --- | --- |", f"| {_cell(p.base)} | {_cell(p.adapted)} |", ""]
+        return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "(empty prompt)"
+
+
+def _cell(text: str) -> str:
+    return text.strip().replace("|", "\\|").replace("\n", "<br>")
+
+
+def compare(
+    model: Model,
+    params: Params,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    key: Key[Array, ""],
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 0.95,
+    held_out: Callable[[], Iterable[Batch]] | None = None,
+) -> Comparison:
+    """Continues each prompt with the base and with the adapted model, under the same key, and measures the distance.
+
+    Args:
+        params: adapted parameters; the base is what `remove_lora` leaves of them.
+        prompts: (text, token ids) pairs.
+        decode: token ids to text.
+        held_out: makes the batches on which both perplexities are measured.
+    """
+    base = remove_lora(params)
+    sampling = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key,
+    }  # fmt: skip
+    ids = [list(row) for _, row in prompts]
+    texts = {
+        name: [decode(row) for row in generate(model, tree, ids, **sampling)] for name, tree in (("base", base), ("adapted", params))
+    }
+    rows = []
+    for i, (text, row) in enumerate(prompts):
+        kl, l2 = next_token_distance(_last_logits(model, params, row), _last_logits(model, base, row))
+        rows.append(PromptComparison(text, texts["base"][i], texts["adapted"][i], float(kl), float(l2)))
+    if held_out is None:
+        return Comparison(tuple(rows))
+    return Comparison(tuple(rows), evaluate(model, base, held_out()), evaluate(model, params, held_out()))
+
+
+def next_token_distance(adapted: Float[Array, " vocab"], base: Float[Array, " vocab"]):
+    """(KL(adapted || base) in nats, L2 distance) of two rows of logits, in float32; finite for finite logits."""
+    log_p, log_q = (jax.nn.log_softmax(row.astype(jnp.float32)) for row in (adapted, base))
+    # Rounding can make a divergence of equal distributions a hair negative.
+    kl = jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q)), 0.0)
+    return kl, jnp.linalg.norm(adapted.astype(jnp.float32) - base.astype(jnp.float32))
+
+
+def _last_logits(model, params, row):
+    # Right padding is invisible to a causal model; one width for prompts of similar length saves compilations.
+    width = min(-(-len(row) // 32) * 32, model.config.max_length)
+    ids = jnp.zeros((1, width), jnp.int32).at[0, : len(row)].set(jnp.asarray(row))
+    return _logits_at(model, params, ids, len(row) - 1)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits_at(model, params, ids, index):
+    return model.apply({"params": params}, ids)[0, index]

@@ -1,0 +1,54 @@
+"""What a data set looks like: a few rows as text, and its counts."""
+
+from itertools import groupby
+
+from jlora.data.batches import IGNORED, Dataset
+from jlora.data.tokens import Tokenizer
+
+
+def preview(dataset: Dataset, tokenizer: Tokenizer, *, rows: int) -> list[list[tuple[str, bool]]]:
+    """The first rows as (text, supervised) runs, decoded from the very tokens that are trained on.
+
+    Special tokens are shown. A packed row starts a new run at each record.
+
+    Args:
+        dataset: the rows.
+        tokenizer: the one that made them.
+        rows: how many at most, >= 1.
+    Raises:
+        ValueError: `rows` < 1.
+    """
+    if rows < 1:
+        raise ValueError(f"`rows` must be >= 1; got {rows}. Give the number of rows to show.")
+    return [_runs(dataset, tokenizer, index) for index in range(min(rows, len(dataset)))]
+
+
+def _runs(dataset: Dataset, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
+    row = dataset.row(index)
+    supervised = (row.labels != IGNORED).tolist()
+    segments = [0] * len(supervised) if row.segment_ids is None else row.segment_ids.tolist()
+    runs = []
+    tokens = zip(row.input_ids.tolist(), supervised, segments, strict=True)
+    for (flag, _), run in groupby(tokens, key=lambda token: token[1:]):
+        ids = [token_id for token_id, _, _ in run]
+        runs.append((tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag))
+    return runs
+
+
+def summary(dataset: Dataset) -> dict[str, int | float | tuple[str, ...]]:
+    """The counts of a data set that has `stats`, by name, in the order to show them; shares are in 0..1."""
+    stats = dataset.stats
+    return {
+        "records": stats.records,
+        "rows": stats.rows,
+        "length": dataset.length,
+        "longest": stats.longest,
+        "tokens": stats.tokens,
+        "supervised_tokens": stats.supervised_tokens,
+        "supervised_share": stats.supervised_tokens / stats.tokens,
+        "padding_efficiency": stats.padding_efficiency,
+        "truncated": stats.truncated,
+        "truncated_at": stats.truncated_at,
+        "dropped": stats.dropped,
+        "dropped_at": stats.dropped_at,
+    }

@@ -1,0 +1,194 @@
+"""Read instruction and chat records from a file or the hub, telling where each bad one stands."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+_LISTED = 10  # bad records named in one error
+_COLUMNS = "`instruction` and `output` (and optionally `input`), or `messages`, or `conversations`"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names, https://github.com/lm-sys/FastChat/blob/main/docs/training.md
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+def read_records(source: str | Path) -> list[tuple[str, Record]]:
+    """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
+
+    A record comes back as {"instruction", "input", "output"} (strings; a missing or null `input` is "") or as
+    {"messages": [{"role", "content"}, …]}; other columns are left out, and ShareGPT's `conversations` become messages.
+    Blank lines are no records.
+
+    Args:
+        source: a path that ends in `.jsonl` or `.json`, else the id of a data set on the Hugging Face hub.
+    Returns:
+        (where, record) pairs in the order of the file; `where` is "file:line", or "id[row]" for the hub.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bad lines, columns or values (the first ten are named), no records, or a data set that does not
+            load.
+        ImportError: a hub id without the `datasets` package.
+    """
+    reader = _READERS.get(Path(source).suffix.lower(), _hub)
+    if reader is not _hub and not Path(source).is_file():
+        raise FileNotFoundError(f"no such data file: {source}. Check the path.")
+    records, problems = [], []
+    for where, value in reader(source):
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            records.append((where, _normalized(value)))
+        except ValueError as error:
+            problems.append(f"  {where}: {error}")
+            if len(problems) == _LISTED:
+                problems.append("  (stopped here; there may be more)")
+                break
+    if problems:
+        raise ValueError(f"bad records in {source}; correct or remove these:\n" + "\n".join(problems))
+    if not records:
+        raise ValueError(f"a data set needs at least one record; {source} has none. Check that it is the right file.")
+    return records
+
+
+def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
+    with Path(source).open("rb") as lines:  # bytes: a line that is not UTF-8 is then one bad line, not the end
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                value = json.loads(line) if line else None
+            except UnicodeDecodeError as error:
+                value = ValueError(
+                    f"a line must be UTF-8; got byte 0x{raw[error.start]:02x} at its offset {error.start}"
+                )
+            except json.JSONDecodeError as error:
+                value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {_cut(line)}")
+            else:
+                if not line:
+                    continue
+            yield f"{source}:{number}", value
+
+
+def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
+    raw = Path(source).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+        values = json.loads(text)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{source}:{line}: JSON must be UTF-8; got byte 0x{raw[error.start]:02x} at offset {error.start}. "
+            f"Convert the file, for example with `iconv -t utf-8`."
+        ) from error
+    except json.JSONDecodeError as error:
+        hint = " One object a line? Name the file `.jsonl`." if error.msg == "Extra data" else ""
+        raise ValueError(
+            f"{source}:{error.lineno}: a `.json` file must be one JSON list; {error.msg} at column {error.colno}.{hint}"
+        ) from error
+    if not isinstance(values, list):
+        raise ValueError(
+            f"{source}:1: a `.json` file must be a list of records; got {_kind(values)}. "
+            f"Write the list itself, or one object a line in a `.jsonl` file."
+        )
+    for line, value in zip(_element_lines(text), values, strict=True):
+        yield f"{source}:{line}", value
+
+
+def _element_lines(text: str) -> Iterator[int]:
+    """The line on which each element of a valid JSON list starts."""
+    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        while text[place] in " \t\r\n,":
+            place += 1
+        if text[place] == "]":
+            return
+        line += text.count("\n", counted, place)
+        counted = place
+        yield line
+        _, place = decoder.raw_decode(text, place)
+
+
+def _hub(source: str | Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"reading {str(source)!r} from the hub needs the `datasets` package. "
+            f"Run `pip install datasets`, or give a `.jsonl`, `.json` or `.txt` file."
+        ) from error
+    try:
+        rows = datasets.load_dataset(str(source), split="train")
+    except Exception as error:  # whatever the network, the hub or the data set's files raise
+        raise ValueError(
+            f"{str(source)!r} is no file here, and as a hub data set its `train` split did not load "
+            f"({type(error).__name__}: {error}). Check the name and the network, or give a file."
+        ) from error
+    for index, value in enumerate(rows):
+        yield f"{source}[{index}]", value
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json_list}
+
+
+def _normalized(value: Any) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"a record must be a JSON object; got {_kind(value)}: {_cut(repr(value))}")
+    if value.get("messages") is not None:
+        return {"messages": _messages(value["messages"], role="role", content="content")}
+    if value.get("conversations") is not None:
+        return {"messages": _messages(value["conversations"], role="from", content="value")}
+    missing = [name for name in ("instruction", "output") if name not in value]
+    if missing:
+        raise ValueError(
+            f"a record needs the columns {_COLUMNS}; got {', '.join(map(repr, value)) or 'none'}, "
+            f"so {' and '.join(map(repr, missing))} is missing. Rename the columns."
+        )
+    record = {"instruction": value["instruction"], "input": value.get("input"), "output": value["output"]}
+    if record["input"] is None:
+        record["input"] = ""
+    for name, text in record.items():
+        if not isinstance(text, str):
+            raise ValueError(f"column {name!r} must be a string; got {_kind(text)}: {_cut(repr(text))}")
+    return record
+
+
+def _messages(turns: Any, *, role: str, content: str) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"messages must be a list with at least one turn; got {_kind(turns)}: {_cut(repr(turns))}")
+    messages = []
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or not isinstance(turn.get(content), str):
+            raise ValueError(
+                f"turn {index} must be an object with strings {role!r} and {content!r}; got {_cut(repr(turn))}"
+            )
+        unknown = [name for name in ("tool_calls", "weight") if turn.get(name) is not None]
+        if unknown:
+            # Left out, they would change what the record says or which turns it trains.
+            raise ValueError(
+                f"turn {index} must be plain text; got {' and '.join(map(repr, unknown))}. Remove the turn"
+            )
+        name = _SHAREGPT.get(turn[role], turn[role])
+        if name not in _ROLES:
+            raise ValueError(
+                f"the role of turn {index} must be one of {', '.join((*_ROLES, *_SHAREGPT))}; got {turn[role]!r}"
+            )
+        messages.append({"role": name, "content": turn[content]})
+    if messages[0]["role"] == "assistant":
+        raise ValueError("a conversation must not start with the assistant: there is no prompt. Remove its first turn")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(
+            f"a conversation needs a turn of the assistant to learn from; got only "
+            f"{', '.join(dict.fromkeys(message['role'] for message in messages))}"
+        )
+    return messages
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

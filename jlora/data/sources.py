@@ -1,0 +1,147 @@
+"""From what `--data` names to a training and an evaluation data set."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jlora.data.instruct import InstructDataset
+from jlora.data.records import Record, read_records
+from jlora.data.text import TextDataset, prepare_text
+from jlora.data.tokens import Tokenizer, pad_id
+
+EVAL_FRACTION = 0.1  # the share to evaluate on where nothing is said
+
+Source = str | Path | Sequence[str | Path]
+
+_KINDS = {".txt": "text", ".jsonl": "records", ".json": "records"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# What is surely meant as a file, though it would pass for the name of a hub data set.
+_FOREIGN = (".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".yaml", ".yml", ".xml")
+
+
+def load_data(
+    data: Source,
+    tokenizer: Tokenizer,
+    *,
+    eval_data: Source | None = None,
+    eval_fraction: float | None = None,
+    template: str = "alpaca",
+    max_length: int,
+    seed: int,
+    directory: str | Path,
+    pack: bool = False,
+) -> tuple[TextDataset | InstructDataset, TextDataset | InstructDataset | None]:
+    """The training data and the evaluation data, or None without one.
+
+    Args:
+        data: a `.txt` file, a folder or list of them (raw text); a `.jsonl` or `.json` file or the id of a hub data
+            set (records).
+        tokenizer: a transformers tokenizer.
+        eval_data: the same, to evaluate on all of it.
+        eval_fraction: share of `data` to evaluate on instead, in [0, 1): of text the end, of records a choice drawn
+            with `seed`, at least one. 0 for none; None is 0.1 without `eval_data`.
+        template: for records, "alpaca" or "chat".
+        max_length: the most tokens in a row.
+        seed: of the choice of records, >= 0.
+        directory: where the shards of raw text are kept; `eval_data` goes to its folder `evaluation`.
+        pack: put several records into a row. Raw text fills its rows already.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: both an evaluation file and a share, an unsupported file type, too little data, or what
+            `read_records`, `InstructDataset` and `prepare_text` raise.
+    """
+    if eval_data is not None and eval_fraction:
+        raise ValueError(
+            f"evaluation data is either a file or a share of the data; got eval_data={str(eval_data)!r} and "
+            f"eval_fraction={eval_fraction}. Leave one of them out."
+        )
+    if eval_fraction is None:
+        eval_fraction = EVAL_FRACTION if eval_data is None else 0.0
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to evaluate on.")
+    kinds = [kind_of(source) for source in (data, eval_data) if source is not None]  # both, before work is done
+
+    def of_records(records: list[tuple[str, Record]]) -> InstructDataset:
+        return InstructDataset(records, tokenizer, template=template, max_length=max_length, pack=pack)
+
+    def of_text(source: Source, into: Path, share: float) -> tuple[TextDataset, TextDataset | None]:
+        prepare_text(source, tokenizer, directory=into, eval_fraction=share)
+        splits = ("train", "validation") if share else ("train",)
+        made = [TextDataset(into, split, length=max_length, pad_id=pad_id(tokenizer)) for split in splits]
+        return made[0], made[1] if share else None
+
+    if kinds[0] == "text":
+        train, evaluation = of_text(data, Path(directory), eval_fraction)
+    else:
+        kept, held_out = split_records(read_records(data), eval_fraction=eval_fraction, seed=seed)
+        train, evaluation = of_records(kept), of_records(held_out) if held_out else None
+    if eval_data is not None:
+        if kinds[1] == "text":
+            evaluation, _ = of_text(eval_data, Path(directory) / "evaluation", 0.0)
+        else:
+            evaluation = of_records(read_records(eval_data))
+    return train, evaluation
+
+
+def kind_of(source: Source) -> str:
+    """What a source holds, "text" or "records", by the ending of its name.
+
+    A folder or a list is text; a name that is no file here is the id of a hub data set, and so records.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unsupported file type.
+    """
+    if not isinstance(source, str | Path):
+        kinds = {str(item): kind_of(item) for item in source}
+        wrong = [item for item, kind in kinds.items() if kind != "text"]
+        if wrong:
+            raise ValueError(
+                f"a list of data files must be `.txt` files; got {', '.join(wrong)}. Join records in one file."
+            )
+        return "text"
+    path = Path(source)
+    kind = _KINDS.get(path.suffix.lower())
+    if path.is_dir():
+        return "text"
+    if path.exists() or path.suffix.lower() in _FOREIGN:
+        if kind is None:
+            raise ValueError(
+                f"data must be a {', '.join(_KINDS)} file, a folder of .txt files or a hub data set; "
+                f"got {str(source)!r}. Convert the file."
+            )
+        return kind
+    if kind is not None or not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"no such data file: {source}. Check the path.")
+    return "records"
+
+
+def split_records(
+    records: list[tuple[str, Record]], *, eval_fraction: float, seed: int
+) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:
+    """Hold out a share of the records, drawn with `seed`; both parts keep the order of the file.
+
+    A share above 0 holds out at least one record.
+
+    Raises:
+        ValueError: no record is left to train on, or `seed` < 0.
+    """
+    if seed < 0:
+        raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
+    if eval_fraction == 0:
+        return records, []
+    n_held_out = max(1, round(len(records) * eval_fraction))
+    if n_held_out >= len(records):
+        raise ValueError(
+            f"training needs at least one record; eval_fraction={eval_fraction} holds out {n_held_out} of "
+            f"{len(records)}. Lower `eval_fraction` (0 for none), or give `eval_data`."
+        )
+    # A spawn key of two words: the order of the batches is drawn with keys of one.
+    source = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0, 0)))
+    held_out = set(np.random.Generator(source).permutation(len(records))[:n_held_out].tolist())
+    return (
+        [record for i, record in enumerate(records) if i not in held_out],
+        [record for i, record in enumerate(records) if i in held_out],
+    )

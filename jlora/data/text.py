@@ -1,0 +1,306 @@
+"""Raw text: tokenized once into memory-mapped shards, read back as windows in which every token is a target once."""
+
+import codecs
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.data.batches import IGNORED, Row
+from jlora.data.chunks import stable_chunks
+from jlora.data.stats import Stats
+from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id
+
+META = "meta.json"
+SPLITS = ("train", "validation")
+_FORMAT = 1  # of the folder; a change makes older folders be rebuilt
+_BLOCK_BYTES = 1 << 18
+_BLOCKS_AT_ONCE = 16  # encoded in one call: the cores of a fast tokenizer, and about 150 MB of its bookkeeping
+_LISTED = 10
+
+
+def prepare_text(
+    path: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    directory: str | Path,
+    eval_fraction: float,
+    shard_tokens: int = 1 << 26,
+) -> dict[str, Any]:
+    """Tokenize text files into `directory`, unless it already holds exactly this.
+
+    Each file is a document: its text as it is (UTF-8; a byte order mark is left out), behind one beginning-of-text
+    token iff the tokenizer adds one itself, closed by one end-of-text token if the tokenizer has one. The documents
+    follow each other in the order given (a folder: by name); the last `eval_fraction` of the tokens is the validation
+    split, the rest the training split. Files are streamed, and their tokens are those of the whole text.
+
+    The folder holds `train-00000.npy`, …, `validation-00000.npy`, … (1-d; uint16, or uint32 for more than 65536 ids)
+    and `meta.json`, which is written last: a folder with it is complete. It is reused iff the SHA-256 of each file,
+    the tokenizer's fingerprint, `eval_fraction` and `shard_tokens` are the ones in `meta.json`.
+
+    Args:
+        path: a text file, a folder of `.txt` files (read with its subfolders), or a list of files.
+        tokenizer: a transformers tokenizer.
+        directory: where the shards go; other files in it are left alone.
+        eval_fraction: share of the tokens for validation, 0 <= eval_fraction < 1; 0 makes no validation split.
+        shard_tokens: tokens in a shard, >= 1.
+    Returns:
+        The content of `meta.json`: `request` (what it was made from), `documents`, `dtype`, `tokens` and `shards`
+        (each by split; the tokens in each shard).
+    Raises:
+        FileNotFoundError: no such file, or no `.txt` file in the folder.
+        ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range,
+            or a `meta.json` in `directory` that is not ours.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to validate on.")
+    if shard_tokens < 1:
+        raise ValueError(f"`shard_tokens` must be >= 1; got {shard_tokens}. Give the tokens to put in one shard.")
+    directory, sources = Path(directory), _sources(path)
+    request = {
+        "format": _FORMAT,
+        "sources": [{"name": name, "sha256": _sha256(file)} for name, file in sources],
+        "tokenizer": fingerprint(tokenizer),
+        "eval_fraction": float(eval_fraction),
+        "shard_tokens": int(shard_tokens),
+    }
+    meta = _read_meta(directory)
+    if meta is not None and meta["request"] == request and _complete(directory, meta):
+        return meta
+    directory.mkdir(parents=True, exist_ok=True)
+    building = directory / f".partial-{os.getpid()}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        stream, dtype = building / "tokens.bin", _dtype(tokenizer)
+        _write_stream([file for _, file in sources], tokenizer, stream, dtype)
+        # Before the file is mapped: an empty one cannot be.
+        n_validation = _n_validation(stream.stat().st_size // dtype.itemsize, eval_fraction)
+        tokens = np.memmap(stream, dtype, mode="r")
+        splits = dict(zip(SPLITS, np.split(tokens, [len(tokens) - n_validation]), strict=True))
+        meta = {
+            "request": request,
+            "documents": len(sources),
+            "dtype": dtype.name,
+            "tokens": {split: len(part) for split, part in splits.items()},
+            "shards": {split: _write_shards(building, split, part, shard_tokens) for split, part in splits.items()},
+        }
+        _publish(building, directory, meta)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return meta
+
+
+class TextDataset:
+    """Windows over one split of a prepared folder; a `Dataset`.
+
+    Windows of `length` tokens overlap by one, so every token but the first of the split is a target exactly once per
+    epoch. The last window may be shorter. Shards are memory-mapped.
+
+    Args:
+        directory: made by `prepare_text`.
+        split: "train" or "validation".
+        length: tokens in a window, >= 2.
+        pad_id: the id to pad with.
+    Raises:
+        FileNotFoundError: the folder is not prepared.
+        ValueError: `length` < 2, an unknown split, or one with fewer than 2 tokens.
+    """
+
+    def __init__(self, directory: str | Path, split: str, *, length: int, pad_id: int):
+        directory = Path(directory)
+        if length < 2:
+            raise ValueError(f"`length` must be >= 2, a token and the one it predicts; got {length}. Raise it.")
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}. Name one of these.")
+        meta = _read_meta(directory)
+        if meta is None:
+            raise FileNotFoundError(
+                f"{directory} holds no prepared text ({META} is missing). Run `prepare_text` first."
+            )
+        n_tokens = meta["tokens"][split]
+        if n_tokens < 2:
+            raise ValueError(
+                f"a split needs at least 2 tokens; {split!r} in {directory} has {n_tokens}. "
+                f"Prepare the text with another `eval_fraction` (it was {meta['request']['eval_fraction']})."
+            )
+        self.length, self.pad_id = length, pad_id
+        counts = meta["shards"][split]
+        self._shards = [np.load(directory / _shard(split, i), mmap_mode="r") for i in range(len(counts))]
+        self._starts = [0, *accumulate(counts)]
+        n_rows = -(-(n_tokens - 1) // (length - 1))
+        self.stats = Stats(
+            records=n_rows,
+            rows=n_rows,
+            tokens=n_tokens,
+            supervised_tokens=n_tokens - 1,
+            truncated=0,
+            dropped=0,
+            # Every window but the first repeats one token.
+            padding_efficiency=(n_tokens + n_rows - 1) / (n_rows * length),
+            longest=min(length, n_tokens),
+        )
+
+    def __len__(self) -> int:
+        return self.stats.rows
+
+    def row(self, index: int) -> Row:
+        """Window `index`: tokens from `index * (length - 1)`, all of them targets but the first.
+
+        Raises:
+            IndexError: `index` is not in 0..len - 1.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index` must be in 0..{len(self) - 1}; got {index}.")
+        start = index * (self.length - 1)
+        input_ids = self._tokens(start, min(start + self.length, self.stats.tokens))
+        labels = input_ids.copy()
+        labels[0] = IGNORED
+        return Row(input_ids, labels)
+
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
+        parts = []
+        shard = bisect_right(self._starts, start) - 1
+        while start < stop:
+            local = start - self._starts[shard]
+            parts.append(self._shards[shard][local : local + stop - start])
+            start += len(parts[-1])
+            shard += 1
+        return np.concatenate(parts).astype(np.int32)
+
+
+def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
+    """(name, file) of each document. Names leave out the folder, so that a moved data set is still the same."""
+    if isinstance(path, str | Path) and Path(path).is_dir():
+        folder = Path(path)
+        found = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*.txt") if file.is_file())
+        if not found:
+            raise FileNotFoundError(f"a folder of text needs `.txt` files; {folder} has none. Give the file itself.")
+    else:
+        files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
+        found = [(file.name, file) for file in files]
+    missing = [str(file) for _, file in found if not file.is_file()]
+    if missing or not found:
+        raise FileNotFoundError(f"no such text file: {_few(missing) or '(an empty list)'}. Check the path.")
+    empty = [str(file) for _, file in found if file.stat().st_size == 0]
+    if empty:
+        raise ValueError(f"a text file must not be empty; got 0 bytes in {_few(empty)}. Leave it out.")
+    return found
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if largest_id(tokenizer) < 1 << 16 else np.uint32)
+
+
+def _n_validation(n_tokens: int, eval_fraction: float) -> int:
+    n_validation = round(n_tokens * eval_fraction)
+    if n_tokens - n_validation < 2 or (eval_fraction > 0 and n_validation < 2):
+        raise ValueError(
+            f"each split needs at least 2 tokens; the text has {n_tokens}, of which eval_fraction={eval_fraction} "
+            f"gives {n_validation} to validation and {n_tokens - n_validation} to training. "
+            f"Give more text, or another `eval_fraction` (0 for no validation split)."
+        )
+    return n_validation
+
+
+def _read_blocks(file: Path) -> Iterator[str]:
+    """Decoded text, a block at a time. Newlines stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    consumed, lines, first = 0, 0, True
+    with file.open("rb") as stream:
+        while True:
+            raw = stream.read(_BLOCK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                line = lines + error.object[: error.start].count(b"\n") + 1
+                raise ValueError(
+                    f"{file}:{line}: text must be UTF-8; got byte "
+                    f"0x{error.object[error.start]:02x} at offset {consumed - pending + error.start} "
+                    f"({error.reason}). Convert the file, for example with `iconv -t utf-8`."
+                ) from error
+            consumed += len(raw)
+            lines += text.count("\n")
+            if first:
+                text, first = text.removeprefix("\ufeff"), False
+            if text:
+                yield text
+            if not raw:
+                return
+
+
+def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: np.dtype) -> None:
+    """All documents' tokens, one after the other, as raw bytes."""
+    bos, eos = added_bos(tokenizer), tokenizer.eos_token_id
+    with stream.open("wb") as out:
+        for file in files:
+            last = None
+            chunks = stable_chunks(_read_blocks(file), partial(encode, tokenizer))
+            while group := list(islice(chunks, _BLOCKS_AT_ONCE)):
+                for ids in encode_many(tokenizer, group):
+                    if last is None and bos is not None and ids[:1] != [bos]:
+                        ids = [bos, *ids]
+                    np.asarray(ids, dtype).tofile(out)
+                    last = ids[-1] if ids else last
+            if eos is not None and last != eos:
+                np.asarray([eos], dtype).tofile(out)
+
+
+def _shard(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.npy"
+
+
+def _write_shards(directory: Path, split: str, tokens: np.ndarray, shard_tokens: int) -> list[int]:
+    parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
+    for index, part in enumerate(parts):
+        np.save(directory / _shard(split, index), part)
+    return [len(part) for part in parts]
+
+
+def _publish(building: Path, directory: Path, meta: dict[str, Any]) -> None:
+    """Swap the shards in. `meta.json` goes first and comes last, so a crash in between leaves "not prepared"."""
+    (building / META).write_text(json.dumps(meta, indent=2) + "\n")
+    (directory / META).unlink(missing_ok=True)
+    for split in SPLITS:
+        for stale in directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].npy"):
+            stale.unlink()
+        for index in range(len(meta["shards"][split])):
+            os.replace(building / _shard(split, index), directory / _shard(split, index))
+    os.replace(building / META, directory / META)
+
+
+def _read_meta(directory: Path) -> dict[str, Any] | None:
+    file = directory / META
+    if not file.is_file():
+        return None
+    meta = json.loads(file.read_text())
+    if not isinstance(meta, dict) or "request" not in meta:
+        raise ValueError(f"{file} was not written by `prepare_text` and would be lost. Choose another `directory`.")
+    return meta
+
+
+def _complete(directory: Path, meta: dict[str, Any]) -> bool:
+    for split, counts in meta["shards"].items():
+        for index, count in enumerate(counts):
+            file = directory / _shard(split, index)
+            if not file.is_file() or np.load(file, mmap_mode="r").shape != (count,):
+                return False
+    return True

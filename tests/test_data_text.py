@@ -1,0 +1,340 @@
+"""Raw text: shards, windows, streaming, and what is refused."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jlora.data import IGNORED, TextDataset, kind_of, load_data, prepare_text, preview, summary
+from jlora.data import text as text_module
+from jlora.data.chunks import CONTEXT, stable_chunks
+from jlora.data.tokens import encode, fingerprint, pad_id
+
+EOT = "<|endoftext|>"
+STORY = "".join(
+    f"Chapter {i}{'.' * (i % 3)}{chr(10) * (i % 4 + 1)}It's the {i * 37}th day; naïve cats (and dogs) said: “hé, "
+    f"東京!”  Then they ran\taway{' ' * (i % 5)}\n\n\n  indented line\r\n\r\n* item{chr(10) * (i % 5)}"
+    for i in range(60)
+)
+# https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/tokenizer.json, pre_tokenizer
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(kind="gpt2", *, bos=False, eos=True, text=STORY):
+    """A small byte-level BPE tokenizer, split as GPT-2 or Llama 3 do; `bos`: it adds one itself."""
+    backend = Tokenizer(models.BPE())
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
+    split = [pre_tokenizers.Split(Regex(LLAMA3), "isolated")] if kind == "llama3" else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, byte])
+    backend.decoder = decoders.ByteLevel()
+    special = [EOT] * eos + ["<s>"] * bos
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text, "\n\n \n\n\n"] * 2, trainer)
+    if bos:
+        ids = [("<s>", backend.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=EOT if eos else None, bos_token="<s>" if bos else None
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
+@pytest.fixture
+def story(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_bytes(STORY.encode())
+    return file
+
+
+def stored(directory, split):
+    return np.concatenate([np.load(file) for file in sorted(directory.glob(f"{split}-*.npy"))])
+
+
+# ---- cutting
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+@pytest.mark.parametrize("block", [1, 50, 333, 1000])
+def test_chunks_have_the_tokens_of_the_whole_text(kind, block):
+    tokenizer = byte_level(kind)
+    blocks = [STORY[i : i + block] for i in range(0, len(STORY), block)]
+    chunks = list(stable_chunks(blocks, lambda text: encode(tokenizer, text)))
+    assert "".join(chunks) == STORY
+    assert len(chunks) > len(STORY) // max(2 * block, 4 * CONTEXT)
+    assert sum((encode(tokenizer, chunk) for chunk in chunks), []) == encode(tokenizer, STORY)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+def test_cutting_behind_every_newline_run_would_differ_for_gpt2(kind):
+    """The reason why a cut is tried: one fixed rule does not suit both tokenizers."""
+    tokenizer = byte_level(kind)
+    joined = encode(tokenizer, "cats\n\ndogs")
+    assert (encode(tokenizer, "cats\n\n") + encode(tokenizer, "dogs") == joined) == (kind == "llama3")
+    assert (encode(tokenizer, "cats\n") + encode(tokenizer, "\ndogs") == joined) == (kind == "gpt2")
+
+
+def test_text_without_newlines_is_cut_at_spaces(tokenizer):
+    text = "the cats and dogs ran away " * 200
+    chunks = list(stable_chunks([text[:2000], text[2000:]], lambda part: encode(tokenizer, part)))
+    assert len(chunks) == 3 and sum((encode(tokenizer, c) for c in chunks), []) == encode(tokenizer, text)
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("gpt2", "s\n"), ("llama3", "s\n\n")])
+def test_the_cut_in_a_run_of_newlines_follows_the_tokenizer(kind, ends):
+    tokenizer, text = byte_level(kind), "cats\n\ndogs\n\n" * 200
+    chunks = list(stable_chunks([text[:1000], text[1000:]], lambda part: encode(tokenizer, part)))
+    assert len(chunks) == 3 and all(chunk.endswith(ends) for chunk in chunks[:-1])
+    assert sum((encode(tokenizer, c) for c in chunks), []) == encode(tokenizer, text)
+
+
+def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole_with_a_warning():
+    backend = Tokenizer(models.BPE())  # as Llama 2: no pre-tokenizer, a space put before every text
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.train_from_iterator([STORY], trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    blocks = [STORY[i : i + 500] for i in range(0, len(STORY), 500)]
+    with pytest.warns(UserWarning, match="found no place to cut .* characters of text") as caught:
+        chunks = list(stable_chunks(blocks, lambda text: backend.encode(text).ids, warn_chars=1000))
+    assert chunks == [STORY] and len(caught) == 1
+
+
+# ---- preparing
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(False, True), (True, True), (False, False)])
+def test_shards_hold_the_whole_text_split_at_the_end(tmp_path, story, monkeypatch, bos, eos):
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 401)  # cuts characters in two, too
+    tokenizer = byte_level(bos=bos, eos=eos)
+    meta = prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1, shard_tokens=500)
+    ids = [tokenizer.bos_token_id] * bos + encode(tokenizer, STORY) + [tokenizer.eos_token_id] * eos
+    train, validation = stored(tmp_path / "out", "train"), stored(tmp_path / "out", "validation")
+    assert np.concatenate([train, validation]).tolist() == ids
+    assert train.dtype == np.uint16 and meta["dtype"] == "uint16"
+    assert len(validation) == round(len(ids) / 10) == meta["tokens"]["validation"]
+    assert meta["shards"]["train"][:-1] == [500] * (len(train) // 500) and sum(meta["shards"]["train"]) == len(train)
+    assert json.loads((tmp_path / "out" / "meta.json").read_text()) == meta
+    assert not list((tmp_path / "out").glob(".partial*"))
+    assert str(tmp_path) not in json.dumps(meta)
+
+
+def test_each_file_is_a_document(tmp_path, tokenizer):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    contents = {"b.txt": "two cats", "a.txt": "one dog", "deep/c.txt": "\ufeffthree" + EOT}
+    for name, content in contents.items():
+        (tmp_path / "texts" / name).write_text(content, encoding="utf-8")
+    (tmp_path / "texts" / "notes.md").write_text("not this")
+    meta = prepare_text(tmp_path / "texts", tokenizer, directory=tmp_path / "out", eval_fraction=0.0)
+    expected = [
+        i for text in ("one dog", "two cats", "three") for i in [*encode(tokenizer, text), tokenizer.eos_token_id]
+    ]
+    assert stored(tmp_path / "out", "train").tolist() == expected
+    assert meta["documents"] == 3 and meta["tokens"]["validation"] == 0
+    files = [tmp_path / "texts" / name for name in ("a.txt", "b.txt", "deep/c.txt")]
+    prepare_text(files, tokenizer, directory=tmp_path / "list", eval_fraction=0.0)
+    assert stored(tmp_path / "list", "train").tolist() == expected
+
+
+def test_wide_ids_for_a_large_vocabulary(tmp_path, story, monkeypatch, tokenizer):
+    monkeypatch.setattr(text_module, "largest_id", lambda tokenizer: 1 << 16)
+    assert prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)["dtype"] == "uint32"
+    data = TextDataset(tmp_path / "out", "train", length=16, pad_id=0)
+    assert data.row(0).input_ids.dtype == np.int32
+    assert data.row(0).input_ids.tolist() == encode(tokenizer, STORY)[:16]
+
+
+def test_reused_exactly_when_nothing_changed(tmp_path, story, tokenizer):
+    out = tmp_path / "out"
+    arguments = {"directory": out, "eval_fraction": 0.1, "shard_tokens": 500}
+    made = prepare_text(story, tokenizer, **arguments)
+
+    def rebuilt(source=story, tok=tokenizer, **changes):
+        before = (out / "meta.json").stat().st_ino, (out / "train-00000.npy").stat().st_mtime_ns
+        prepare_text(source, tok, **arguments | changes)
+        return ((out / "meta.json").stat().st_ino, (out / "train-00000.npy").stat().st_mtime_ns) != before
+
+    (out / "mine.npy").write_bytes(b"kept")
+    assert not rebuilt()
+    moved = tmp_path / "elsewhere" / "story.txt"
+    moved.parent.mkdir()
+    shutil.copy(story, moved)
+    assert not rebuilt(moved), "the same bytes at another place"
+    assert rebuilt(eval_fraction=0.2) and not rebuilt(eval_fraction=0.2)
+    assert rebuilt(shard_tokens=100_000) and len(list(out.glob("train-*.npy"))) == 1, "stale shards are gone"
+    assert rebuilt() and prepare_text(story, tokenizer, **arguments) == made
+    assert rebuilt(tok=byte_level("llama3")) and rebuilt()
+    np.save(out / "train-00000.npy", np.zeros(3, np.uint16))
+    assert rebuilt(), "a shard was cut short"
+    (out / "train-00001.npy").unlink()
+    assert rebuilt(), "a shard was lost"
+    story.write_text(STORY[:-1], newline="")
+    assert rebuilt() and not rebuilt()
+    assert (out / "mine.npy").read_bytes() == b"kept"
+
+
+def test_a_failed_build_leaves_the_old_one(tmp_path, story, tokenizer):
+    made = prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    before = stored(tmp_path / "out", "train")
+    story.write_bytes(STORY.encode() + b"\xff")
+    with pytest.raises(ValueError, match="UTF-8"):
+        prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    assert json.loads((tmp_path / "out" / "meta.json").read_text()) == made
+    assert (stored(tmp_path / "out", "train") == before).all() and not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_a_crash_while_swapping_shards_leaves_an_unprepared_folder(tmp_path, story, tokenizer, monkeypatch):
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    moved = []
+
+    def replace_one(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(source.rename(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module.os, "replace", replace_one)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.2)
+    with pytest.raises(FileNotFoundError, match="holds no prepared text"):
+        TextDataset(tmp_path / "out", "train", length=8, pad_id=0)
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.2)
+    assert TextDataset(tmp_path / "out", "validation", length=8, pad_id=0).stats.tokens > 2
+
+
+def test_fingerprint_is_of_the_encoding_not_of_the_last_call():
+    tokenizer = byte_level()
+    before = fingerprint(tokenizer)
+    tokenizer("some text", truncation=True, max_length=2)
+    assert fingerprint(tokenizer) == before == fingerprint(byte_level())
+    assert fingerprint(byte_level(bos=True)) != before != fingerprint(byte_level("llama3"))
+
+
+@pytest.mark.parametrize("block", [4, 7, 1 << 18])
+def test_bytes_that_are_not_utf8_are_placed(tmp_path, monkeypatch, tokenizer, block):
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", block)
+    file = tmp_path / "bad.txt"
+    file.write_bytes("é one\n東京 two\nthree ".encode() + b"\xe9 four\n")
+    with pytest.raises(ValueError, match=r"bad\.txt:3: text must be UTF-8; got byte 0xe9 at offset 24 .*iconv"):
+        prepare_text(file, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    file.write_bytes(b"fine\n\xe6\x9d")
+    with pytest.raises(ValueError, match=r"bad\.txt:2: .* byte 0xe6 at offset 5 \(unexpected end of data\)"):
+        prepare_text(file, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+
+
+def test_what_prepare_text_refuses(tmp_path, story, tokenizer):
+    def refused(error, message, source=story, tok=tokenizer, **changes):
+        with pytest.raises(error, match=message):
+            prepare_text(source, tok, **{"directory": tmp_path / "out", "eval_fraction": 0.1} | changes)
+
+    refused(ValueError, r"`eval_fraction` must be in \[0, 1\); got 1", eval_fraction=1)
+    refused(ValueError, r"`shard_tokens` must be >= 1; got 0", shard_tokens=0)
+    refused(FileNotFoundError, r"no such text file: .*gone\.txt", tmp_path / "gone.txt")
+    refused(FileNotFoundError, r"no such text file: \(an empty list\)", [])
+    (tmp_path / "none").mkdir()
+    refused(FileNotFoundError, r"needs `\.txt` files; .* has none", tmp_path / "none")
+    for i in range(12):
+        (tmp_path / "none" / f"{i:02d}.txt").touch()
+    refused(ValueError, r"must not be empty; got 0 bytes in .*09\.txt and 2 more", tmp_path / "none")
+    short = tmp_path / "short.txt"
+    short.write_text("cat")
+    refused(ValueError, r"at least 2 tokens; the text has \d+, of which eval_fraction=0.1 gives [01] to vali", short)
+    short.write_text("\ufeff", encoding="utf-8")
+    refused(ValueError, r"the text has 0, of which eval_fraction=0", short, byte_level(eos=False), eval_fraction=0)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "meta.json").write_text("{}")
+    refused(ValueError, r"meta\.json was not written by `prepare_text`", directory=tmp_path / "theirs")
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 499, 500, 501, 100_000])
+def test_every_token_but_the_first_is_a_target_once(tmp_path, story, tokenizer, length):
+    prepare_text(story, tokenizer, directory=tmp_path, eval_fraction=0.1, shard_tokens=37)
+    for split in ("train", "validation"):
+        data = TextDataset(tmp_path, split, length=length, pad_id=0)
+        tokens = stored(tmp_path, split)
+        targets, positions = [], 0
+        for index in range(len(data)):
+            row = data.row(index)
+            assert 2 <= len(row.input_ids) <= length and (len(row.input_ids) == length or index == len(data) - 1)
+            assert row.labels[0] == IGNORED and (row.labels[1:] == row.input_ids[1:]).all()
+            targets += row.labels[1:].tolist()
+            positions += len(row.input_ids)
+        assert targets == tokens[1:].tolist()
+        assert data.stats.supervised_tokens == len(targets) and data.stats.tokens == len(tokens)
+        assert data.stats.padding_efficiency == pytest.approx(positions / (len(data) * length))
+
+
+def test_what_text_data_set_refuses(tmp_path, story, tokenizer):
+    with pytest.raises(FileNotFoundError, match="holds no prepared text"):
+        TextDataset(tmp_path, "train", length=8, pad_id=0)
+    prepare_text(story, tokenizer, directory=tmp_path, eval_fraction=0)
+    with pytest.raises(ValueError, match="`length` must be >= 2"):
+        TextDataset(tmp_path, "train", length=1, pad_id=0)
+    with pytest.raises(ValueError, match="`split` must be one of train, validation; got 'test'"):
+        TextDataset(tmp_path, "test", length=8, pad_id=0)
+    with pytest.raises(ValueError, match=r"'validation' in .* has 0.*another `eval_fraction` \(it was 0.0\)"):
+        TextDataset(tmp_path, "validation", length=8, pad_id=0)
+    data = TextDataset(tmp_path, "train", length=8, pad_id=0)
+    for index in (-1, len(data)):
+        with pytest.raises(IndexError, match="`index` must be in 0.."):
+            data.row(index)
+
+
+# ---- load_data
+
+
+def test_load_data_of_text(tmp_path, story, tokenizer):
+    arguments = {"max_length": 32, "seed": 0, "directory": tmp_path / "out"}
+    train, evaluation = load_data(story, tokenizer, **arguments)
+    n_tokens = train.stats.tokens + evaluation.stats.tokens
+    assert evaluation.stats.tokens == round(n_tokens / 10)
+    assert (train.length, train.pad_id) == (32, pad_id(tokenizer)) == (32, tokenizer.eos_token_id)
+    train, evaluation = load_data(str(story), tokenizer, eval_fraction=0, **arguments)
+    assert train.stats.tokens == n_tokens and evaluation is None
+    other = tmp_path / "other.txt"
+    other.write_text("other text\n" * 9)
+    train, evaluation = load_data([story], tokenizer, eval_data=other, **arguments)
+    assert train.stats.tokens == n_tokens
+    assert evaluation.stats.tokens == len(encode(tokenizer, "other text\n" * 9)) + 1
+    shown = [preview(data, tokenizer, rows=1)[0] for data in (train, evaluation)]
+    assert [[flag for _, flag in runs] for runs in shown] == [[False, True]] * 2
+    assert STORY.startswith("".join(text for text, _ in shown[0]))
+    assert summary(train)["supervised_share"] == pytest.approx((n_tokens - 1) / n_tokens)
+
+
+def test_preparing_a_long_text_gives_no_warning(tmp_path, story, tokenizer, caplog):
+    tokenizer = byte_level()
+    tokenizer.model_max_length = 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    assert not caplog.records
+
+
+def test_kind_of_a_source(tmp_path, story):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.csv").touch()
+    assert kind_of(story) == kind_of(tmp_path) == kind_of([story, str(story)]) == "text"
+    assert kind_of(tmp_path / "a.jsonl") == kind_of("tatsu-lab/alpaca") == kind_of("owner/name-v1.0") == "records"
+    for wrong in (tmp_path / "a.csv", "notes.parquet"):
+        with pytest.raises(ValueError, match=r"data must be a \.txt, \.jsonl, \.json file.* got '.*(csv|parquet)'"):
+            kind_of(wrong)
+    for gone in ("gone.txt", "gone.json", "./gone", "/a/b/c", "../x"):
+        with pytest.raises(FileNotFoundError, match=f"no such data file: {gone}"):
+            kind_of(gone)
+    with pytest.raises(ValueError, match=r"a list of data files must be `\.txt` files; got .*a\.jsonl"):
+        kind_of([story, tmp_path / "a.jsonl"])
