@@ -7,6 +7,9 @@ from jlora._tree import nbytes as nbytes
 from jlora._weight import Weight as Weight
 from jlora.comparison import compare as compare
 from jlora.evaluation import evaluate as evaluate
+from jlora.finetuning import FinetuneConfig as FinetuneConfig
+from jlora.finetuning import FinetuneResult as FinetuneResult
+from jlora.finetuning import finetune as finetune
 from jlora.generation import generate as generate
 from jlora.io import load as load
 from jlora.io import load_adapter as load_adapter

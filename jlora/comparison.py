@@ -48,7 +48,10 @@ class Comparison:
         lines = ["# Base and adapted model", ""]
         if self.base is not None and self.adapted is not None:
             lines += ["| held-out | loss | perplexity |", "| --- | --- | --- |"]
-            lines += [f"| {n} | {e.loss:.4f} | {e.perplexity:.2f} |" for n, e in (("base", self.base), ("adapted", self.adapted))]
+            lines += [
+                f"| {n} | {e.loss:.4f} | {e.perplexity:.2f} |"
+                for n, e in (("base", self.base), ("adapted", self.adapted))
+            ]
             lines.append("")
         for p in self.prompts:
             lines += [f"## {_one_line(p.prompt)}", "", f"KL {p.kl:.4f} nats, L2 {p.l2:.2f}", ""]
@@ -91,7 +94,8 @@ def compare(
     }  # fmt: skip
     ids = [list(row) for _, row in prompts]
     texts = {
-        name: [decode(row) for row in generate(model, tree, ids, **sampling)] for name, tree in (("base", base), ("adapted", params))
+        name: [decode(row) for row in generate(model, tree, ids, **sampling)]
+        for name, tree in (("base", base), ("adapted", params))
     }
     rows = []
     for i, (text, row) in enumerate(prompts):

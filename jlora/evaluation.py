@@ -47,5 +47,7 @@ def evaluate(model: Model, params: Params, batches: Iterable[Batch]) -> Evaluati
         loss, supervised = _batch_loss(model, params, dict(batch))
         total, tokens, n = total + float(loss), tokens + int(supervised), n + 1
     if tokens == 0:
-        raise ValueError(f"There is nothing to evaluate: {n} batches without a supervised token. Check the data's labels.")
+        raise ValueError(
+            f"There is nothing to evaluate: {n} batches without a supervised token. Check the data's labels."
+        )
     return Evaluation(total / tokens, tokens, n)

@@ -50,7 +50,11 @@ def generate(
         ValueError: for an argument out of its range, an empty prompt, an id outside the vocabulary, or more positions
             than the model has.
     """
-    prompts = [list(map(int, row)) for row in np.asarray(prompt_ids)] if hasattr(prompt_ids, "shape") else list(map(list, prompt_ids))
+    prompts = (
+        [list(map(int, row)) for row in np.asarray(prompt_ids)]
+        if hasattr(prompt_ids, "shape")
+        else list(map(list, prompt_ids))
+    )
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
@@ -86,9 +90,13 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"`top_k` must be 0 (all) or more and `top_p` in (0, 1]; got top_k={top_k}, top_p={top_p}.")
     if key is None and temperature > 0:
-        raise ValueError("`generate` samples at temperature > 0 and needs a key: pass `key=jax.random.key(0)` or `temperature=0`.")
+        raise ValueError(
+            "`generate` samples at temperature > 0 and needs a key: pass `key=jax.random.key(0)` or `temperature=0`."
+        )
     if not prompts or not all(prompts):
-        raise ValueError("Every prompt needs at least one token; start an empty one with the end-of-text or begin-of-text id.")
+        raise ValueError(
+            "Every prompt needs at least one token; start an empty one with the end-of-text or begin-of-text id."
+        )
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.max_length:
         raise ValueError(
@@ -98,7 +106,9 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
     for prompt in prompts:
         bad = [i for i in prompt if not 0 <= i < config.vocab_size]
         if bad:
-            raise ValueError(f"Token ids must be in 0..{config.vocab_size - 1}; got {bad[0]}. Is this the model's own tokenizer?")
+            raise ValueError(
+                f"Token ids must be in 0..{config.vocab_size - 1}; got {bad[0]}. Is this the model's own tokenizer?"
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))

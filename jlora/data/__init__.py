@@ -4,6 +4,7 @@ from jlora.data.batches import IGNORED as IGNORED
 from jlora.data.batches import Dataset as Dataset
 from jlora.data.batches import Row as Row
 from jlora.data.batches import batch as batch
+from jlora.data.batches import batch_tokens as batch_tokens
 from jlora.data.batches import eval_batches as eval_batches
 from jlora.data.batches import steps_per_epoch as steps_per_epoch
 from jlora.data.batches import supervised_tokens as supervised_tokens

@@ -59,9 +59,12 @@ def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[st
         raise ValueError(f"`step` must be >= 0; got {step}. Steps count from 0 over all epochs.")
     if seed < 0:
         raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
-    epoch, place = divmod(step, steps_per_epoch(dataset, batch_size=batch_size))
-    chosen = _order(len(dataset), seed, epoch)[place * batch_size : (place + 1) * batch_size]
-    return _padded(dataset, chosen, batch_size)
+    return _padded(dataset, _chosen(dataset, step, batch_size, seed), batch_size)
+
+
+def batch_tokens(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> int:
+    """Tokens in the batch of a step, padding not counted: what throughput is made of."""
+    return sum(len(dataset.row(int(index)).input_ids) for index in _chosen(dataset, step, batch_size, seed))
 
 
 def eval_batches(dataset: Dataset, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -103,6 +106,11 @@ def _order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.Generator(source).permutation(n_rows)
     order.setflags(write=False)  # shared by every caller through the cache
     return order
+
+
+def _chosen(dataset: Dataset, step: int, batch_size: int, seed: int) -> np.ndarray:
+    epoch, place = divmod(step, steps_per_epoch(dataset, batch_size=batch_size))
+    return _order(len(dataset), seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
 def _padded(dataset: Dataset, indices: Sequence[int] | np.ndarray, batch_size: int) -> dict[str, np.ndarray]:

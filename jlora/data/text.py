@@ -133,6 +133,7 @@ class TextDataset:
                 f"Prepare the text with another `eval_fraction` (it was {meta['request']['eval_fraction']})."
             )
         self.length, self.pad_id = length, pad_id
+        self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
         counts = meta["shards"][split]
         self._shards = [np.load(directory / _shard(split, i), mmap_mode="r") for i in range(len(counts))]
         self._starts = [0, *accumulate(counts)]
@@ -151,6 +152,10 @@ class TextDataset:
 
     def __len__(self) -> int:
         return self.stats.rows
+
+    def digest(self) -> str:
+        """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""
+        return self._digest
 
     def row(self, index: int) -> Row:
         """Window `index`: tokens from `index * (length - 1)`, all of them targets but the first.

@@ -45,7 +45,9 @@ class Checkpoint(contextlib.AbstractContextManager):
         try:
             handle = self._stack.enter_context(safe_open(file, framework="numpy"))
         except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is not a valid safetensors file ({error}). Download or write it again.") from error
+            raise ValueError(
+                f"{str(file)!r} is not a valid safetensors file ({error}). Download or write it again."
+            ) from error
         names = set(handle.keys())
         if promised is not None and promised - names:
             raise ValueError(
@@ -82,7 +84,11 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
     others = sorted(f.name for f in path.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".msgpack", ".h5"))
     raise FileNotFoundError(
         f"There is no model.safetensors and no {INDEX} in {str(path)!r}"
-        + (f", only {', '.join(others)}: open it in transformers and call `model.save_pretrained(directory)`." if others else ".")
+        + (
+            f", only {', '.join(others)}: open it in transformers and call `model.save_pretrained(directory)`."
+            if others
+            else "."
+        )
     )
 
 
@@ -95,7 +101,9 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> 
     partial.replace(path)
 
 
-def save_sharded(directory: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int) -> Iterator[Path]:
+def save_sharded(
+    directory: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int
+) -> Iterator[Path]:
     """`model.safetensors`, or shards of at most `max_shard_bytes` with their index. Yields each file when it is written."""
     directory = Path(directory)
     plan = split_state_dict_into_shards_factory(

@@ -80,7 +80,9 @@ def _check(directory, model, expected, names, checkpoint: Checkpoint) -> None:
     }
     ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model)]
     problems = mismatches(shapes, checkpoint.shapes, ignorable)
-    problems += [f"dtype: {n} is {checkpoint.dtypes[n]}" for n in shapes if checkpoint.dtypes.get(n, "F32") not in _FLOATS]
+    problems += [
+        f"dtype: {n} is {checkpoint.dtypes[n]}" for n in shapes if checkpoint.dtypes.get(n, "F32") not in _FLOATS
+    ]
     if problems:
         raise ValueError(
             f"The tensors in {str(directory)!r} do not fit its config.json ({model.config.model_type}):\n  "
@@ -96,7 +98,9 @@ def find(name: str | os.PathLike) -> Path:
         return directory
     text = os.fspath(name)
     if directory.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise FileNotFoundError(f"{text!r} is not a directory. Pass a Hugging Face model directory, or a hub id such as 'gpt2'.")
+        raise FileNotFoundError(
+            f"{text!r} is not a directory. Pass a Hugging Face model directory, or a hub id such as 'gpt2'."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -116,7 +120,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         adapter = (directory / "adapter_config.json").is_file()
         raise FileNotFoundError(
             f"There is no config.json in {str(directory)!r}."
-            + (" It holds an adapter: load its base model, then `jlora.load_adapter(directory, params)`." if adapter else "")
+            + (
+                " It holds an adapter: load its base model, then `jlora.load_adapter(directory, params)`."
+                if adapter
+                else ""
+            )
         )
     try:
         fields = json.loads(path.read_text())
@@ -126,7 +134,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
     if fields.get("quantization_config"):
         method = fields["quantization_config"].get("quant_method")
-        raise ValueError(f"{str(directory)!r} is quantized ({method!r}); jlora loads dense float checkpoints. Load its dense original.")
+        raise ValueError(
+            f"{str(directory)!r} is quantized ({method!r}); jlora loads dense float checkpoints. Load its dense original."
+        )
     return fields
 
 
@@ -140,8 +150,8 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         return AutoTokenizer.from_pretrained(find(name))
     except (OSError, ValueError, TypeError) as error:
         raise FileNotFoundError(
-            f"{os.fspath(name)!r} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). Copy tokenizer.json and "
-            "tokenizer_config.json of its base model into the directory."
+            f"{os.fspath(name)!r} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+            "Copy tokenizer.json and tokenizer_config.json of its base model into the directory."
         ) from error
 
 
@@ -164,17 +174,23 @@ def save_pretrained(
     directory = Path(directory)
     existing = sorted(f.name for f in directory.glob("*.safetensors*"))
     if existing:
-        raise FileExistsError(f"{str(directory)!r} already holds {existing[0]!r}; choose another directory or remove it first.")
+        raise FileExistsError(
+            f"{str(directory)!r} already holds {existing[0]!r}; choose another directory or remove it first."
+        )
     leaves = flatten(params)
     depth = model.config.depth
     tensors = {}
     for path, leaf in leaves.items():
         dense = merge(leaf)
-        rows = [(path, dense)] if layer_path(path, 0) is None else [(layer_path(path, i), dense[i]) for i in range(depth)]
+        rows = (
+            [(path, dense)] if layer_path(path, 0) is None else [(layer_path(path, i), dense[i]) for i in range(depth)]
+        )
         for row_path, row in rows:
             array = np.asarray(row)
             if not np.isfinite(array.astype(np.float32)).all():
-                raise ValueError(f"{row_path!r} is not finite after merging; nothing was written. The adapter has diverged.")
+                raise ValueError(
+                    f"{row_path!r} is not finite after merging; nothing was written. The adapter has diverged."
+                )
             tensors[hf_name(row_path)] = array.T if is_transposed(row_path, model) else array
     directory.mkdir(parents=True, exist_ok=True)
     for _ in save_sharded(directory, tensors, max_shard_bytes=max_shard_bytes):
@@ -186,5 +202,3 @@ def save_pretrained(
     (directory / "generation_config.json").write_text(json.dumps(special, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-
-

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from jlora.models import Model
 
 # Buffers that old checkpoints carry and that hold no parameters: causal masks and rotary frequencies.
-_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_BUFFERS = re.compile(
+    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
 
 
 def hf_name(path: str) -> str:
@@ -25,7 +27,9 @@ def checkpoint_names(paths: Iterable[str], present: Iterable[str]) -> dict[str, 
     """Tree path -> name in a checkpoint that has the names `present`; the hub's GPT-2 files lack the "transformer." prefix."""
     names = {path: hf_name(path) for path in paths}
     present = list(present)
-    if all(n.startswith("transformer.") for n in names.values()) and not any(n.startswith("transformer.") for n in present):
+    if all(n.startswith("transformer.") for n in names.values()) and not any(
+        n.startswith("transformer.") for n in present
+    ):
         names = {path: n.removeprefix("transformer.") for path, n in names.items()}
     return names
 

@@ -42,7 +42,9 @@ def stack_layers(params: Params) -> dict[str, Any]:
     for path, layers in groups.items():
         kinds = {} if None in layers else {str(_kind(layer)): i for i, layer in reversed(list(enumerate(layers)))}
         if len(layers) < depth or len(kinds) != 1:
-            detail = "; ".join(f"layer {i}: {kind}" for kind, i in kinds.items()) or f"some of the {depth} layers lack it"
+            detail = (
+                "; ".join(f"layer {i}: {kind}" for kind, i in kinds.items()) or f"some of the {depth} layers lack it"
+            )
             raise ValueError(
                 f"The layers of {path!r} differ and cannot be stacked: {detail}. Keep the per-layer form, which every model "
                 "runs as well, or adapt all layers alike."
@@ -64,7 +66,9 @@ def unstack_layers(params: Params) -> dict[str, Any]:
         ValueError: when the tree is not stacked.
     """
     if not is_stacked(params):
-        raise ValueError("`unstack_layers` takes a tree made by `stack_layers`; the layers of this one are not stacked.")
+        raise ValueError(
+            "`unstack_layers` takes a tree made by `stack_layers`; the layers of this one are not stacked."
+        )
     flat: dict[str, Any] = {}
     for path, leaf in flatten(params).items():
         if layer_path(path, 0) is None:

@@ -90,7 +90,9 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
                 "kernels: take it out of `targets`."
             )
         else:
-            problems.append(f"`targets` {name!r} matches no linear kernel.{_nearest(name, kernels)}{_regex_hint(name, config)}")
+            problems.append(
+                f"`targets` {name!r} matches no linear kernel.{_nearest(name, kernels)}{_regex_hint(name, config)}"
+            )
 
     if config.layers_to_transform is not None:
         there = {layer_index(m) for m in targeted}

@@ -184,4 +184,3 @@ def adapted_modules(params: Params) -> dict[str, LoraWeight]:
         for i, p in enumerate(layer_paths(path, leaf.lora_A)):
             found[module_path(p)] = leaf if p == path else jax.tree.map(lambda x, i=i: x[i], leaf)
     return found
-

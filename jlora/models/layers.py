@@ -155,7 +155,10 @@ def attention(
     """Grouped-query attention, scaled by 1/sqrt(head_dim), softmax in float32. `mask` None: causal, kv_len = seq."""
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    if attention_kernel(dtype=q.dtype, head_dim=head_dim, masked=mask is not None, backend=jax.default_backend()) == "cudnn":
+    if (
+        attention_kernel(dtype=q.dtype, head_dim=head_dim, masked=mask is not None, backend=jax.default_backend())
+        == "cudnn"
+    ):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if mask is None:
         mask = jnp.tril(jnp.ones((seq, seq), bool))[None]
@@ -222,7 +225,9 @@ class Layers(nn.Module):
         return x, None if cache is None else caches
 
 
-def run_layers(parent: nn.Module, name: str, block: type[nn.Module], depth: int, remat: Remat, x, cache, context, **kwargs):
+def run_layers(
+    parent: nn.Module, name: str, block: type[nn.Module], depth: int, remat: Remat, x, cache, context, **kwargs
+):
     """Runs `depth` blocks in the form that the parameters have: unrolled per layer, or one `nn.scan` over a stack.
 
     Args:

@@ -1,5 +1,6 @@
 """Training checkpoints: adapter, optimizer state and step, through Orbax, atomic on disk."""
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -14,8 +15,7 @@ from jlora.train.step import TrainState
 class Checkpoints:
     """A directory of checkpoints, named by step. Keeps the last `keep` and the one with the lowest evaluation loss.
 
-    Beside each state lies a JSON `extra` of the caller's. A checkpoint that was being written when the process died is not
-    seen again: Orbax writes to a temporary name and renames.
+    A checkpoint that was being written when the process died is not seen again: Orbax writes to a temporary name and renames.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
@@ -25,10 +25,14 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1; got {keep}.")
         self._ocp = ocp
-        best = policy.BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        # Said whenever a checkpoint falls between two evaluations, which is as it should be.
+        logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+        best = policy.BestN(
+            get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(),
-            item_names=("state", "extra"),
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
                 best_fn=lambda m: m["eval_loss"],
@@ -39,15 +43,14 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, *, extra: dict[str, Any], eval_loss: float | None) -> None:
+    def save(self, state: TrainState, *, eval_loss: float | None) -> None:
         """Writes the state as of `state.step`; a step that is saved already is left as it is."""
-        args = self._ocp.args
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         self._manager.save(
             step,
-            args=args.Composite(state=args.StandardSave(_named(state)), extra=args.JsonSave(extra)),
+            args=self._ocp.args.StandardSave(_named(state)),
             metrics=None if eval_loss is None or not math.isfinite(eval_loss) else {"eval_loss": eval_loss},
         )
         self._manager.wait_until_finished()
@@ -62,8 +65,8 @@ class Checkpoints:
         """The saved step with the lowest evaluation loss."""
         return self._manager.best_step()
 
-    def restore(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """(state, extra) of a saved step.
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """The state of a saved step.
 
         Args:
             like: a state with the structure, shapes and dtypes to restore.
@@ -71,10 +74,9 @@ class Checkpoints:
         Raises:
             ValueError: when the saved state is of another adapter or optimizer, with the difference.
         """
-        args = self._ocp.args
         wanted = _named(like)
-        saved = self._manager.item_metadata(step)["state"]
-        found = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in dict(saved).items()}
+        saved = dict(self._manager.item_metadata(step))
+        found = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in saved.items()}
         expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
         if found != expected:
             names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
@@ -84,11 +86,8 @@ class Checkpoints:
                 "Resume with the configuration that wrote it, or start anew with another `--output`."
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-        restored = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(abstract), extra=args.JsonRestore())
-        )
-        leaves = [restored["state"][name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["extra"]
+        restored = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def close(self) -> None:
         self._manager.close()

@@ -38,7 +38,9 @@ def causal_lm_loss(model: Model, *, chunk: int = CHUNK) -> LossFn:
         weight, transpose = model.output_head(params)
         targets, supervised = next_tokens(batch["labels"], batch.get("segment_ids"))
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss = cross_entropy(flat, weight, targets.reshape(-1), supervised.reshape(-1), transpose=transpose, chunk=chunk)
+        loss = cross_entropy(
+            flat, weight, targets.reshape(-1), supervised.reshape(-1), transpose=transpose, chunk=chunk
+        )
         return loss, jnp.sum(supervised, dtype=jnp.int32)
 
     return loss_fn

@@ -68,7 +68,9 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
             return gradient(adapter, base, batch, key)
         rows = batch["input_ids"].shape[0]
         if rows % accumulate:
-            raise ValueError(f"`accumulate` must divide the rows of a batch; got {rows} rows and accumulate={accumulate}.")
+            raise ValueError(
+                f"`accumulate` must divide the rows of a batch; got {rows} rows and accumulate={accumulate}."
+            )
         micro = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), dict(batch))
         start = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),

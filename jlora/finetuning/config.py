@@ -1,0 +1,150 @@
+"""`FinetuneConfig`: every option of a fine-tuning run, and the one home of each default."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from jlora.lora import LoraConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune a GPT-2, Llama or Qwen2 checkpoint with LoRA on text, instructions or chats."""
+
+    model: str
+    """Hugging Face directory or hub id of the base model."""
+    data: str
+    """A .txt file or folder of them (raw text), a .jsonl or .json file, or the id of a hub data set (records with
+    instruction, input, output; or messages)."""
+    output: str
+    """Directory of the run. An existing one is refused without --resume."""
+
+    eval_data: str | None = None
+    """Evaluate on this file instead of a share of --data."""
+    eval_fraction: float | None = None
+    """Share of --data to evaluate on (default 0.1 without --eval-data); 0: no evaluation."""
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """How records become text: Alpaca's prompt, or the tokenizer's own chat template."""
+    max_length: int | None = None
+    """Tokens in a row; longer records are cut. Default: 512, or the model's limit if that is less."""
+    pack: bool = False
+    """Put several records into a row; they do not see each other."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the input of the update."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module names to adapt, such as q_proj v_proj; or one regular expression for whole module paths."""
+    exclude: tuple[str, ...] = ()
+    """Module names not to adapt."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Adapt these layers only."""
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(rank)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Initialization of lora_A."""
+
+    epochs: float | None = None
+    """Passes over the data; default 3 where --steps is not given."""
+    steps: int | None = None
+    """Optimizer steps, instead of --epochs."""
+    batch_size: int = 8
+    """Rows in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches in a step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    warmup_fraction: float = 0.03
+    """Share of the steps in which the rate rises linearly; then it falls along a cosine to 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this global norm; 0: no clipping."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    seed: int = 0
+    """Of initialization, data order and dropout."""
+
+    eval_every: int | None = None
+    """Evaluate every so many steps; default: ten times a run. Always before the first step and after the last."""
+    checkpoint_every: int | None = None
+    """Save the state every so many steps; default: ten times a run. Always after the last step."""
+    keep: int = 2
+    """How many of the last checkpoints to keep, besides the best."""
+    save: Literal["last", "best"] = "last"
+    """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
+    form: Literal["auto", "per-layer", "stacked"] = "auto"
+    """Layers unrolled, or stacked under one scan; auto: per-layer on CPU (faster there), stacked elsewhere (compiles in
+    constant time) unless single layers are named."""
+    remat: Literal["none", "layer"] = "none"
+    """layer: recompute each layer in the backward pass, for less memory."""
+
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint, to the same result as if it had not stopped."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def __post_init__(self):
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("This run cannot start:\n  " + "\n  ".join(problems))
+        self.lora()  # raises for adapter options out of their range
+
+    def _problems(self):
+        for name in ("batch_size", "accumulate", "keep", "steps", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"`{name}` must be at least 1; got {value}."
+        if self.max_length is not None and self.max_length < 2:
+            yield f"`max_length` must be at least 2, a token and the one it predicts; got {self.max_length}."
+        if self.steps is not None and self.epochs is not None:
+            yield f"`steps` and `epochs` exclude each other; got steps={self.steps} and epochs={self.epochs}."
+        if self.epochs is not None and not self.epochs > 0:
+            yield f"`epochs` must be positive; got {self.epochs}."
+        if not self.learning_rate > 0:
+            yield f"`learning_rate` must be positive; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
+        if not 0 <= self.warmup_fraction < 1:
+            yield f"`warmup_fraction` must be in [0, 1); got {self.warmup_fraction}."
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                yield f"`{name}` must be 0 or positive; got {getattr(self, name)}."
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"`{name}` must be in [0, 1); got {getattr(self, name)}."
+        if self.seed < 0:
+            yield f"`seed` must be 0 or positive; got {self.seed}."
+        if self.eval_data is not None and self.eval_fraction:
+            yield "`eval_data` and `eval_fraction` exclude each other; leave one out."
+        if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:
+            yield "`save` 'best' needs an evaluation: give `eval_data` or an `eval_fraction` above 0."
+
+    def lora(self) -> LoraConfig:
+        """The adapter's own config."""
+        return LoraConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=_targets(self.targets),
+            dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            init=self.init,
+            exclude=self.exclude,
+            layers_to_transform=self.layers_to_transform,
+        )
+
+
+def _targets(names: tuple[str, ...]) -> str | tuple[str, ...]:
+    """One word that is "all-linear" or has characters no module name has is meant as PEFT's string form."""
+    if len(names) == 1 and (names[0] == "all-linear" or re.search(r"[\\*+?()\[\]|^$]", names[0])):
+        return names[0]
+    return names

@@ -1,0 +1,102 @@
+"""What a run prints: what is trained on what, a progress bar, and what came of it."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jlora._tree import count
+from jlora.evaluation import perplexity
+from jlora.lora import LoraWeight, adapted_modules
+
+_PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal there is no bar: a line this often."""
+
+
+def trained_table(params: Any) -> Table:
+    """Adapted modules, the layers of each folded into one row."""
+    groups: dict[tuple[str, int, tuple[int, int]], list[LoraWeight]] = {}
+    for module, weight in adapted_modules(params).items():
+        name = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
+        groups.setdefault((name, weight.rank, (weight.lora_A.shape[0], weight.lora_B.shape[1])), []).append(weight)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title, justify in (
+        ("trained", "left"),
+        ("kernel", "right"),
+        ("layers", "right"),
+        ("rank", "right"),
+        ("parameters", "right"),
+    ):
+        table.add_column(title, justify=justify)
+    for (name, rank, (d_in, d_out)), weights in groups.items():
+        table.add_row(
+            name, f"{d_in} x {d_out}", str(len(weights)), str(rank), f"{len(weights) * rank * (d_in + d_out):,}"
+        )
+    return table
+
+
+def device_name() -> str:
+    """The device that runs, such as "cpu" or "NVIDIA H200"."""
+    devices = jax.devices()
+    return devices[0].device_kind + (f" ({len(devices)} visible, one used)" if len(devices) > 1 else "")
+
+
+class Display:
+    """Prints to a rich console; `quiet` prints nothing."""
+
+    def __init__(self, *, quiet: bool):
+        self.console = Console(quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.console.print(table)
+
+    def trained(self, params: Any, adapter: Any) -> None:
+        self.console.print()
+        self.console.print(trained_table(params))
+        trained, total = count(adapter), count(params)
+        self.console.print(f"[bold]{trained:,}[/] of {total:,} parameters are trained ({trained / total:.2%})\n")
+
+    def start(self, total: int, done: int) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total, completed=done, text="compiling")
+        self._progress.start()
+
+    def step(self, entry: Mapping[str, Any], total: int) -> None:
+        text = (
+            f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.1e}  grad {entry['grad_norm']:.2f}  "
+            f"{entry['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=entry["step"], text=text)
+        elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or entry["step"] in (1, total):
+            self._last_line = time.monotonic()
+            self.console.print(f"step {entry['step']}/{total}  {text}")
+
+    def evaluated(self, step: int, loss: float) -> None:
+        where = "before training" if step == 0 else f"step {step}"
+        self.console.print(f"{where}: evaluation loss [bold]{loss:.4f}[/], perplexity [bold]{perplexity(loss):.2f}[/]")
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
