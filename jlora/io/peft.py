@@ -136,3 +136,11 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
             return dataclasses.replace(leaf, lora_A=factor("lora_A"), lora_B=factor("lora_B"))
 
         return map_with_path(fill, adapted)
+
+
+def base_model_of(directory: str | os.PathLike) -> str | None:
+    """The base model that an adapter's config names."""
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter_config.json in {os.fspath(directory)!r}.")
+    return json.loads(path.read_text()).get("base_model_name_or_path")

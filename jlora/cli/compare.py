@@ -1,0 +1,53 @@
+"""`jlora compare`."""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
+from jlora.cli.prompts import Prompts, read_prompts
+from jlora.comparison import compare
+from jlora.data import eval_batches
+from jlora.report import print_comparison
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(EvaluationData, Prompts, Weights):
+    """Base and adapted model side by side: samples, KL divergence, perplexity."""
+
+    template: Literal["none", "alpaca", "chat"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """none: continue prompts as they are; alpaca, chat: take them as instructions. Records in --data are rendered by
+    alpaca where this is none."""
+    output: str | None = None
+    """Write compare.md and compare.json into this directory."""
+
+
+def run(options: Compare) -> None:
+    if options.adapter is None:
+        raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
+    model, params, tokenizer = load_weights(options)
+    prompts = read_prompts(options, tokenizer)
+    for_data = dataclasses.replace(options, template="alpaca") if options.template == "none" else options
+    with open_data(for_data, tokenizer, model) if options.data else nullcontext() as data:
+        result = compare(
+            model,
+            params,
+            prompts,
+            decode=lambda row: tokenizer.decode(row, skip_special_tokens=True),
+            key=jax.random.key(options.seed),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            held_out=None if data is None else lambda: eval_batches(data, batch_size=options.batch_size),
+        )
+    print_comparison(result)
+    if options.output is not None:
+        directory = Path(options.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "compare.md").write_text(result.to_markdown())
+        (directory / "compare.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")

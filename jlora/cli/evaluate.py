@@ -1,0 +1,39 @@
+"""`jlora evaluate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
+from jlora.data import eval_batches
+from jlora.evaluation import evaluate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(EvaluationData, Weights):
+    """Loss and perplexity of a model, with or without an adapter, as JSON."""
+
+    output: str | None = None
+    """Also write the JSON to this file."""
+
+
+def run(options: Evaluate) -> None:
+    model, params, tokenizer = load_weights(options)
+    with open_data(options, tokenizer, model) as data:
+        result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
+    report = {
+        "model": resolve_model(options),
+        "adapter": options.adapter,
+        "data": options.data,
+        "split": options.split,
+        "eval_loss": result.loss,
+        "perplexity": result.perplexity,
+        "batches": result.batches,
+        "supervised_tokens": result.supervised_tokens,
+        "batch_size": options.batch_size,
+        "max_length": data.length,
+    }
+    text = json.dumps(report, indent=2)
+    if options.output is not None:
+        Path(options.output).write_text(text + "\n")
+    print(text)

@@ -1,0 +1,100 @@
+"""`jlora inspect`."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jlora._tree import flatten
+from jlora.cli.base import EvaluationData, Weights, open_data, resolve_model
+from jlora.data import preview, summary
+from jlora.formats import Checkpoint
+from jlora.io import find, load_tokenizer, read_config
+from jlora.io.peft import PREFIX, WEIGHTS, base_model_of
+from jlora.lora import LoraConfig
+from jlora.lora.targets import linear_kernels
+from jlora.models import abstract_params, model_from_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(EvaluationData, Weights):
+    """Look before training: rendered data with its supervised tokens, a model's targets, an adapter's norms."""
+
+    split: str = "all"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """all, train or validation."""
+    rows: int = 3
+    """Rows of the data to show."""
+
+
+def run(options: Inspect) -> None:
+    console = Console(highlight=False)
+    if options.adapter is not None:
+        console.print(adapter_table(options.adapter))
+    if options.data is not None:
+        show_data(options, console)
+    elif options.adapter is None:
+        console.print(kernel_table(resolve_model(options)))
+
+
+def show_data(options: Inspect, console: Console) -> None:
+    name = resolve_model(options)
+    tokenizer = load_tokenizer(name)
+    model = model_from_config(read_config(find(name)), dtype=jnp.float32)
+    with open_data(options, tokenizer, model) as data:
+        counts = summary(data)
+        for number, runs in enumerate(preview(data, tokenizer, rows=options.rows), start=1):
+            console.rule(f"row {number} of {counts['rows']}", align="left", style="dim")
+            console.print(Text.assemble(*((text, "bold green underline" if on else "dim") for text, on in runs)))
+    console.rule(style="dim")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for field, value in counts.items():
+        if isinstance(value, tuple):
+            value = ", ".join(value[:5]) + (" …" if len(value) > 5 else "")
+            if not value:
+                continue
+        shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        table.add_row(field.replace("_", " "), shown)
+    console.print(table)
+    console.print("[bold green underline]green[/]: supervised (the loss is on these tokens); [dim]dim[/]: context only")
+
+
+def kernel_table(name: str) -> Table:
+    """The linear kernels that `--targets` can name."""
+    model = model_from_config(read_config(find(name)), dtype=jnp.float32)
+    tree = abstract_params(model)
+    leaves = flatten(tree)
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for module, path in linear_kernels(tree).items():
+        tail = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
+        groups.setdefault(tail, []).append(leaves[path].shape)
+    table = Table(box=None, pad_edge=False, header_style="dim", title=f"{name}: linear kernels", title_justify="left")
+    for title in ("target", "kernel [in, out]", "layers"):
+        table.add_column(title)
+    for tail, shapes in groups.items():
+        table.add_row(tail, " x ".join(map(str, shapes[0])), str(len(shapes)))
+    return table
+
+
+def adapter_table(directory: str) -> Table:
+    """An adapter's config, and the norm of each update's B, which is 0 where nothing was learned."""
+    config = LoraConfig.load(directory)
+    fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
+    title = f"{directory}: base {base_model_of(directory)}\n{json.dumps(fields)}"
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for column in ("module", "rank", "scaling", "norm of B"):
+        table.add_column(column)
+    with Checkpoint(find(directory) / WEIGHTS) as file:
+        for name in sorted(file.shapes):
+            if name.endswith(".lora_B.weight"):
+                module = name.removeprefix(PREFIX).removesuffix(".lora_B.weight")
+                norm = float(jnp.linalg.norm(jnp.asarray(file.read(name), jnp.float32)))
+                table.add_row(
+                    module,
+                    str(config.rank_of(module)),
+                    f"{config.scaling_of(module):g}",
+                    f"{norm:.4f}" if norm else "0 (untrained)",
+                )
+    return table

@@ -1,0 +1,60 @@
+"""Pictures and tables of finished runs and comparisons."""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jlora.comparison import Comparison
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Base and adapted samples side by side, with the distance of the next-token distributions."""
+    console = console or Console(highlight=False)
+    if comparison.base is not None and comparison.adapted is not None:
+        table = Table(title="held-out", title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for column in ("", "loss", "perplexity"):
+            table.add_column(column)
+        for name, e in (("base", comparison.base), ("adapted", comparison.adapted)):
+            table.add_row(name, f"{e.loss:.4f}", f"{e.perplexity:.2f}")
+        console.print(table)
+    for row in comparison.prompts:
+        table = Table(title=row.prompt.strip(), title_style="bold", title_justify="left", expand=True, show_lines=False)
+        table.add_column("base", ratio=1, style="dim")
+        table.add_column(f"adapted (KL {row.kl:.3f} nats, L2 {row.l2:.1f})", ratio=1)
+        # Text from a model may hold square brackets, which are markup to rich.
+        table.add_row(*(text.strip().replace("[", "\\[") for text in (row.base, row.adapted)))
+        console.print(table)
+
+
+def plot_history(metrics: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Draws a run's metrics.jsonl: training loss by step, evaluation loss over it, learning rate below. PNG or SVG.
+
+    Raises:
+        ValueError: when the log holds no step.
+    """
+    from matplotlib.figure import Figure
+
+    entries = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    steps = [e for e in entries if "loss" in e]
+    if not steps:
+        raise ValueError(f"{os.fspath(metrics)!r} holds no training step.")
+    evaluations = [e for e in entries if "eval_loss" in e]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    loss.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#9db4c0", linewidth=1, label="training")
+    if evaluations:
+        loss.plot(
+            [e["step"] for e in evaluations], [e["eval_loss"] for e in evaluations],
+            color="#c2410c", marker="o", markersize=3, label="evaluation",
+        )  # fmt: skip
+    loss.set_ylabel("loss (nats a token)")
+    loss.legend(frameon=False)
+    rate.plot([e["step"] for e in steps], [e["learning_rate"] for e in steps], color="#5c6b73", linewidth=1)
+    rate.set_ylabel("rate")
+    rate.set_xlabel("step")
+    for axes in (loss, rate):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=120)

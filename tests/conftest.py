@@ -1,0 +1,78 @@
+"""Tiny random checkpoints, written by transformers once a session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+import transformers
+
+VOCAB = 97
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def _gpt2(**changes):
+    fields = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB} | _IDS | changes
+    # The oracle must not drop anything out when it trains.
+    dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields, **dropouts))
+
+
+def _llama(**changes):
+    fields = _SMALL | {"num_key_value_heads": 2, "head_dim": 16, "rope_parameters": LLAMA3_ROPE} | _IDS | changes
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+
+
+def _qwen2(**changes):
+    fields = _SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True} | _IDS | changes
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields))
+
+
+FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2}
+
+
+def make_torch_model(family: str, seed: int = 0, **changes):
+    """A transformers model with weights large enough that every part of the graph shows in the logits."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](**changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """family -> (directory, transformers model)."""
+    made = {}
+    for family in FAMILIES:
+        model = make_torch_model(family)
+        directory = tmp_path_factory.mktemp(f"checkpoint-{family}")
+        model.save_pretrained(directory)
+        made[family] = directory, model
+    return made
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(checkpoints, family):
+    """(directory, transformers model) of one family."""
+    return checkpoints[family]
