@@ -146,7 +146,9 @@ def peft_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], i
             parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
     if args.remat:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, fan_in_fan_out=True)
+    lora = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, fan_in_fan_out=True
+    )
     model = peft.get_peft_model(model, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
@@ -246,7 +248,9 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def summarize(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Quartiles over the processes of each side, and of the pairwise ratios jlora / peft."""
     keys = ("step_ms", "tokens_per_s", "peak_rss_bytes", "first_step_s")
-    summary: dict[str, Any] = {side: {key: quartiles([r[key] for r in runs]) for key in keys} for side, runs in found.items()}
+    summary: dict[str, Any] = {
+        side: {key: quartiles([r[key] for r in runs]) for key in keys} for side, runs in found.items()
+    }
     if len(found) == 2:
         pairs = list(zip(found["jlora"], found["peft"], strict=True))
         summary["ratio"] = {key: quartiles([a[key] / b[key] for a, b in pairs]) for key in keys[1:]}
@@ -284,13 +288,20 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for dtype, summary in results.items():
         for side in (s for s in SIDES if s in summary):
             m = {key: value["median"] for key, value in summary[side].items()}
-            cells = f"{m['tokens_per_s']:.0f}", f"{m['step_ms']:.0f}", f"{m['peak_rss_bytes'] / 1e9:.2f}", f"{m['first_step_s']:.1f}"
+            cells = (
+                f"{m['tokens_per_s']:.0f}",
+                f"{m['step_ms']:.0f}",
+                f"{m['peak_rss_bytes'] / 1e9:.2f}",
+                f"{m['first_step_s']:.1f}",
+            )
             out.add_row(dtype, side, *cells)
         if "ratio" in summary:
             q = summary["ratio"]["tokens_per_s"]
             memory, first = (summary["ratio"][key]["median"] for key in ("peak_rss_bytes", "first_step_s"))
             speed = f"{q['median']:.2f} ({q['q25']:.2f}–{q['q75']:.2f})"
-            out.add_row(dtype, "[bold]jlora / peft", f"[bold]{speed}", "", f"{memory:.2f}", f"{first:.2f}", end_section=True)
+            out.add_row(
+                dtype, "[bold]jlora / peft", f"[bold]{speed}", "", f"{memory:.2f}", f"{first:.2f}", end_section=True
+            )
     return out
 
 

@@ -5,8 +5,6 @@ from jlora._tree import cast as cast
 from jlora._tree import count as count
 from jlora._tree import nbytes as nbytes
 from jlora._weight import Weight as Weight
-from jlora.comparison import compare as compare
-from jlora.evaluation import evaluate as evaluate
 from jlora.finetuning import FinetuneConfig as FinetuneConfig
 from jlora.finetuning import FinetuneResult as FinetuneResult
 from jlora.finetuning import finetune as finetune
@@ -29,5 +27,7 @@ from jlora.lora import split as split
 from jlora.lora import stack_layers as stack_layers
 from jlora.lora import unstack_layers as unstack_layers
 from jlora.lora import with_dropout as with_dropout
+from jlora.report import compare as compare
+from jlora.train import evaluate as evaluate
 
 __version__ = "0.1.0"

@@ -57,7 +57,7 @@ class Weight(abc.ABC):
     def size(self) -> int:
         """Number of parameters stored, the adapter's own included."""
 
-    def __jax_array__(self):
+    def __jax_array__(self, *args, **kwargs):  # NumPy passes `dtype` and `copy` to `__array__`
         raise TypeError(
             f"A `{type(self).__name__}` of shape {self.shape} was used as an array, which would form the dense weight. "
             "Multiply by it with `jlora.linear(x, w)`, look rows up with `jlora.embed(ids, w)`, "

@@ -18,7 +18,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-_SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+_SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
@@ -39,13 +45,19 @@ def _qwen2(**changes):
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields))
 
 
+def _mistral(**changes):
+    fields = _SMALL | {"num_key_value_heads": 2, "sliding_window": None} | _IDS | changes
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**fields))
+
+
 FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2}
+_MAKERS = FAMILIES | {"mistral": _mistral}
 
 
 def make_torch_model(family: str, seed: int = 0, **changes):
     """A transformers model with weights large enough that every part of the graph shows in the logits."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](**changes).eval()
+    model = _MAKERS[family](**changes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

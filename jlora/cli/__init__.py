@@ -67,7 +67,8 @@ def _run(name: str, options: type, function: Callable[[Any], Any], flags: list[s
         )
         function(config)
     except KeyboardInterrupt as stop:
-        _fail(str(stop) or "interrupted", INTERRUPTED)
+        print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("JLORA_TRACEBACK"):
             raise
@@ -79,7 +80,8 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return (
             f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: a smaller --batch-size with more "
-            "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank or fewer --targets."
+            "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "
+            "or fewer --targets."
         )
     if type(error) in (ValueError, FileNotFoundError, FileExistsError) or type(error).__module__.startswith("jlora"):
         return text
@@ -107,6 +109,7 @@ def with_config_file(options: type, flags: list[str]) -> list[str]:
     Raises:
         ValueError: when the file is not a mapping from field names to values.
     """
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else (flag,))]
     if "--config" not in flags:
         return flags
     at = flags.index("--config")

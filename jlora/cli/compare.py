@@ -10,9 +10,8 @@ import jax
 
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
 from jlora.cli.prompts import Prompts, read_prompts
-from jlora.comparison import compare
 from jlora.data import eval_batches
-from jlora.report import print_comparison
+from jlora.report import compare, print_comparison
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
 from jlora.data import eval_batches
-from jlora.evaluation import evaluate
+from jlora.train import evaluate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,5 +35,7 @@ def run(options: Evaluate) -> None:
     }
     text = json.dumps(report, indent=2)
     if options.output is not None:
-        Path(options.output).write_text(text + "\n")
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
     print(text)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora._tree import flatten
-from jlora.cli.base import EvaluationData, Weights, open_data, resolve_model
+from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.io import find, load_tokenizer, read_config
@@ -23,7 +23,7 @@ from jlora.models import abstract_params, model_from_config
 class Inspect(EvaluationData, Weights):
     """Look before training: rendered data with its supervised tokens, a model's targets, an adapter's norms."""
 
-    split: str = "all"  # pyright: ignore[reportIncompatibleVariableOverride]
+    split: Split = "all"  # pyright: ignore[reportIncompatibleVariableOverride]
     """all, train or validation."""
     rows: int = 3
     """Rows of the data to show."""

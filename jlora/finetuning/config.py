@@ -1,6 +1,7 @@
 """`FinetuneConfig`: every option of a fine-tuning run, and the one home of each default."""
 
 import dataclasses
+import os
 import re
 from typing import Literal
 
@@ -64,7 +65,9 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     """Clip the gradient to this global norm; 0: no clipping."""
     beta1: float = 0.9
+    """Decay of AdamW's average of gradients."""
     beta2: float = 0.999
+    """Decay of AdamW's average of squared gradients."""
     seed: int = 0
     """Of initialization, data order and dropout."""
 
@@ -91,6 +94,9 @@ class FinetuneConfig:
     """Print nothing."""
 
     def __post_init__(self):
+        for name in ("model", "data", "output", "eval_data"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

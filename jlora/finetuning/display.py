@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jlora._tree import count
-from jlora.evaluation import perplexity
 from jlora.lora import LoraWeight, adapted_modules
+from jlora.train import perplexity
 
 _PLAIN_LINE_SECONDS = 10.0
 """Without a terminal there is no bar: a line this often."""

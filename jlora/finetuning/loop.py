@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
-from jlora.evaluation import evaluate, perplexity
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.run import Run
 from jlora.io import find, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
-from jlora.train import Checkpoints, adamw, causal_lm_loss, init_state, make_step, warmup_cosine
+from jlora.train import Checkpoints, adamw, causal_lm_loss, evaluate, init_state, make_step, perplexity, warmup_cosine
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_MAX_LENGTH = 512
+_SAMPLE_BYTES = 1 << 20  # hashing all of a large model would take longer than loading it
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
 
 
@@ -65,7 +65,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     run = Run(config)
     display = Display(quiet=config.quiet)
-    job = _Job.prepare(config, run, display)
+    try:
+        job = _Job.prepare(config, run, display)
+    except BaseException:
+        run.abandon()
+        raise
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     try:
         with _stop_flag() as stop:
@@ -109,6 +113,8 @@ class _Job:
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
         _check_vocabulary(tokenizer, model)
+        params = add_lora(params, lora, key=jax.random.key(config.seed))
+        adapter, base = split(params)
         train, evaluation = data_lib.load_data(
             config.data,
             tokenizer,
@@ -131,8 +137,6 @@ class _Job:
                 "base": _fingerprint(directory),
             }
         )
-        params = add_lora(params, lora, key=jax.random.key(config.seed))
-        adapter, base = split(params)
         display.facts(
             {
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {count(base):,} parameters, "
@@ -175,6 +179,7 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
         display.say(f"resuming after step {restored} of {job.steps}")
     history = run.rewind_log(-1 if restored is None else restored)
     done = restored or 0
+    best = min((entry["eval_loss"] for entry in history if entry["step"] and "eval_loss" in entry), default=math.inf)
 
     def log(entry):
         run.log(entry)
@@ -209,12 +214,17 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
         last = step == job.steps
         if job.evaluation is not None and (last or step % job.eval_every == 0):
             entry["eval_loss"] = job.evaluate(state.adapter)
+            if not math.isfinite(entry["eval_loss"]):
+                raise TrainingDiverged(_diverged(step, entry["eval_loss"], norm, checkpoints.latest, config))
             entry["perplexity"] = perplexity(entry["eval_loss"])
             display.evaluated(step, entry["eval_loss"])
         log(entry)
         display.step(entry, job.steps)
-        if last or stop.is_set() or step % job.checkpoint_every == 0:
-            checkpoints.save(state, eval_loss=entry.get("eval_loss"))
+        # The best is the best of all evaluations: one that a signal happened to save must not be preferred.
+        improved = entry.get("eval_loss", math.inf) < best
+        best = min(best, entry.get("eval_loss", math.inf))
+        if last or stop.is_set() or step % job.checkpoint_every == 0 or (improved and config.save == "best"):
+            checkpoints.save(state, eval_loss=entry["eval_loss"] if improved else None)
         if stop.is_set() and not last:
             raise Stopped(f"Stopped after step {step} of {job.steps}; the state is saved. Continue with --resume.")
     display.stop()
@@ -272,9 +282,16 @@ def _check_vocabulary(tokenizer: Any, model: Any) -> None:
 
 
 def _fingerprint(directory: Path) -> str:
-    """Of the base checkpoint: its config, and the names and sizes of its weights."""
-    sizes = sorted((f.name, f.stat().st_size) for f in directory.glob("*.safetensors"))
-    return hashlib.sha256((directory / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()
+    """Of the base checkpoint: its config, and of each file of weights the name, the size, the start and the end."""
+    sha = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            sha.update(file.read())
+    return sha.hexdigest()
 
 
 def _diverged(step: int, loss: float, norm: float, saved: int | None, config: FinetuneConfig) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,7 @@ class Run:
                 f"{config.output!r} exists and is not empty. Choose another --output, or continue that run with --resume."
             )
         else:
+            self._made = not self.directory.exists()
             self.directory.mkdir(parents=True, exist_ok=True)
             _write(self._config_path, yaml.safe_dump(fields, sort_keys=False))
         self._resumed = config.resume
@@ -61,6 +63,15 @@ class Run:
             "python": platform.python_version()
         }
         _write(path, json.dumps({"origin": origin, "versions": versions}, indent=2) + "\n")
+
+    def abandon(self) -> None:
+        """Takes back what a start that failed has written, so that the corrected command finds the directory as it was."""
+        if self._resumed or (self.directory / "run.json").is_file():
+            return
+        shutil.rmtree(self.data, ignore_errors=True)
+        self._config_path.unlink(missing_ok=True)
+        if self._made and not any(self.directory.iterdir()):
+            self.directory.rmdir()
 
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
         """Drops the log's entries after `step` (all of them for -1), and a line that was cut off; returns the rest."""

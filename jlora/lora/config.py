@@ -50,13 +50,16 @@ class LoraConfig:
     exclude: str | Sequence[str] = ()
     """Modules not to adapt, by the rules of `targets`."""
     layers_to_transform: int | Sequence[int] | None = None
-    """Adapt these layers only (not with a regular expression in `targets`: put the layer numbers into it)."""
+    """Adapt these layers only (not with a regular expression in `targets`: put the layer numbers into it). A target
+    that is a whole module path is adapted whatever its layer, as in PEFT."""
 
     def __post_init__(self):
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, tuple(value or ()))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         elif self.layers_to_transform is not None:
@@ -74,7 +77,7 @@ class LoraConfig:
         for name, value in alphas.items():
             if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 yield f"`{name}` must be a positive number; got {value!r}. A common choice is twice the rank."
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             yield f"`dropout` must be in [0, 1); got {self.dropout!r}. Use 0.05, or 0.0 for none."
         if self.init not in INITS:
             yield f"`init` must be one of {', '.join(map(repr, INITS))}; got {self.init!r}."
@@ -98,8 +101,16 @@ class LoraConfig:
                     f"expression {self.targets!r}. Put the layer numbers into the expression."
                 )
 
+    def _values(self) -> tuple:
+        """What makes two configs equal. The order of a pattern counts: its first match wins."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(tuple(v.items()) if isinstance(v, Mapping) else v for v in values)
+
+    def __eq__(self, other):
+        return self._values() == other._values() if isinstance(other, LoraConfig) else NotImplemented
+
     def __hash__(self):
-        return hash(json.dumps(dataclasses.asdict(self)))
+        return hash(self._values())
 
     def rank_of(self, module: str) -> int:
         """Rank for a module path."""
@@ -120,7 +131,8 @@ class LoraConfig:
 
         Raises:
             FileNotFoundError: when there is none.
-            ValueError: for a feature that jlora does not represent, by its PEFT name.
+            ValueError: for a file that is not a JSON object, and for a feature that jlora does not represent, by its
+                PEFT name.
         """
         path = Path(directory) / "adapter_config.json"
         if not path.is_file():
@@ -128,7 +140,13 @@ class LoraConfig:
                 f"No adapter at {str(directory)!r}: there is no adapter_config.json. Pass the directory that "
                 "`jlora.save_adapter` or PEFT's `save_pretrained` wrote (after `jlora finetune`: OUTPUT/adapter)."
             )
-        return cls.from_peft(json.loads(path.read_text()))
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Write or download it again.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
+        return cls.from_peft(fields)
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
@@ -147,6 +165,7 @@ class LoraConfig:
             )
         if fields.get("target_modules") is None:
             raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+        layers = fields.get("layers_to_transform")
         return cls(
             rank=fields.get("r", 8),
             alpha=fields.get("lora_alpha", 8),
@@ -157,7 +176,7 @@ class LoraConfig:
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
             exclude=_names(fields.get("exclude_modules") or ()),
-            layers_to_transform=fields.get("layers_to_transform"),
+            layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
         )
 
     def to_peft(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
             )
         else:
             problems.append(
-                f"`targets` {name!r} matches no linear kernel.{_nearest(name, kernels)}{_regex_hint(name, config)}"
+                f"`targets` {name!r} matches no linear kernel.{_kind_hint(name, kernels, config) or _nearest(name, kernels)}"
             )
 
     if config.layers_to_transform is not None:
@@ -102,7 +102,9 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
                 f"`layers_to_transform` {missing} matches no layer of the targets; there are "
                 f"{_spans(i for i in there if i is not None) or 'no numbered layers'}."
             )
-        targeted = [m for m in targeted if layer_index(m) in config.layers_to_transform]
+        # PEFT takes a module whose whole path is a target before it looks at layers: "lm_head" is one.
+        by_path = set() if config.targets == ALL_LINEAR else set(config.targets)
+        targeted = [m for m in targeted if m in by_path or layer_index(m) in config.layers_to_transform]
 
     excludes = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
     for name in excludes:
@@ -154,7 +156,9 @@ def _nearest(name: str, modules: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _regex_hint(name: str, config: LoraConfig) -> str:
+def _kind_hint(name: str, modules: Iterable[str], config: LoraConfig) -> str:
     if not isinstance(config.targets, str) and re.search(r"[\\*+?()\[\]|^$]", name):
         return " A list item is a name, never a regular expression: pass the expression as a string, not in a list."
+    if isinstance(config.targets, str) and any(_name_matches(name, module) for module in modules):
+        return f" A string is a regular expression for the whole module path: for the name, pass a list, [{name!r}]."
     return ""

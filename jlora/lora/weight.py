@@ -73,6 +73,8 @@ class LoraWeight(Weight):
         return (base + self.scaling * update).astype(dtype or self.dtype)
 
     def cast(self, dtype):
+        if self.base is None:  # the adapter half of `split`
+            return self
         base = self.base.cast(dtype) if isinstance(self.base, Weight) else self.base.astype(dtype)
         return dataclasses.replace(self, base=base)
 

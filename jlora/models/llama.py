@@ -5,6 +5,7 @@ Hugging Face's checkpoints.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -134,10 +135,14 @@ class LlamaConfig:
 def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
     """theta and scaling from transformers 5's `rope_parameters` or transformers 4's `rope_theta` and `rope_scaling`."""
     fields = reader.fields.get("rope_parameters") or reader.fields.get("rope_scaling") or {}
-    theta = fields.get("rope_theta", reader.fields.get("rope_theta", 10000.0))
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"`rope_parameters` in config.json must be an object; got {fields!r}.")
+    rope = ConfigReader({"rope_theta": reader.fields.get("rope_theta"), **fields})
+    theta = rope.number("rope_theta", 10000.0)
+    rope.require("partial_rotary_factor", 1.0, (1.0,))
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise ValueError(
             f"config.json asks for rope type {kind!r}; jlora computes 'default' and 'llama3'. Its positions would be wrong "
@@ -146,7 +151,14 @@ def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
     missing = [name for name in Llama3Scaling._fields if name not in fields]
     if missing:
         raise ValueError(f"The llama3 rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
-    return float(theta), Llama3Scaling(*(fields[name] for name in Llama3Scaling._fields))
+    *factors, original = Llama3Scaling._fields
+    scaling = Llama3Scaling(*(rope.number(name, 1.0) for name in factors), rope.integer(original, 1))
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ValueError(
+            "`high_freq_factor` in config.json must be greater than `low_freq_factor`; got "
+            f"{scaling.high_freq_factor} and {scaling.low_freq_factor}."
+        )
+    return theta, scaling
 
 
 class SelfAttention(nn.Module):

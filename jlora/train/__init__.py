@@ -1,6 +1,9 @@
-"""The loss, the step, the optimizer and the checkpoints of training."""
+"""The loss, the step, the optimizer, the evaluation and the checkpoints of training."""
 
 from jlora.train.checkpoints import Checkpoints as Checkpoints
+from jlora.train.evaluation import Evaluation as Evaluation
+from jlora.train.evaluation import evaluate as evaluate
+from jlora.train.evaluation import perplexity as perplexity
 from jlora.train.loss import LossFn as LossFn
 from jlora.train.loss import causal_lm_loss as causal_lm_loss
 from jlora.train.optimizers import adamw as adamw

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jlora.comparison import Comparison
+from jlora.report.comparison import Comparison
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

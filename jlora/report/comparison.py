@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, Batch, Float, Key, Params
-from jlora.evaluation import Evaluation, evaluate
 from jlora.generation import generate
 from jlora.lora import remove_lora
 from jlora.models import Model
+from jlora.train import Evaluation, evaluate
 
 
 @dataclasses.dataclass(frozen=True)

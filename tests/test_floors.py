@@ -1,0 +1,89 @@
+"""The structure of the house: who imports whom, and what `import jlora` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import jlora
+
+PACKAGE = Path(jlora.__file__).parent
+FLOORS = [
+    {"_typing", "_weight", "_tree"},
+    {"quant", "formats"},
+    {"lora"},
+    {"wrap", "models"},
+    {"io", "data", "train", "generation"},
+    {"finetuning", "report"},
+    {"cli"},
+    {"__init__"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Within the lowest floor: the tree functions know values, values know the vocabulary.
+GROUND = ["_typing", "_weight", "_tree"]
+USES_FLAX_FROM = FLOOR_OF["models"]
+
+
+def modules():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        yield file, parts[0]
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from (
+                (f"jlora.{alias.name}" for alias in node.names) if node.module == "jlora" else (node.module or "",)
+            )
+
+
+def test_every_room_has_a_floor():
+    assert {room for _, room in modules()} <= set(FLOOR_OF)
+
+
+def test_imports_go_down():
+    wrong = []
+    for file, room in modules():
+        for name in imports(file):
+            root, _, rest = name.partition(".")
+            if root != "jlora" or not rest:
+                continue
+            other = rest.partition(".")[0]
+            if other == "__version__" or other == room:
+                continue
+            lower = GROUND.index(other) < GROUND.index(room) if {room, other} <= set(GROUND) else None
+            if not (lower if lower is not None else FLOOR_OF[other] < FLOOR_OF[room]):
+                wrong.append(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_flax_only_from_the_models_up():
+    for file, room in modules():
+        if FLOOR_OF[room] < USES_FLAX_FROM:
+            assert not [n for n in imports(file) if n.split(".")[0] == "flax"], file
+
+
+def test_no_private_jax():
+    for file, _ in modules():
+        assert not [n for n in imports(file) if n.startswith(("jax._src", "flax.core.scope"))], file
+
+
+def test_import_is_light():
+    code = (
+        "import sys, jlora\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'orbax'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "from jax.extend import backend\n"
+        "import jax\n"
+        "jax.config.update('jax_platforms', 'nonexistent')\n"  # would fail if a backend were up already: it is only read then
+        "try:\n"
+        "    backend.get_backend()\n"
+        "except RuntimeError:\n"
+        "    print('no backend was started')\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no backend was started" in out.stdout
