@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -88,3 +89,27 @@ def family(request):
 def checkpoint(checkpoints, family):
     """(directory, transformers model) of one family."""
     return checkpoints[family]
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory):
+    """A GPT-2 of two layers with a tokenizer, as a directory that `--model` takes."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "gpt2", tiny.GPT2)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory):
+    """The same of Llama, with a chat template."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama", tiny.LLAMA, chat=tiny.CHATML)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "logbook.txt"
+    path.write_text(tiny.text())
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def records_file(tmp_path_factory):
+    return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())

@@ -70,20 +70,22 @@ class LlamaConfig:
         if family == "mistral":
             reader.require("sliding_window", 4096, (None,))
         reader.require("pretraining_tp", 1, (1,))
+        absent = _DEFAULTS[family]
         width = reader.integer("hidden_size", 4096)
         heads = reader.integer("num_attention_heads", 32)
+        kv_heads = absent.get("num_key_value_heads", heads)
         bias = family == "qwen2" or reader.flag("attention_bias", False)
         theta, scaling = _rope(reader)
         return cls(
             model_type=family,
-            vocab_size=reader.integer("vocab_size", 32000),
+            vocab_size=reader.integer("vocab_size", absent["vocab_size"]),
             hidden_size=width,
-            intermediate_size=reader.integer("intermediate_size", 11008),
+            intermediate_size=reader.integer("intermediate_size", absent["intermediate_size"]),
             num_hidden_layers=reader.integer("num_hidden_layers", 32),
             num_attention_heads=heads,
-            num_key_value_heads=reader.divisor("num_key_value_heads", heads, of=heads, of_name="num_attention_heads"),
+            num_key_value_heads=reader.divisor("num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"),
             head_dim=reader.integer("head_dim", width // heads),
-            max_position_embeddings=reader.integer("max_position_embeddings", 2048),
+            max_position_embeddings=reader.integer("max_position_embeddings", absent["max_position_embeddings"]),
             rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -137,9 +139,9 @@ def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
     fields = reader.fields.get("rope_parameters") or reader.fields.get("rope_scaling") or {}
     if not isinstance(fields, Mapping):
         raise ValueError(f"`rope_parameters` in config.json must be an object; got {fields!r}.")
-    rope = ConfigReader({"rope_theta": reader.fields.get("rope_theta"), **fields})
+    rope = ConfigReader({**{name: reader.fields.get(name) for name in ("model_type", "rope_theta")}, **fields})
     theta = rope.number("rope_theta", 10000.0)
-    rope.require("partial_rotary_factor", 1.0, (1.0,))
+    rope.require("partial_rotary_factor", None, (None, 1.0))
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -148,7 +150,7 @@ def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
             f"config.json asks for rope type {kind!r}; jlora computes 'default' and 'llama3'. Its positions would be wrong "
             "beyond the original context with any other, so it is refused."
         )
-    missing = [name for name in Llama3Scaling._fields if name not in fields]
+    missing = [name for name in Llama3Scaling._fields if fields.get(name) is None]
     if missing:
         raise ValueError(f"The llama3 rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
     *factors, original = Llama3Scaling._fields

@@ -1,0 +1,36 @@
+# Everything runs in .venv, made from the Python below (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test slow lint bench clean
+
+quickstart: .venv/installed
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/installed-test
+	$(BIN)/python benchmarks/train_step.py
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jlora needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info
