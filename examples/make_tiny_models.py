@@ -69,6 +69,8 @@ class Train:
     batch_size: int = 16
     """Rows of 256 tokens."""
     learning_rate: float = 3e-3
+    noise: float = 0.0
+    """Share of the input tokens (never of the labels) replaced by random ones."""
     seed: int = 0
     work: Path = Path("runs/tiny-models")
     """Generated text and tokens go here."""
@@ -130,7 +132,11 @@ def train(args: Train) -> None:
     state = init_state(params, tx)
     key, started = jax.random.key(args.seed), time.monotonic()
     for i in range(steps):
-        state, metrics = step(state, None, batch(data, i, batch_size=args.batch_size, seed=args.seed), key)
+        rows = batch(data, i, batch_size=args.batch_size, seed=args.seed)
+        rows["input_ids"] = corrupted(
+            rows["input_ids"], len(tokenizer), args.noise, np.random.default_rng([args.seed, i])
+        )
+        state, metrics = step(state, None, rows, key)
         if i % 50 == 0 or i == steps - 1:
             seconds = time.monotonic() - started
             print(
@@ -143,6 +149,12 @@ def train(args: Train) -> None:
     directory = ASSETS / f"tiny-{args.family}"
     shutil.rmtree(directory, ignore_errors=True)
     jlora.save_pretrained(directory, model, jlora.cast(state.adapter, jnp.float16), tokenizer=tokenizer)
+
+
+def corrupted(ids: np.ndarray, vocab: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Ids with some replaced: a model that cannot trust every word is less sure of the sentences it has seen, and
+    keeps its head among words and templates that it has not."""
+    return np.where(rng.random(ids.shape) < share, rng.integers(0, vocab, ids.shape, np.int32), ids)
 
 
 def judge(args: Judge) -> None:

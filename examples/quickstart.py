@@ -64,7 +64,9 @@ def main(output: Path, steps: int) -> int:
     console.print(f"held-out perplexity  {before:.2f} -> [bold green]{after:.2f}[/] ({after / before - 1:+.0%})")
     console.print(f"adapter              {result.adapter_dir}, which PEFT loads")
     console.print(f"curve, samples       {output / 'curve.png'}, {output / 'compare.md'}")
-    console.print(f"try it               .venv/bin/jlora generate --adapter {result.adapter_dir} --prompts 'Dear ledger'")
+    console.print(
+        f"try it               .venv/bin/jlora generate --adapter {result.adapter_dir} --prompts 'Dear ledger'"
+    )
     if after > 0.8 * before:
         console.print("[bold red]The perplexity should have fallen by at least 20 %.[/]")
         return 1

@@ -43,7 +43,8 @@ def stack_layers(params: Params) -> dict[str, Any]:
         kinds = {} if None in layers else {str(_kind(layer)): i for i, layer in reversed(list(enumerate(layers)))}
         if len(layers) < depth or len(kinds) != 1:
             detail = (
-                "; ".join(f"layer {i}: {kind}" for kind, i in kinds.items()) or f"some of the {depth} layers lack it"
+                "; ".join(f"layer {i}: {_describe(layers[i])}" for i in sorted(kinds.values()))
+                or f"some of the {depth} layers lack it"
             )
             raise ValueError(
                 f"The layers of {path!r} differ and cannot be stacked: {detail}. Keep the per-layer form, which every model "
@@ -57,6 +58,11 @@ def _kind(leaf: Any) -> tuple:
     """What must agree for two leaves to be rows of one stack."""
     leaves, treedef = jax.tree.flatten(leaf)
     return [(x.shape, str(x.dtype)) for x in leaves], treedef
+
+
+def _describe(leaf: Any) -> str:
+    """A leaf for a message: its kind and shapes, without its values."""
+    return repr(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf))
 
 
 def unstack_layers(params: Params) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._tree import flatten, is_weight, map_with_path
+from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
 from jlora._weight import Weight
 from jlora.lora.config import LoraConfig
@@ -126,8 +126,9 @@ def combine(adapter: Any, base: Any) -> Any:
 
     def one(path, a, b):
         optional = getattr(path[-1], "name", None) == "key" if path else False
-        if (a is None) == (b is None) and not (a is None and optional):
-            where = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+        orphan = a is None and isinstance(b, LoraWeight)  # adapted in the base, without factors in the adapter
+        if orphan or ((a is None) == (b is None) and not (a is None and optional)):
+            where = path_string(path) + ("/lora_A" if orphan else "")
             raise ValueError(
                 f"`combine` takes the two halves that `split` made; {'neither half has' if a is None else 'both halves have'} "
                 f"{where!r}. Pass `combine(adapter, base)` with the results of one `split`."

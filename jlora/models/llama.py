@@ -33,6 +33,15 @@ from jlora.models.layers import (
     stored,
 )
 
+_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+    "mistral": {
+        "vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+"""What transformers' config classes have for an absent field, where the families differ."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -73,7 +82,8 @@ class LlamaConfig:
         absent = _DEFAULTS[family]
         width = reader.integer("hidden_size", 4096)
         heads = reader.integer("num_attention_heads", 32)
-        kv_heads = absent.get("num_key_value_heads", heads)
+        null = "num_key_value_heads" in reader.fields  # transformers: null is one a head, absence the family's default
+        kv_heads = heads if null else absent.get("num_key_value_heads", heads)
         bias = family == "qwen2" or reader.flag("attention_bias", False)
         theta, scaling = _rope(reader)
         return cls(
@@ -83,7 +93,9 @@ class LlamaConfig:
             intermediate_size=reader.integer("intermediate_size", absent["intermediate_size"]),
             num_hidden_layers=reader.integer("num_hidden_layers", 32),
             num_attention_heads=heads,
-            num_key_value_heads=reader.divisor("num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"),
+            num_key_value_heads=reader.divisor(
+                "num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"
+            ),
             head_dim=reader.integer("head_dim", width // heads),
             max_position_embeddings=reader.integer("max_position_embeddings", absent["max_position_embeddings"]),
             rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
