@@ -140,7 +140,12 @@ def reshape(tensors):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(drop, "missing: "), (add, "unexpected: base_model.model.surprise"), (reprefix, "missing: "), (reshape, "shape: ")],
+    [
+        (drop, "missing: "),
+        (add, "unexpected: base_model.model.surprise"),
+        (reprefix, "missing: "),
+        (reshape, "shape: "),
+    ],
 )
 def test_an_adapter_that_fits_in_part_is_refused(checkpoints, tmp_path, change, message):
     wrapped("llama", target_modules=["q_proj"]).save_pretrained(tmp_path)
@@ -169,7 +174,9 @@ def test_what_would_mislead_a_reader_is_not_written(checkpoints, tmp_path):
     config = jlora.LoraConfig(rank=2, targets=["q_proj"])
     adapted = jlora.add_lora(params, config, key=jax.random.key(0))
     with pytest.raises(ValueError, match="not the one these parameters were adapted with"):
-        jlora.save_adapter(tmp_path / "a", adapted, config=jlora.LoraConfig(rank=2, alpha=1, targets=["q_proj"]), base_model="b")
+        jlora.save_adapter(
+            tmp_path / "a", adapted, config=jlora.LoraConfig(rank=2, alpha=1, targets=["q_proj"]), base_model="b"
+        )
     with pytest.raises(ValueError, match="not the one these parameters were adapted with"):
         jlora.save_adapter(tmp_path / "a", adapted, config=jlora.LoraConfig(rank=2, targets=["k_proj"]), base_model="b")
     adapter, base = jlora.split(adapted)

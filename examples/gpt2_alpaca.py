@@ -1,0 +1,89 @@
+"""GPT-2 learns to follow instructions.
+
+    python examples/gpt2_alpaca.py --data tatsu-lab/alpaca      # the hub's gpt2 and data set, downloaded once
+    python examples/gpt2_alpaca.py --tiny                       # the embedded model and records, no network, about a minute
+
+Trains on Alpaca's prompt with the loss on the responses, writes OUTPUT/evaluation.json, and sets the answers of base and
+adapted model to five instructions beside each other (OUTPUT/compare.md and compare.json).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+import jlora
+from jlora.data import prompt_ids
+from jlora.report import print_comparison
+from jlora.train import perplexity
+
+ASSETS = Path(__file__).parent / "assets"
+PRESETS = {"small": {"rank": 8, "alpha": 16.0}, "large": {"rank": 16, "alpha": 32.0}}
+INSTRUCTIONS = (
+    "Name three animals.",
+    "What is the opposite of cold?",
+    "How do I boil an egg?",
+    "Where can I find a fox?",
+    "What should I take on a journey?",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune GPT-2 on instruction records."""
+
+    data: str = str(ASSETS / "instructions.jsonl")
+    """Records with instruction, input, output: a .jsonl or .json file, or the id of a hub data set."""
+    tiny: bool = False
+    """Use the embedded model instead of the hub's gpt2."""
+    preset: Literal["small", "large"] = "small"
+    """small: rank 8, alpha 16; large: rank 16, alpha 32."""
+    output: str = "runs/gpt2-alpaca"
+    """Directory of the run."""
+    epochs: float = 3.0
+    """Passes over the records."""
+
+
+def main(options: Options) -> None:
+    name = str(ASSETS / "tiny-gpt2") if options.tiny else "gpt2"
+    config = jlora.FinetuneConfig(
+        model=name,
+        data=options.data,
+        output=options.output,
+        epochs=options.epochs,
+        learning_rate=5e-3 if options.tiny else 5e-4,
+        batch_size=8 if options.tiny else 4,
+        max_length=256 if options.tiny else 512,
+        **PRESETS[options.preset],
+    )
+    result = jlora.finetune(config)
+    if result.eval_loss is not None and result.base_eval_loss is not None:
+        report = {
+            "preset": options.preset,
+            "base": {"eval_loss": result.base_eval_loss, "perplexity": perplexity(result.base_eval_loss)},
+            "lora": {"eval_loss": result.eval_loss, "perplexity": perplexity(result.eval_loss)},
+        }
+        (Path(options.output) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report, indent=2))
+
+    model, params = jlora.load(name)
+    params = jlora.load_adapter(result.adapter_dir, params)
+    tokenizer = jlora.load_tokenizer(result.adapter_dir)
+    comparison = jlora.compare(
+        model,
+        params,
+        [(text, prompt_ids({"instruction": text}, tokenizer, template="alpaca")) for text in INSTRUCTIONS],
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        key=jax.random.key(0),
+        temperature=0,
+    )
+    print_comparison(comparison)
+    (Path(options.output) / "compare.md").write_text(comparison.to_markdown())
+    (Path(options.output) / "compare.json").write_text(json.dumps(comparison.to_json(), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
