@@ -29,7 +29,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """Compiling is most of a run of this size. What XLA optimizes is none of this file's concern; test_resume.py has it on."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

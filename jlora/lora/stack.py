@@ -40,8 +40,9 @@ def stack_layers(params: Params) -> dict[str, Any]:
         )
     depth = max(map(len, groups.values()))
     for path, layers in groups.items():
-        kinds = {} if None in layers else {str(_kind(layer)): i for i, layer in reversed(list(enumerate(layers)))}
-        if len(layers) < depth or len(kinds) != 1:
+        absent = len(layers) < depth or any(layer is None for layer in layers)
+        kinds = {} if absent else {str(_kind(layer)): i for i, layer in reversed(list(enumerate(layers)))}
+        if len(kinds) != 1:
             detail = (
                 "; ".join(f"layer {i}: {_describe(layers[i])}" for i in sorted(kinds.values()))
                 or f"some of the {depth} layers lack it"
