@@ -68,6 +68,11 @@ def layer_path(path: str, index: int) -> str | None:
     return None if container is None else f"{container[1]}/{index}/{container[2]}"
 
 
+def per_layer_paths(path: str, depth: int) -> list[str]:
+    """The paths of the layers of a stacked leaf; the path itself outside a stacked container."""
+    return [p for i in range(depth) if (p := layer_path(path, i)) is not None] or [path]
+
+
 def split_layer_path(path: str) -> tuple[str, int] | None:
     """(path in the stacked tree, layer index) of a per-layer path, or None outside the layers.
 

@@ -1,6 +1,7 @@
 """Sampling with a KV cache, in one compiled loop."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,11 +51,12 @@ def generate(
         ValueError: for an argument out of its range, an empty prompt, an id outside the vocabulary, or more positions
             than the model has.
     """
-    prompts = (
-        [list(map(int, row)) for row in np.asarray(prompt_ids)]
-        if hasattr(prompt_ids, "shape")
-        else list(map(list, prompt_ids))
-    )
+    rows = np.asarray(prompt_ids) if hasattr(prompt_ids, "shape") else list(prompt_ids)
+    if any(np.ndim(row) != 1 for row in rows):
+        raise ValueError(
+            "`prompt_ids` must be a list of prompts, each a list of token ids; put one prompt into a list."
+        )
+    prompts = [list(map(int, row)) for row in rows]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
@@ -85,7 +87,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
     config = model.config
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1; got {max_new_tokens}.")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or positive; got {temperature}.")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"`top_k` must be 0 (all) or more and `top_p` in (0, 1]; got top_k={top_k}, top_p={top_p}.")
@@ -163,6 +165,7 @@ def truncate(
     among_k = jnp.arange(logits.shape[-1]) < top_k
     probabilities = jax.nn.softmax(jnp.where(among_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = among_k & (before < top_p)
+    # Rounding carries `before` to 1 in the tail, which top_p = 1 is to keep.
+    kept = among_k & ((before < top_p) | (top_p >= 1.0))
     floor = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= floor, logits, -jnp.inf)

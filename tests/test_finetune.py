@@ -81,7 +81,7 @@ def run(tmp_path_factory, gpt2_dir, text_file):
 def best_options(llama_dir, records_file, output):
     """Of a run that soon learns its few records by heart, so that the best state is neither the last nor checkpointed."""
     return options(
-        model=llama_dir, data=records_file, output=output, template="chat", targets=("q_proj", "down_proj"), learning_rate=2e-2,
+        model=llama_dir, data=records_file, output=output, template="chat", targets="all-linear", learning_rate=2e-2,
         eval_every=2, checkpoint_every=5, keep=1, save="best", max_length=None,
     )  # fmt: skip
 
@@ -90,6 +90,11 @@ def best_options(llama_dir, records_file, output):
 def best_run(tmp_path_factory, llama_dir, records_file):
     config = best_options(llama_dir, records_file, tmp_path_factory.mktemp("best") / "out")
     return Finished(config, jlora.finetune(config), b"")
+
+
+def best_step(run):
+    evaluated = {e["step"]: e["eval_loss"] for e in run.result.history if e["step"] and "eval_loss" in e}
+    return min(evaluated, key=evaluated.get)
 
 
 @contextmanager
@@ -209,16 +214,15 @@ def test_evaluation_file(gpt2_dir, records_file, tmp_path):
     assert result.base_eval_loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_packed_records(gpt2_dir, records_file, tmp_path):
+def test_packed_records(llama_dir, records_file, tmp_path):
     """Packing changes the rows, not the loss on the held-out records; without --steps there are three epochs."""
-    result = jlora.finetune(
-        options(model=gpt2_dir, data=records_file, output=tmp_path / "out", pack=True, steps=None, max_length=64)
-    )
-    model, params = jlora.load(gpt2_dir, dtype=np.float32)
-    where = {"max_length": 64, "seed": 0, "directory": tmp_path}
-    tokenizer = jlora.load_tokenizer(gpt2_dir)
-    packed, _ = load_data(records_file, tokenizer, pack=True, **where)
-    plain, held_out = load_data(records_file, tokenizer, **where)
+    kind = {"template": "chat", "max_length": 64}
+    config = options(model=llama_dir, data=records_file, output=tmp_path / "out", pack=True, steps=None, **kind)
+    result = jlora.finetune(dataclasses.replace(config, targets="q_proj", eval_every=9, checkpoint_every=9))
+    model, params = jlora.load(llama_dir, dtype=np.float32)
+    tokenizer = jlora.load_tokenizer(llama_dir)
+    packed, _ = load_data(records_file, tokenizer, seed=0, directory=tmp_path, pack=True, **kind)
+    plain, held_out = load_data(records_file, tokenizer, seed=0, directory=tmp_path, **kind)
     assert len(packed) < len(plain)
     assert len(losses(result)) == 3 * math.ceil(len(packed) / 4)
     expected = jlora.evaluate(model, params, eval_batches(held_out, batch_size=4)).loss
@@ -281,10 +285,9 @@ def test_keeps_the_last_checkpoints(run):
 
 
 def test_best_state_becomes_the_adapter(best_run, tmp_path):
-    evaluated = {e["step"]: e["eval_loss"] for e in best_run.result.history if e["step"] and "eval_loss" in e}
-    best = min(evaluated, key=evaluated.get)
+    best = best_step(best_run)
     assert best != STEPS and best % best_run.config.checkpoint_every, "the run must overfit between two checkpoints"
-    assert best_run.result.eval_loss == evaluated[best]
+    assert best_run.result.eval_loss == tiny.read_log(best_run.output)[best]["eval_loss"]
     assert saved_steps(best_run.output) == [best, STEPS]
     model, params = jlora.load(best_run.config.model, dtype=np.float32)
     params = jlora.load_adapter(best_run.result.adapter_dir, params)
@@ -293,12 +296,12 @@ def test_best_state_becomes_the_adapter(best_run, tmp_path):
     where = {"max_length": tiny.POSITIONS, "seed": 0, "directory": tmp_path}
     _, held_out = load_data(best_run.config.data, tokenizer, template="chat", **where)
     again = jlora.evaluate(model, params, eval_batches(held_out, batch_size=4))
-    assert again.loss == pytest.approx(evaluated[best], rel=1e-6)
+    assert again.loss == pytest.approx(best_run.result.eval_loss, rel=1e-6)
 
 
 def test_a_signal_does_not_change_the_best(best_run, llama_dir, records_file, tmp_path, monkeypatch):
-    """Stopped where it has just evaluated, between two checkpoints: that state gets saved, but must not be preferred."""
-    (at,) = [e["step"] for e in best_run.result.history if e["step"] == 8 and "eval_loss" in e]
+    """Stopped between two checkpoints, at the best state of all: the uninterrupted run must have saved it as well."""
+    at = best_step(best_run)
     config = best_options(llama_dir, records_file, tmp_path / "out")
     batch = loop.data_lib.batch
 

@@ -296,13 +296,13 @@ def test_abstract_params_allocate_nothing_and_have_the_shapes(model_and_params):
 
 
 def test_abstract_params_of_a_model_larger_than_memory():
-    """Llama 3.1 405B, by name: 406 billion parameters."""
+    """Eight layers of Llama 3.1 405B."""
     fields = {
         "model_type": "llama", "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128,
-        "num_key_value_heads": 8, "num_hidden_layers": 126, "vocab_size": 128256,
+        "num_key_value_heads": 8, "num_hidden_layers": 8, "vocab_size": 128256,
     }  # fmt: skip
     model = model_from_config(fields, dtype=jnp.bfloat16)
-    assert round(jlora.count(abstract_params(model)) / 1e9) == 406
+    assert round(jlora.count(abstract_params(model)) / 1e9) == 30
 
 
 # Reading config.json

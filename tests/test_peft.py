@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from conftest import VOCAB, make_torch_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -27,7 +28,8 @@ def peft_configs(family):
         "all-linear": {"target_modules": "all-linear"},
         "patterns": {
             "target_modules": NAMES[family],
-            "rank_pattern": {first: 6, LAYER[family]: 3},
+            # The first match wins. PEFT sorts the keys when it writes, and cannot read its own file if that changes them.
+            "rank_pattern": {r".*\.1\..*": 3, first: 6},
             "alpha_pattern": {second: 5},
         },
         "rslora": {"target_modules": NAMES[family], "use_rslora": True},
@@ -50,7 +52,8 @@ def torch_logits(model, ids=IDS):
 
 
 def our_logits(model, params, ids=IDS):
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(ids)))(params))
+    # Not jitted: most adapters here differ in structure, and each would be compiled for one call.
+    return np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
 
 
 @pytest.mark.parametrize("kind", ["names", "all-linear", "patterns", "rslora", "layers", "exclude", "regex"])
@@ -90,6 +93,79 @@ def test_stacked_form_reads_and_writes_the_same_file(checkpoint, family, tmp_pat
         jlora.save_adapter(tmp_path / str(stack), adapted, config=config, base_model="base")
         written.append((tmp_path / str(stack) / "adapter_model.safetensors").read_bytes())
     assert written[0] == written[1]
+    expected = torch_logits(peft.PeftModel.from_pretrained(make_torch_model(family), tmp_path / "True").eval())
+    np.testing.assert_allclose(our_logits(model, adapted), expected, atol=1e-4)
+
+
+def save(directory, params, config):
+    adapted = jlora.add_lora(params, config, key=jax.random.key(0))
+    jlora.save_adapter(directory, adapted, config=config, base_model="base")
+    return adapted
+
+
+def kinds(params):
+    return {module: (w.rank, w.scaling) for module, w in adapted_modules(params).items()}
+
+
+def test_bytes_depend_on_the_arguments_alone(checkpoints, tmp_path):
+    _, params = jlora.load(checkpoints["gpt2"][0], dtype=jnp.float32)
+    config = jlora.LoraConfig(rank=2, rank_pattern={"c_fc": 3})
+    adapted = save(tmp_path / "one", params, config)
+    save(tmp_path / "two", params, config)
+    half = jlora.split(adapted)[0]
+    jlora.save_adapter(tmp_path / "half", half, config=config, base_model="base")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert len({(tmp_path / d / name).read_bytes() for d in ("one", "two", "half")}) == 1
+    path = tmp_path / "one" / "adapter_model.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == header + jlora.nbytes(half), "the whole adapter and nothing else"
+
+
+def test_the_order_of_patterns_survives_the_file(checkpoints, tmp_path):
+    """The first match wins, so a writer that sorts keys changes ranks and, unseen by any shape, scalings."""
+    _, params = jlora.load(checkpoints["gpt2"][0], dtype=jnp.float32)
+    config = jlora.LoraConfig(
+        rank_pattern={"mlp.c_proj": 4, "c_proj": 2}, alpha_pattern={"transformer.*c_fc": 3.0, ".*": 5.0}
+    )
+    adapted = save(tmp_path, params, config)
+    assert {kind for kind in kinds(adapted).values()} == {(4, 1.25), (2, 2.5), (8, 0.375), (8, 0.625)}
+    assert kinds(jlora.load_adapter(tmp_path, params)) == kinds(adapted)
+    back = peft.PeftModel.from_pretrained(make_torch_model("gpt2"), tmp_path)
+    theirs = {n.removeprefix("base_model.model."): m for n, m in back.named_modules() if hasattr(m, "lora_A")}
+    assert {n: (m.r["default"], m.scaling["default"]) for n, m in theirs.items()} == kinds(adapted)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude": ["q_proj"]},
+        {"exclude": r".*\.(q|down)_proj"},
+        {"exclude": ["model.layers.0.mlp.up_proj"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [1], "exclude": ["mlp.up_proj"]},
+        {"targets": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+        {"targets": r".*\.1\..*_proj", "exclude": ["o_proj"]},
+    ],
+    ids=str,
+)
+def test_what_is_written_reads_back_onto_the_same_modules(checkpoints, fields, tmp_path):
+    """ "all-linear" is written as names; with exclusions they must still say which modules, to both readers."""
+    _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
+    adapted = save(tmp_path / "one", params, jlora.LoraConfig(rank=2, **fields))
+    again = jlora.load_adapter(tmp_path / "one", params)
+    assert kinds(again) == kinds(adapted)
+    back = peft.PeftModel.from_pretrained(make_torch_model("llama"), tmp_path / "one")
+    assert {
+        n.removeprefix("base_model.model.")
+        for n, m in back.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    } == kinds(adapted).keys()
+    jlora.save_adapter(tmp_path / "two", again, config=jlora.LoraConfig.load(tmp_path / "one"), base_model="base")
+    one, two = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("one", "two"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
 def test_config_has_what_readers_want(checkpoints, tmp_path):
@@ -141,10 +217,17 @@ def reshape(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop, "missing: "),
-        (add, "unexpected: base_model.model.surprise"),
-        (reprefix, "missing: "),
-        (reshape, "shape: "),
+        (drop, "missing: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (4, 48)"),
+        (add, "unexpected: base_model.model.surprise.lora_A.weight (2, 2)"),
+        (
+            reprefix,
+            "missing: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (4, 48) "
+            "(there is base_model.model.layers.0.self_attn.q_proj.lora_A.weight)",
+        ),
+        (
+            reshape,
+            "shape: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is (2, 48), should be (4, 48)",
+        ),
     ],
 )
 def test_an_adapter_that_fits_in_part_is_refused(checkpoints, tmp_path, change, message):
@@ -154,6 +237,49 @@ def test_an_adapter_that_fits_in_part_is_refused(checkpoints, tmp_path, change, 
     with pytest.raises(ValueError, match="does not fit these parameters") as error:
         jlora.load_adapter(tmp_path, params)
     assert message in str(error.value)
+
+
+def edit_config(directory, **fields):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 8}, r"shape: .*q_proj\.lora_A\.weight is \(4, 48\), should be \(8, 48\)"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"missing: .*v_proj\.lora_A\.weight"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"unexpected: .*layers\.1\..*q_proj"),
+        ({"target_modules": ["c_attn"]}, r"`targets` 'c_attn' matches no linear kernel"),
+        ({"peft_type": "LOHA"}, r"peft_type 'LORA'; this one is 'LOHA'"),
+        ({"use_dora": True}, r"use_dora = True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+    ],
+    ids=str,
+)
+def test_an_adapter_whose_config_does_not_fit_is_refused(checkpoints, tmp_path, fields, message):
+    wrapped("llama", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, **fields)
+    _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        jlora.load_adapter(tmp_path, params)
+
+
+@pytest.mark.parametrize("kept", [4, 100, -4])
+def test_a_truncated_file_is_refused_by_name(checkpoints, tmp_path, kept):
+    wrapped("llama", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors' is not a valid safetensors file"):
+        jlora.load_adapter(tmp_path, params)
+
+
+def test_an_adapter_goes_onto_unadapted_parameters(checkpoints, tmp_path):
+    _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
+    adapted = save(tmp_path, params, jlora.LoraConfig(rank=2))
+    with pytest.raises(ValueError, match="adapted already"):
+        jlora.load_adapter(tmp_path, adapted)
 
 
 def test_broken_directories(checkpoints, tmp_path):
@@ -223,6 +349,16 @@ def test_twenty_steps_follow_peft_and_torch(checkpoints, trained_family, tmp_pat
         state, metrics = step(state, base, {"input_ids": ids, "labels": labels}, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, expected, atol=1e-3)
+    final = peft.get_peft_model_state_dict(theirs)
+    started = load_file(tmp_path / "adapter_model.safetensors")
+    for module, weight in adapted_modules(jlora.combine(state.adapter, base)).items():
+        for name in ("lora_A", "lora_B"):
+            key = f"base_model.model.{module}.{name}.weight"
+            moved = np.abs(final[key].numpy() - started[key]).max()
+            # Adam divides by the gradient's size, so float32 noise in a near-zero gradient moves an element by up to the
+            # rate: the bound is a twentieth of what training moved, and the mean is held closer.
+            difference = np.abs(np.asarray(getattr(weight, name)).T - final[key].numpy())
+            assert moved > 1e-2 and difference.max() < 0.05 * moved and difference.mean() < 1e-3 * moved
     assert losses[-1] < losses[0] - 0.1, "training must have gone somewhere"
 
 

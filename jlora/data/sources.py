@@ -75,14 +75,19 @@ def load_data(
     if kinds[0] == "text":
         train, evaluation = of_text(data, Path(directory), eval_fraction)
     else:
-        kept, held_out = split_records(read_records(data), eval_fraction=eval_fraction, seed=seed)
+        kept, held_out = split_records(read_records(_single(data)), eval_fraction=eval_fraction, seed=seed)
         train, evaluation = of_records(kept), of_records(held_out) if held_out else None
     if eval_data is not None:
         if kinds[1] == "text":
             evaluation, _ = of_text(eval_data, Path(directory) / "evaluation", 0.0)
         else:
-            evaluation = of_records(read_records(eval_data))
+            evaluation = of_records(read_records(_single(eval_data)))
     return train, evaluation
+
+
+def _single(source: Source) -> str | Path:
+    assert isinstance(source, str | Path), "kind_of lets lists of records through"
+    return source
 
 
 def kind_of(source: Source) -> str:

@@ -24,14 +24,9 @@ def trained_table(params: Any) -> Table:
         name = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
         groups.setdefault((name, weight.rank, (weight.lora_A.shape[0], weight.lora_B.shape[1])), []).append(weight)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title, justify in (
-        ("trained", "left"),
-        ("kernel", "right"),
-        ("layers", "right"),
-        ("rank", "right"),
-        ("parameters", "right"),
-    ):
-        table.add_column(title, justify=justify)
+    table.add_column("trained")
+    for title in ("kernel", "layers", "rank", "parameters"):
+        table.add_column(title, justify="right")
     for (name, rank, (d_in, d_out)), weights in groups.items():
         table.add_row(
             name, f"{d_in} x {d_out}", str(len(weights)), str(rank), f"{len(weights) * rank * (d_in + d_out):,}"

@@ -206,7 +206,7 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
         entry = {
             "step": step,
             "loss": loss,
-            "learning_rate": float(schedule(step - 1)),
+            "learning_rate": float(jnp.asarray(schedule(step - 1))),
             "grad_norm": norm,
             "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
         }

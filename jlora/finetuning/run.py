@@ -101,7 +101,7 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], what: str, free: tuple[str, ...] = ()) -> None:
-    names = [n for n in now | before if n not in free and before.get(n) != now.get(n)]
+    names = [n for n in {**now, **before} if n not in free and before.get(n) != now.get(n)]
     if names:
         listed = "\n  ".join(f"{n}: was {before.get(n)!r}, is {now.get(n)!r}" for n in names)
         raise ValueError(

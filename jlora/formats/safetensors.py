@@ -67,20 +67,20 @@ class Checkpoint(contextlib.AbstractContextManager):
         self._stack.close()
 
 
-def _files(path: Path) -> dict[Path, set[str] | None]:
+def _files(path: Path) -> Mapping[Path, set[str] | None]:
     """File -> the names to take from it; None: all."""
     if path.is_file():
         return {path: None}
     if (path / "model.safetensors").is_file():
         return {path / "model.safetensors": None}
     if (path / INDEX).is_file():
-        weight_map: Mapping[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-        files: dict[Path, set[str] | None] = {}
+        weight_map = _weight_map(path / INDEX)
+        files: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file:
                 raise ValueError(f"{INDEX} names the shard {file!r}; a shard must be a file beside the index.")
             files.setdefault(path / file, set()).add(name)
-        return files
+        return dict(files)
     others = sorted(f.name for f in path.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".msgpack", ".h5"))
     raise FileNotFoundError(
         f"There is no model.safetensors and no {INDEX} in {str(path)!r}"
@@ -90,6 +90,20 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
             else "."
         )
     )
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor name -> shard, from an index file."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("`weight_map` must give a file name for every tensor")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(index)!r} is not an index of shards, a JSON object with a `weight_map` ({type(error).__name__}: {error}). "
+            "Download or write it again."
+        ) from error
+    return weight_map
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:

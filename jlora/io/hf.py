@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._tree import flatten, layer_path, nest, split_layer_path
+from jlora._tree import flatten, nest, per_layer_paths, split_layer_path
 from jlora._typing import Array, Params
 from jlora.formats import Checkpoint, save_sharded
 from jlora.io.names import checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches
@@ -182,10 +182,8 @@ def save_pretrained(
     tensors = {}
     for path, leaf in leaves.items():
         dense = merge(leaf)
-        rows = (
-            [(path, dense)] if layer_path(path, 0) is None else [(layer_path(path, i), dense[i]) for i in range(depth)]
-        )
-        for row_path, row in rows:
+        paths = per_layer_paths(path, depth)
+        for row_path, row in zip(paths, [dense] if paths == [path] else dense, strict=True):
             array = np.asarray(row)
             if not np.isfinite(array.astype(np.float32)).all():
                 raise ValueError(

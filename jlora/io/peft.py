@@ -26,7 +26,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     """Writes the adapter of `params` so that PEFT loads it. The bytes depend on the arguments alone.
 
     lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), float32; "all-linear" is written as the
-    names it stood for.
+    names it stood for, or as whole module paths where `exclude` took some out.
 
     Args:
         params: adapted parameters, per-layer or stacked, or the adapter half that `split` gave.
@@ -57,12 +57,17 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         "task_type": "CAUSAL_LM",
         "use_dora": False,
     }
-    if config.targets == ALL_LINEAR:
+    if config.targets == ALL_LINEAR and config.exclude:
+        # Last names would take in what was excluded, and names without it would leave `exclude` nothing to exclude.
+        fields |= {"target_modules": sorted(modules), "exclude_modules": None}
+    elif config.targets == ALL_LINEAR:
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(directory / WEIGHTS, tensors)
-    (directory / "adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
+    text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
+    (directory / "adapter_config.json").write_text(text + "\n")
 
 
 def _check_config(params, modules: dict[str, LoraWeight], config: LoraConfig) -> None:

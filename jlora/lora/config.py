@@ -60,10 +60,7 @@ class LoraConfig:
                 object.__setattr__(self, name, tuple(value or ()))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        if isinstance(self.layers_to_transform, int):
-            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
-        elif self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        object.__setattr__(self, "layers_to_transform", self.layers())
         problems = list(self._problems())
         if problems:
             raise ValueError("LoraConfig is not usable:\n  " + "\n  ".join(problems))
@@ -90,10 +87,9 @@ class LoraConfig:
                 re.compile(expression)
             except re.error as error:
                 yield f"`{name}` must be a regular expression; got {expression!r} ({error})."
-        if self.layers_to_transform is not None:
-            if not self.layers_to_transform or any(
-                not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.layers_to_transform
-            ):
+        layers = self.layers()
+        if layers is not None:
+            if not layers or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
                 yield f"`layers_to_transform` must hold layer numbers from 0; got {self.layers_to_transform!r}."
             if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
                 yield (
@@ -111,6 +107,11 @@ class LoraConfig:
 
     def __hash__(self):
         return hash(self._values())
+
+    def layers(self) -> tuple[int, ...] | None:
+        """`layers_to_transform` as numbers; None: all layers."""
+        given = self.layers_to_transform
+        return (given,) if isinstance(given, int) else None if given is None else tuple(given)
 
     def rank_of(self, module: str) -> int:
         """Rank for a module path."""
@@ -193,7 +194,7 @@ class LoraConfig:
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "exclude_modules": _as_json(self.exclude) or None,
-            "layers_to_transform": None if self.layers_to_transform is None else list(self.layers_to_transform),
+            "layers_to_transform": None if (layers := self.layers()) is None else list(layers),
         }
 
 

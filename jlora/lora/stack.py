@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._tree import LAYER_CONTAINERS, flatten, layer_path, nest, split_layer_path
+from jlora._tree import LAYER_CONTAINERS, flatten, layer_path, nest, per_layer_paths, split_layer_path
 from jlora._typing import Params
 
 
@@ -78,9 +78,7 @@ def unstack_layers(params: Params) -> dict[str, Any]:
         )
     flat: dict[str, Any] = {}
     for path, leaf in flatten(params).items():
-        if layer_path(path, 0) is None:
-            flat[path] = leaf
-            continue
-        for i in range(jax.tree.leaves(leaf)[0].shape[0]):
-            flat[layer_path(path, i)] = jax.tree.map(lambda x, i=i: x[i], leaf)
+        paths = per_layer_paths(path, jax.tree.leaves(leaf)[0].shape[0])
+        for i, row_path in enumerate(paths):
+            flat[row_path] = leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
     return nest(flat)

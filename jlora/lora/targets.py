@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jlora._tree import flatten, layer_path, split_layer_path
+from jlora._tree import flatten, layer_path, per_layer_paths, split_layer_path
 from jlora.lora.config import ALL_LINEAR, LoraConfig, pattern_matches
 
 HEADS = ("lm_head",)
@@ -24,7 +24,7 @@ def layer_paths(path: str, leaf: Any) -> list[str]:
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
     if layer_path(path, 0) is None or (path.endswith("/kernel") and leaf.ndim < 3):
         return [path]
-    return [path_i for i in range(leaf.shape[0]) if (path_i := layer_path(path, i)) is not None]
+    return per_layer_paths(path, leaf.shape[0])
 
 
 def linear_kernels(params: Any) -> dict[str, str]:
@@ -94,9 +94,10 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
                 f"`targets` {name!r} matches no linear kernel.{_kind_hint(name, kernels, config) or _nearest(name, kernels)}"
             )
 
-    if config.layers_to_transform is not None:
+    layers = config.layers()
+    if layers is not None:
         there = {layer_index(m) for m in targeted}
-        missing = [i for i in config.layers_to_transform if i not in there]
+        missing = [i for i in layers if i not in there]
         if missing and targeted:
             problems.append(
                 f"`layers_to_transform` {missing} matches no layer of the targets; there are "
@@ -104,7 +105,7 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
             )
         # PEFT takes a module whose whole path is a target before it looks at layers: "lm_head" is one.
         by_path = set() if config.targets == ALL_LINEAR else set(config.targets)
-        targeted = [m for m in targeted if m in by_path or layer_index(m) in config.layers_to_transform]
+        targeted = [m for m in targeted if m in by_path or layer_index(m) in layers]
 
     excludes = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
     for name in excludes:

@@ -32,7 +32,7 @@ def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "no
     Raises:
         ValueError: for an unknown family, or a field that the graph does not compute.
     """
-    family = fields.get("model_type")
+    family = str(fields.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(
             f"config.json has `model_type` {family!r}; jlora runs {', '.join(FAMILIES)}. To adapt another model, write it in "

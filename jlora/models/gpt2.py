@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int, Params
+from jlora._typing import Array, Int, Params
+from jlora._weight import Weight
 from jlora.lora import linear
 from jlora.models.config import ConfigReader
 from jlora.models.layers import (
@@ -115,10 +116,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache: KVCache | None, context):
-        norm = {"eps": self.config.layer_norm_epsilon}
-        y, cache = Attention(self.config, name="attn")(LayerNorm(**norm, name="ln_1")(x), cache, context)
+        eps = self.config.layer_norm_epsilon
+        y, cache = Attention(self.config, name="attn")(LayerNorm(eps=eps, name="ln_1")(x), cache, context)
         x = x + y
-        return x + MLP(self.config, name="mlp")(LayerNorm(**norm, name="ln_2")(x)), cache
+        return x + MLP(self.config, name="mlp")(LayerNorm(eps=eps, name="ln_2")(x)), cache
 
 
 class Transformer(nn.Module):
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         x = Embed(config.vocab_size, config.n_embd, self.dtype, name="wte")(input_ids)
         x = x + Embed(config.n_positions, config.n_embd, self.dtype, name="wpe")(context.positions)
         x, cache = run_layers(self, "h", Block, config.n_layer, self.remat, x, cache, context, config=config)
-        return LayerNorm(config.layer_norm_epsilon, name="ln_f")(x), cache
+        return LayerNorm(eps=config.layer_norm_epsilon, name="ln_f")(x), cache
 
 
 class GPT2(nn.Module):
@@ -165,6 +166,6 @@ class GPT2(nn.Module):
             out = linear(out, weight, transpose=transpose, out_dtype=jnp.float32)
         return out if cache is None else (out, new_cache)
 
-    def output_head(self, params: Params) -> tuple[Float[Array, "vocab d_model"], bool]:
+    def output_head(self, params: Params) -> tuple[Array | Weight, bool]:
         """(weight, transpose) of the product that makes logits of hidden states."""
         return frozen_base(params["transformer"]["wte"]["embedding"]), True

@@ -163,7 +163,7 @@ def attention(
     if mask is None:
         mask = jnp.tril(jnp.ones((seq, seq), bool))[None]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    scores = einsum("bskgd,btkd->bkgst", jnp.dtype(jnp.float32), grouped, k) / math.sqrt(head_dim)
+    scores = einsum("bskgd,btkd->bkgst", jnp.dtype(jnp.float32), grouped, k) * head_dim**-0.5
     # A finite floor: a row that sees no key gives a mean of the values, not NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -248,7 +248,7 @@ def run_layers(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": False},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         out_axes=0,
         length=depth,
     )

@@ -1,0 +1,160 @@
+"""Runs that are killed or stopped, in processes of their own, and resumed: to the byte what they would have become."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import child
+import jax.numpy as jnp
+import pytest
+import tiny
+import yaml
+
+import jlora
+from jlora.cli import INTERRUPTED
+from jlora.train import Checkpoints, adamw, init_state
+
+STEPS, EVERY = 30, 5
+DEADLINE = 120  # seconds until a child that says nothing has failed
+
+
+def options(model, data, output):
+    """With everything that could be lost: dropout, accumulation, a schedule, evaluations apart from checkpoints."""
+    return jlora.FinetuneConfig(
+        model=model, data=data, output=output, steps=STEPS, rank=4, targets="c_attn", dropout=0.2, batch_size=2,
+        accumulate=2, max_length=16, learning_rate=1e-2, eval_every=4, checkpoint_every=EVERY, save="best", quiet=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home, text_file):
+    # One layer compiles sooner, and every process here compiles.
+    model = tiny.write_checkpoint(home / "gpt2", tiny.GPT2 | {"n_layer": 1})
+    config = options(model, text_file, home / "uninterrupted")
+    jlora.finetune(config)
+    return config
+
+
+# Forked from a process that has imported what they need and started no backend: quicker than processes from nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["child"])
+
+
+class Child:
+    """`jlora finetune` in a process, with a config file."""
+
+    def __init__(self, config, home, *, resume=False):
+        self.output = Path(config.output)
+        path, self._stderr = home / f"{self.output.name}.yaml", home / f"{self.output.name}.stderr"
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+        flags = ["--config", str(path), *(["--resume"] if resume else [])]
+        self.process = FORKS.Process(target=child.finetune, args=(flags, str(self._stderr)), daemon=True)
+        self.process.start()
+
+    def wait_for(self, reached):
+        """Until `reached(output)`; the child must be alive then."""
+        until = time.monotonic() + DEADLINE
+        while not reached(self.output):
+            assert self.process.is_alive(), self.end()
+            assert time.monotonic() < until, "nothing came of the run"
+            time.sleep(0.002)
+        return self
+
+    def end(self, number=None):
+        """(exit code, stderr), after a signal."""
+        if number is not None:
+            os.kill(self.process.pid, number)
+        self.process.join(DEADLINE)
+        return self.process.exitcode, self._stderr.read_text()
+
+
+def logged(output):
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") - 1 if path.is_file() else -1
+
+
+def step_logged(step):
+    return lambda output: logged(output) >= step
+
+
+def checkpoint_begun(step):
+    """Orbax writes under a temporary name and renames; either is seen."""
+    return lambda output: any(p.name.split(".")[0] == str(step) for p in output.glob("checkpoints/*"))
+
+
+def assert_same(config, expected):
+    output, other = Path(config.output), Path(expected.output)
+    files = sorted(p.name for p in (other / "adapter").iterdir())
+    assert sorted(p.name for p in (output / "adapter").iterdir()) == files
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files)
+    for name in files:
+        assert (output / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes(), name
+    assert timeless(output) == timeless(other)
+    assert [entry["step"] for entry in tiny.read_log(output)] == list(range(STEPS + 1))
+
+
+def timeless(output):
+    """The log, without what a clock says."""
+    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in tiny.read_log(output)]
+
+
+def test_interrupted_five_times(uninterrupted, home):
+    """Killed before anything is saved, while a checkpoint is written and anywhere; stopped by both signals in between."""
+    config = dataclasses.replace(uninterrupted, output=home / "interrupted")
+    output, draw = Path(config.output), random.Random(0)
+    interruptions = [
+        (step_logged(draw.randint(1, 2)), signal.SIGKILL),
+        (checkpoint_begun(EVERY), signal.SIGKILL),
+        (step_logged(draw.randint(EVERY + 1, 2 * EVERY - 1)), signal.SIGTERM),
+        (step_logged(draw.randint(3 * EVERY + 1, 4 * EVERY - 1)), signal.SIGKILL),
+        (step_logged(draw.randint(4 * EVERY + 1, STEPS - 7)), signal.SIGINT),
+    ]
+    for number, (moment, name) in enumerate(interruptions):
+        code, said = Child(config, home, resume=number > 0).wait_for(moment).end(name)
+        assert not (output / "adapter").exists()
+        if name == signal.SIGKILL:
+            assert code == -signal.SIGKILL, said
+            # A killed process leaves whole lines, each being written at once. A machine that dies may not: done by hand.
+            with (output / "metrics.jsonl").open("ab") as log:
+                log.write(b'{"step": 3, "los')
+        else:
+            stopped = len(tiny.read_log(output)) - 1
+            assert code == INTERRUPTED, said
+            assert said == f"Stopped after step {stopped} of {STEPS}; the state is saved. Continue with --resume.\n"
+            assert (output / "checkpoints" / str(stopped)).is_dir()
+    jlora.finetune(dataclasses.replace(config, resume=True))
+    assert_same(config, uninterrupted)
+
+
+def test_a_checkpoint_that_is_half_deleted_is_in_nobodys_way(tmp_path):
+    """A process can die while it removes a checkpoint that is no longer kept."""
+    tx = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
+    state = init_state({"a": jnp.ones((3, 2))}, tx)
+    directory = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=1)
+    for step, loss in ((5, 3.0), (10, 2.0), (15, None)):
+        checkpoints.save(state._replace(step=jnp.int32(step)), eval_loss=loss)
+        if step == 5:
+            shutil.copytree(directory / "5", tmp_path / "5")
+    checkpoints.close()
+    assert sorted(p.name for p in directory.iterdir()) == ["10", "15"]
+    for path in ("manifest.ocdbt", "_METADATA"):
+        (tmp_path / "5" / "default" / path).unlink()
+    shutil.move(tmp_path / "5", directory / "5")
+    checkpoints = Checkpoints(directory, keep=1)
+    assert (checkpoints.latest, checkpoints.best) == (15, 10)
+    assert checkpoints.restore(state, 15).step == 15
+    checkpoints.save(state._replace(step=jnp.int32(20)), eval_loss=1.0)
+    checkpoints.close()
+    assert [p.name for p in directory.iterdir()] == ["20"]
