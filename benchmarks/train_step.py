@@ -232,7 +232,8 @@ def run_pairs(args: Args, sides: list[str], console: Console) -> dict[str, list[
             result = spawn(side, args)
             found[side].append(result)
             console.print(
-                f"{args.dtype} pair {pair + 1}/{args.pairs} {side}: {result['step_ms']:.0f} ms, {result['tokens_per_s']:.0f} tokens/s"
+                f"{args.dtype} pair {pair + 1}/{args.pairs} {side}: {result['step_ms']:.0f} ms, "
+                f"{result['tokens_per_s']:.0f} tokens/s"
             )
     if len(sides) == 2:
         first = [found[side][0]["losses"][0] for side in sides]

@@ -4,11 +4,6 @@ import contextlib
 import sys
 import time
 
-# Heavy, and imported by no more than one process: the children are forked from it.
-import orbax.checkpoint  # noqa: F401
-from orbax.checkpoint.checkpoint_managers import preservation_policy  # noqa: F401
-from transformers import AutoTokenizer  # noqa: F401
-
 import jlora.cli
 from jlora.finetuning import loop
 

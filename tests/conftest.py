@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import jax
 import pytest
 import tiny
 import torch
@@ -113,3 +114,15 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory):
     return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiling is most of a run on a tiny model. For tests of what surrounds the numbers; test_resume.py runs as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    # Executables of both kinds round differently, so none may outlive the switch.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

@@ -22,17 +22,10 @@ import jlora
 from jlora.data import eval_batches, load_data
 from jlora.finetuning import Stopped, TrainingDiverged, loop
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS, WARMUP, PEAK = 12, 3, 1e-2
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of a run of this size. What XLA optimizes is none of this file's concern; test_resume.py has it on."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def options(**changes):

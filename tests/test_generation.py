@@ -103,5 +103,5 @@ def test_errors(loaded, kwargs, message):
     model, params, _ = loaded["gpt2"]
     prompts = kwargs.pop("prompt_ids", PROMPTS)
     with pytest.raises(ValueError) as error:
-        jlora.generate(model, params, prompts, **kwargs)
+        jlora.generate(model, params, prompts, **({"max_new_tokens": 4} | kwargs))
     assert message in str(error.value)

@@ -61,10 +61,9 @@ def adapted(params, seed=0):
     """LoRA on every linear kernel, B not zero."""
     tree = jlora.add_lora(params, jlora.LoraConfig(rank=3), key=jax.random.key(seed))
     adapter, base = jlora.split(tree)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
-    return jlora.combine(
-        jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), adapter), base
-    )
+    rng = np.random.default_rng(seed)
+    noise = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(x.dtype), adapter)
+    return jlora.combine(jax.tree.map(jnp.add, adapter, noise), base)
 
 
 def last_logits(model, params, prompt):

@@ -80,10 +80,9 @@ def test_logits_equal_transformers(tmp_path, name):
     family, changes = CONFIGS[name]
     oracle = make_torch_model(family, **changes)
     oracle.save_pretrained(tmp_path)
-    model, params = jlora.load(tmp_path, dtype=jnp.float32)
+    model, params = jlora.load(tmp_path, dtype=jnp.float32, stack=True)
     ids = token_ids()
-    for form in ("per layer", "stacked"):
-        assert difference(apply(model, in_form(params, form), ids), torch_logits(oracle, ids)) <= 1e-4, form
+    assert difference(apply(model, params, ids), torch_logits(oracle, ids)) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,16 @@ def uninterrupted(home, text_file):
     # One layer compiles sooner, and every process here compiles.
     model = tiny.write_checkpoint(home / "gpt2", tiny.GPT2 | {"n_layer": 1})
     config = options(model, text_file, home / "uninterrupted")
-    jlora.finetune(config)
+    code, said = Child(config, home).end()
+    assert code == 0, said
     return config
 
 
-# Forked from a process that has imported what they need and started no backend: quicker than processes from nothing.
+# Children are forked from a process that has imported what is slow to import, and started no backend.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["child"])
+FORKS.set_forkserver_preload(
+    ["jlora.cli", "orbax.checkpoint.checkpoint_managers", "transformers.models.auto.tokenization_auto"]
+)
 
 
 class Child:
@@ -133,7 +136,8 @@ def test_interrupted_five_times(uninterrupted, home):
             assert code == INTERRUPTED, said
             assert said == f"Stopped after step {stopped} of {STEPS}; the state is saved. Continue with --resume.\n"
             assert (output / "checkpoints" / str(stopped)).is_dir()
-    jlora.finetune(dataclasses.replace(config, resume=True))
+    code, said = Child(config, home, resume=True).end()
+    assert code == 0, said
     assert_same(config, uninterrupted)
 
 

@@ -64,7 +64,7 @@ def _one_line(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.strip().replace("|", "\\|").replace("\n", "<br>")
+    return "<br>".join(text.strip().replace("\\", "\\\\").replace("|", "\\|").splitlines())
 
 
 def compare(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jlora.report.comparison import Comparison
 
@@ -21,11 +22,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             table.add_row(name, f"{e.loss:.4f}", f"{e.perplexity:.2f}")
         console.print(table)
     for row in comparison.prompts:
-        table = Table(title=row.prompt.strip(), title_style="bold", title_justify="left", expand=True, show_lines=False)
+        # As `Text`, not strings: what a model writes may hold square brackets, which are markup to rich.
+        prompt, base, adapted = (Text(text.strip()) for text in (row.prompt, row.base, row.adapted))
+        table = Table(title=prompt, title_style="bold", title_justify="left", expand=True, show_lines=False)
         table.add_column("base", ratio=1, style="dim")
         table.add_column(f"adapted (KL {row.kl:.3f} nats, L2 {row.l2:.1f})", ratio=1)
-        # Text from a model may hold square brackets, which are markup to rich.
-        table.add_row(*(text.strip().replace("[", "\\[") for text in (row.base, row.adapted)))
+        table.add_row(base, adapted)
         console.print(table)
 
 

@@ -28,7 +28,10 @@ class Evaluation:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,0 +1,423 @@
+"""The `jlora` command: its flags and help, each command on a tiny run, and what it says when something is wrong."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+
+import jlora
+from jlora import cli
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+COMMANDS = ("finetune", "evaluate", "compare", "generate", "merge", "inspect", "prepare")
+# As scripts give them; design.md promises these names.
+FLAGS = (
+    "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "
+    "--batch-size 2 --accumulate 2 --max-length 32 --seed 3 --checkpoint-every 3 --eval-every 2"
+).split()
+
+
+def run(*flags):
+    """The exit code of a command, 0 when it returns."""
+    try:
+        cli.main([str(flag) for flag in flags])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def jlora_(capsys):
+    """Runs a command that must succeed; gives what it printed."""
+
+    def call(*flags):
+        capsys.readouterr()
+        code = run(*flags)
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail; gives the message."""
+
+    def call(*flags, code=cli.FAILURE):
+        capsys.readouterr()
+        assert run(*flags) == code
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert "Traceback" not in said.err
+        return said.err.removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, gpt2_dir, text_file):
+    """OUTPUT of a run by flags."""
+    output = tmp_path_factory.mktemp("cli") / "run"
+    assert run("finetune", "--model", gpt2_dir, "--data", text_file, "--output", output, *FLAGS) == 0
+    return output
+
+
+# Help and usage
+
+
+def test_overview(jlora_, capsys):
+    said = jlora_("--help")
+    assert all(f"jlora {name} " in said for name in COMMANDS)
+    assert run() == cli.USAGE_ERROR
+    assert capsys.readouterr().out == said
+
+
+def test_version(jlora_):
+    assert jlora_("--version") == f"jlora {jlora.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_explains_every_flag(name, jlora_, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    said = jlora_(name, "--help")
+    options, _ = cli._commands()[name]
+    assert options.__doc__.split("\n")[0] in said
+    assert "--config FILE.yaml" in said
+    # A flag and its values, then the explanation, then the default.
+    lines = [line.strip("│| ") for line in said.splitlines()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("--") and not line.startswith("--config")]
+    texts = {" ".join(lines[i:end]) for i, end in zip(starts, [*starts[1:], len(lines)], strict=True)}
+    for field in dataclasses.fields(options):
+        flag = f"--{field.name.replace('_', '-')}"
+        (text,) = [text for text in texts if re.match(f"{flag}[ ,]", text)]
+        explained, rest = re.split(r"\((?=default: |required)", text, maxsplit=1)
+        words = re.findall(r"(?<![-\w{|,])[A-Za-z][a-z]+\b", explained.replace(f"--no-{flag[2:]}", ""))
+        assert len(words) >= 2, text
+
+
+def test_unknown_command(fails):
+    assert fails("finetun", code=cli.USAGE_ERROR) == "no command 'finetun'; did you mean 'finetune'?\n"
+    assert "finetune, evaluate, compare" in fails("xyz", code=cli.USAGE_ERROR)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("finetune", "--model", "m", "--data", "d.txt", "--output", "o", "--rnak", "8"),
+        ("finetune", "--model", "m", "--data", "d.txt", "--output", "o", "--rank", "eight"),
+        ("finetune", "--model", "m"),
+        ("inspect", "--model", "m", "--data", "d.txt", "--split", "test"),
+    ],
+    ids=["unknown flag", "not a number", "missing flags", "not a choice"],
+)
+def test_wrong_usage(flags, capsys):
+    assert run(*flags) == cli.USAGE_ERROR
+    said = capsys.readouterr()
+    assert flags[-2] in said.err or "--data" in said.err
+
+
+def test_out_of_range_flag(capsys):
+    assert run("finetune", "--model", "m", "--data", "d.txt", "--output", "o", "--batch-size", 0) == cli.USAGE_ERROR
+    assert "`batch_size` must be at least 1; got 0" in capsys.readouterr().err
+
+
+# Fine-tuning
+
+
+def test_finetune(finetuned, gpt2_dir):
+    log = tiny.read_log(finetuned)
+    assert [entry["step"] for entry in log] == list(range(7))
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 2, 4, 6]
+    written = json.loads((finetuned / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == gpt2_dir
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (4, 8, 0.1)
+    assert sorted(written["target_modules"]) == ["c_attn", "c_fc"]
+
+
+def test_the_config_of_a_run_is_a_config_file(finetuned, tmp_path, jlora_):
+    """Flags win over it, wherever they stand, and `--config=` reads like `--config `."""
+    again = tmp_path / "again"
+    said = jlora_("finetune", "--output", again, "--config", finetuned / "config.yaml")
+    assert "before training" in said
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (again / "adapter" / name).read_bytes() == (finetuned / "adapter" / name).read_bytes()
+    said = jlora_("finetune", f"--config={finetuned / 'config.yaml'}", "--resume", "--output", again)
+    assert "resuming after step 6 of 6" in said
+    assert jlora_("finetune", "--config", finetuned / "config.yaml", "--resume", "--output", again, "--quiet") == ""
+
+
+def test_config_file_becomes_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\ndata: d.txt\nlearning-rate: 1e-4\nbatch_size: 2\ntargets: [q_proj, v_proj]\nexclude: []\npack: true\n"
+        "resume: false\neval_data: null\n"
+    )
+    flags = cli.with_config_file(jlora.FinetuneConfig, ["--config", str(path), "--batch-size", "4"])
+    assert flags == (
+        "--model m --data d.txt --learning-rate 1e-4 --batch-size 2 --targets q_proj v_proj --pack --no-resume "
+        "--batch-size 4"
+    ).split()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rte: 1e-4\n", "sets 'learning_rte', which is no flag; did you mean 'learning_rate'?"),
+        ("zzz: 1\n", "sets 'zzz', which is no flag."),
+        ("- model\n- data\n", "must map flag names to values; got list."),
+        ("", "must map flag names to values; got NoneType."),
+        ("model: [\n", "is not valid YAML"),
+        (None, "There is no config file"),
+    ],
+    ids=["misspelt", "unknown", "list", "empty", "broken", "missing"],
+)
+def test_wrong_config_file(text, says, tmp_path, fails):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert says in fails("finetune", "--config", path)
+
+
+def test_config_without_a_file(fails):
+    assert "--config run.yaml" in fails("finetune", "--config")
+
+
+# The other commands, on what the run left
+
+
+def evaluate_flags(text_file):
+    return ["--data", text_file, "--eval-fraction", 0.2, "--max-length", 32, "--batch-size", 2, "--seed", 3]
+
+
+def test_evaluate(finetuned, text_file, tmp_path, jlora_):
+    path = tmp_path / "new" / "report.json"
+    flags = evaluate_flags(text_file)
+    said = jlora_("evaluate", "--adapter", finetuned / "adapter", *flags, "--output", path)
+    report = json.loads(said)
+    assert json.loads(path.read_text()) == report
+    assert list(report) == [
+        "model", "adapter", "data", "split", "eval_loss", "perplexity", "batches", "supervised_tokens", "batch_size",
+        "max_length",
+    ]  # fmt: skip
+    log = tiny.read_log(finetuned)
+    assert report["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
+    assert report["perplexity"] == pytest.approx(np.exp(report["eval_loss"]))
+    assert (report["split"], report["batch_size"], report["max_length"]) == ("validation", 2, 32)
+    base = json.loads(jlora_("evaluate", "--model", report["model"], *flags))
+    assert base["adapter"] is None
+    assert base["eval_loss"] == pytest.approx(log[0]["eval_loss"], rel=1e-6)
+    assert base["supervised_tokens"] == report["supervised_tokens"] > 0
+
+
+def test_compare(finetuned, text_file, tmp_path, jlora_):
+    flags = ["--prompts", "The keeper", "Wind [and] rain", "--max-new-tokens", 5, "--output", tmp_path / "new"]
+    said = jlora_("compare", "--adapter", finetuned / "adapter", *evaluate_flags(text_file), *flags)
+    assert "The keeper" in said and "Wind [and] rain" in said and "perplexity" in said
+    report = json.loads((tmp_path / "new" / "compare.json").read_text())
+    log = tiny.read_log(finetuned)
+    assert report["held_out"]["base"]["loss"] == pytest.approx(log[0]["eval_loss"], rel=1e-6)
+    assert report["held_out"]["adapted"]["loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
+    assert [prompt["prompt"] for prompt in report["prompts"]] == ["The keeper", "Wind [and] rain"]
+    assert all(prompt["kl"] > 0 and prompt["l2"] > 0 for prompt in report["prompts"])
+    markdown = (tmp_path / "new" / "compare.md").read_text()
+    assert "## The keeper" in markdown and "| base | adapted |" in markdown
+
+
+def test_generate(finetuned, tmp_path, jlora_):
+    flags = ["--adapter", finetuned / "adapter", "--max-new-tokens", 6]
+    greedy = jlora_("generate", *flags, "--prompts", "The keeper", "--temperature", 0)
+    assert greedy.startswith("The keeper") and len(greedy) > len("The keeper\n\n")
+    assert jlora_("generate", *flags, "--prompts", "The keeper", "--temperature", 0, "--seed", 7) == greedy
+    (tmp_path / "prompts.txt").write_text("The tide\n\nOld [bold]rope[/bold]\n")
+    said = jlora_("generate", *flags, "--prompts-file", tmp_path / "prompts.txt")
+    assert "The tide" in said and "Old [bold]rope[/bold]" in said
+
+
+def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
+    output = tmp_path / "merged"
+    assert "merged checkpoint" in jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
+    base = transformers.AutoModelForCausalLM.from_pretrained(gpt2_dir)
+    adapted = peft.PeftModel.from_pretrained(base, str(finetuned / "adapter")).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(output)("The keeper wrote of wind", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        expected, logits = adapted(ids).logits, merged(ids).logits
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - logits).abs().max() > 1e-2
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    assert "choose another directory" in fails("merge", "--adapter", finetuned / "adapter", "--output", output)
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+
+
+def test_inspect_data(gpt2_dir, records_file, jlora_):
+    said = jlora_("inspect", "--model", gpt2_dir, "--data", records_file, "--rows", 2)
+    first = json.loads(Path(records_file).read_text().splitlines()[0])
+    assert "row 1 of 24" in said and "row 2 of 24" in said and "row 3" not in said
+    assert first["instruction"] in said and first["output"] in said and tiny.EOT in said
+    counts = dict(line.rsplit(None, 1) for line in said.splitlines() if line.startswith(("records", "supervised")))
+    assert counts.keys() == {"records", "supervised tokens", "supervised share"}
+    assert counts["records"] == "24"
+    assert 0 < float(counts["supervised share"].rstrip("%")) < 50
+
+
+def test_inspect_chats(llama_dir, records_file, jlora_):
+    said = jlora_("inspect", "--model", llama_dir, "--data", records_file, "--template", "chat", "--rows", 1)
+    assert "<|im_start|>assistant" in said and "row 1 of 24" in said
+
+
+def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, jlora_):
+    said = jlora_("inspect", "--model", gpt2_dir)
+    for row in ("attn.c_attn  32 x 96", "mlp.c_proj   128 x 32"):
+        assert row in said
+    assert "self_attn.k_proj  32 x 16" in jlora_("inspect", "--model", llama_dir)
+    said = jlora_("inspect", "--adapter", finetuned / "adapter")
+    rows = [line.split() for line in said.splitlines() if line.startswith("transformer.h.")]
+    assert [row[:3] for row in rows] == [
+        [f"transformer.h.{layer}.{module}", "4", "2"] for layer in (0, 1) for module in ("attn.c_attn", "mlp.c_fc")
+    ]
+    assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_prepare(gpt2_dir, text_file, tmp_path, jlora_):
+    said = jlora_("prepare", "--model", gpt2_dir, "--data", text_file, "--output", tmp_path / "shards")
+    meta = json.loads((tmp_path / "shards" / "meta.json").read_text())
+    assert f"{meta['tokens']['train']:,} train tokens" in said
+    assert f"{meta['tokens']['validation']:,} validation tokens" in said
+
+
+# Errors
+
+
+def test_output_exists(finetuned, fails, text_file, gpt2_dir):
+    said = fails("finetune", "--model", gpt2_dir, "--data", text_file, "--output", finetuned)
+    assert "exists and is not empty" in said and "--resume" in said
+
+
+def test_resume_with_other_flags(finetuned, fails):
+    said = fails("finetune", "--config", finetuned / "config.yaml", "--resume", "--rank", 16)
+    assert "rank: was 4, is 16" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("finetune --model ./nowhere --data {text} --output {out}", "'./nowhere' is not a directory"),
+        ("finetune --model no-such-model --data {text} --output {out}", "neither a directory here nor"),
+        ("finetune --model {gpt2} --data nowhere.txt --output {out}", "no such data file: nowhere.txt"),
+        ("finetune --model {gpt2} --data {bad} --output {out}", "bad.jsonl:2: a record needs the columns"),
+        ("finetune --model {gpt2} --data {text} --output {out} --targets q_proj", "q_proj"),
+        ("finetune --model {gpt2} --data {bad} --output {out} --template chat", "bad.jsonl:2"),
+        ("evaluate --model {gpt2}", "Give --data"),
+        ("evaluate --data {text}", "Give --model, or an --adapter"),
+        ("evaluate --model {llama} --adapter {adapter} --data {text}", "c_attn"),
+        ("evaluate --adapter {gpt2} --data {text}", "There is no adapter_config.json"),
+        ("generate --model {gpt2}", "Give at least one prompt"),
+        ("generate --model {gpt2} --prompts-file nowhere", "There is no prompts file 'nowhere'"),
+        ("compare --model {gpt2} --prompts a", "give --adapter"),
+        ("merge --model {gpt2} --output {out}", "nothing to merge without --adapter"),
+        ("inspect", "Give --model"),
+        ("inspect --model {adapter}", "It holds an adapter"),
+        ("inspect --model {gpt2} --data {text} --split validation --eval-fraction 0", "use --split all"),
+        ("prepare --model {gpt2} --data nowhere.txt --output {out}", "no such text file: nowhere.txt"),
+    ],
+)
+def test_errors_say_what_is_wrong(flags, says, finetuned, gpt2_dir, llama_dir, text_file, tmp_path, fails):
+    bad = tmp_path / "bad.jsonl"
+    tiny.write_records(bad, [*tiny.records(1), {"question": "?", "answer": "!"}])
+    paths = {
+        "gpt2": gpt2_dir, "llama": llama_dir, "text": text_file, "bad": bad, "out": tmp_path / "out",
+        "adapter": finetuned / "adapter",
+    }  # fmt: skip
+    said = fails(*flags.format(**paths).split())
+    assert says in said
+    assert "JLORA_TRACEBACK" not in said, "an error of the user's must not look like one of the program's"
+    assert not (tmp_path / "out").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Empty:
+    """No flags."""
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("JLORA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Give --model"):
+        cli.main(["inspect"])
+
+
+def test_errors_of_the_program_name_their_type(fails, monkeypatch):
+    def broken(options):
+        raise RuntimeError("no [such] device")
+
+    monkeypatch.setattr(cli, "_commands", lambda: {"prepare": (Empty, broken)})
+    assert fails("prepare") == "RuntimeError: no [such] device (set JLORA_TRACEBACK=1 to see where)\n"
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_commands", lambda: {"prepare": (Empty, interrupted)})
+    assert run("prepare") == cli.INTERRUPTED == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBuffer: ..."),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: TPU"),
+    ],
+    ids=["XLA", "host", "jax"],
+)
+def test_advice_when_memory_runs_out(error):
+    said = cli._advice(error)
+    assert said.startswith("out of memory (")
+    remedies = (
+        "--batch-size",
+        "--accumulate",
+        "--max-length",
+        "--remat layer",
+        "--dtype bfloat16",
+        "--rank",
+        "--targets",
+    )
+    places = [said.index(remedy) for remedy in remedies]
+    assert places == sorted(places)
+
+
+# As a program
+
+
+def test_console_script(tmp_path):
+    script = Path(sys.executable).with_name("jlora")
+    said = subprocess.run([script, "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"jlora {jlora.__version__}\n", "")
+    flags = ["finetune", "--model", "./nowhere", "--data", "d.txt", "--output", "out"]
+    said = subprocess.run([script, *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert (said.returncode, said.stdout) == (cli.FAILURE, "")
+    assert said.stderr.startswith("error: './nowhere' is not a directory.") and "Traceback" not in said.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_config_yaml_is_plain(finetuned):
+    fields = yaml.safe_load((finetuned / "config.yaml").read_text())
+    assert (fields["learning_rate"], fields["targets"], fields["resume"]) == (0.01, ["c_attn", "c_fc"], False)
