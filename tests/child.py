@@ -7,15 +7,13 @@ import time
 import jlora.cli
 from jlora.finetuning import loop
 
-BATCH_SECONDS = 0.1
 
-
-def finetune(flags, stderr):
+def finetune(flags, stderr, batch_seconds):
     """Ends the process as the command does."""
     batch = loop.data_lib.batch
 
     def slow(*args, **kwargs):
-        time.sleep(BATCH_SECONDS)
+        time.sleep(batch_seconds)
         return batch(*args, **kwargs)
 
     loop.data_lib.batch = slow

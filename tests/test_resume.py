@@ -42,7 +42,7 @@ def uninterrupted(home, text_file):
     # One layer compiles sooner, and every process here compiles.
     model = tiny.write_checkpoint(home / "gpt2", tiny.GPT2 | {"n_layer": 1})
     config = options(model, text_file, home / "uninterrupted")
-    code, said = Child(config, home).end()
+    code, said = Child(config, home, batch_seconds=0).end()
     assert code == 0, said
     return config
 
@@ -57,12 +57,12 @@ FORKS.set_forkserver_preload(
 class Child:
     """`jlora finetune` in a process, with a config file."""
 
-    def __init__(self, config, home, *, resume=False):
+    def __init__(self, config, home, *, resume=False, batch_seconds=0.1):
         self.output = Path(config.output)
         path, self._stderr = home / f"{self.output.name}.yaml", home / f"{self.output.name}.stderr"
         path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
         flags = ["--config", str(path), *(["--resume"] if resume else [])]
-        self.process = FORKS.Process(target=child.finetune, args=(flags, str(self._stderr)), daemon=True)
+        self.process = FORKS.Process(target=child.finetune, args=(flags, str(self._stderr), batch_seconds), daemon=True)
         self.process.start()
 
     def wait_for(self, reached):
@@ -136,7 +136,7 @@ def test_interrupted_five_times(uninterrupted, home):
             assert code == INTERRUPTED, said
             assert said == f"Stopped after step {stopped} of {STEPS}; the state is saved. Continue with --resume.\n"
             assert (output / "checkpoints" / str(stopped)).is_dir()
-    code, said = Child(config, home, resume=True).end()
+    code, said = Child(config, home, resume=True, batch_seconds=0).end()
     assert code == 0, said
     assert_same(config, uninterrupted)
 
