@@ -1,9 +1,25 @@
 """Tiny random checkpoints, written by transformers once a session."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Tests, their workers and the processes they start compile the same programs again and again. The first process
+    # makes the directory, the others inherit it; it does not outlive the session.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jlora-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core for each worker: the thread pools of XLA and torch would fight over them, which takes many times as long.
+    _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if _cores:
+        os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
 import pytest
