@@ -1,29 +1,28 @@
-"""The training step of full-size GPT-2 (124M random weights, rank 8 on `c_attn`) against PEFT + torch.
+"""The training step of a 124M model with random weights against PEFT + torch: LoRA, and QLoRA against bitsandbytes.
 
     python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+    python benchmarks/train_step.py --family llama --quantize nf4 --dtype bfloat16 --output benchmarks/results/qlora_step_cpu.json
+
+GPT-2 has rank 8 on `c_attn`, the Llama of the same size rank 16 on all linear layers. With `--quantize nf4` the step is also
+compared with jlora's own on the dense base.
 
 Each measurement is a process of its own. jlora's and the peer's alternate, pinned to the same cores with as many threads, so
 that a slow minute of the machine hits both; the ratio of a pair is what counts, and the median over the pairs is the
 result. Both sides train the same weights on the same batch with the same AdamW: their first losses must agree, the
 gradient must not vanish and the loss must fall, or there is no result. Without torch, transformers and peft it
 measures jlora alone and says so.
-
-Expected on two cores with AMX (absolute numbers vary with the machine's load, ratios much less):
-
-    TODO
 """
 
 import dataclasses
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -32,15 +31,24 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from bench import ROOT, machine, pin, quartiles, write
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"gpt2": {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}}
-PEER_PACKAGES = ("torch", "transformers", "peft")
+FIELDS = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    "llama": {
+        "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "head_dim": 64, "max_position_embeddings": 1024, "vocab_size": 50257,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+DEPTH = {"gpt2": "n_layer", "llama": "num_hidden_layers"}
+LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = {"gpt2": {"rank": 8, "alpha": 16, "targets": ("c_attn",)}, "llama": {"rank": 16, "alpha": 32, "targets": LLAMA_LINEAR}}
+PEER_PACKAGES = {"none": ("torch", "transformers", "peft"), "nf4": ("torch", "transformers", "peft", "bitsandbytes")}
 WORKER = "--worker"  # hidden: be a measured process
-ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-LEARNING_RATE, RANK, ALPHA, TARGETS = 1e-3, 8, 16, ("c_attn",)
+LEARNING_RATE = 1e-3
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Allowed difference of the two first losses, nats: both start at the base model, where LoRA's update is zero."""
 
@@ -59,16 +67,18 @@ class Args:
     length: int = 128
     layers: int = 12
     """Fewer make a quick check, not a result."""
-    family: Literal["gpt2"] = "gpt2"
-    form: Literal["per-layer", "stacked"] = "per-layer"
-    """jlora's execution form: unrolled layers, or one scan over a stack of them."""
+    family: Literal["gpt2", "llama"] = "gpt2"
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: both sides train on a 4-bit base with double quantization."""
+    form: Literal["auto", "per-layer", "stacked"] = "auto"
+    """jlora's execution form: unrolled layers, or one scan over a stack of them; auto: as `jlora finetune` chooses."""
     remat: bool = False
     """Recompute the layers in the backward pass (gradient checkpointing), on both sides."""
     threads: int = 0
     """Cores to pin both sides to; 0: all that this process may use."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPU when there is one. Both sides must then have one."""
-    only: Literal["both", "jlora", "peft"] = "both"
+    only: Literal["all", "jlora", "peft"] = "all"
     """Measure one side alone, without ratios."""
     output: Path | None = None
     """JSON file for everything measured."""
@@ -79,7 +89,7 @@ class Args:
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 tensor of a checkpoint name: the same on both sides, which never talk to each other."""
-    if "ln_" in name:
+    if "ln_" in name or "norm" in name:
         return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
@@ -100,15 +110,26 @@ def jlora_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], 
     from jlora.io.names import hf_name
     from jlora.lora import LoraConfig, add_lora, split, stack_layers
     from jlora.models import abstract_params, model_from_config
+    from jlora.quant import NF4, quantize_params
     from jlora.train import causal_lm_loss, init_state, make_step
 
-    fields = {**FIELDS[args.family], "n_layer": args.layers}
+    fields = {**FIELDS[args.family], DEPTH[args.family]: args.layers}
     model = model_from_config(fields, dtype=args.dtype, remat="layer" if args.remat else "none")
     shapes = flatten(abstract_params(model))
-    params = nest({path: jnp.asarray(draw(hf_name(path), s.shape)).astype(args.dtype) for path, s in shapes.items()})
-    if args.form == "stacked":
+
+
+    def stored(path, shape):
+        if path.endswith("/kernel") and model.config.transposed_kernels:
+            return draw(hf_name(path), shape[::-1]).T
+        return draw(hf_name(path), shape)
+
+    params = nest({path: jnp.asarray(stored(path, s.shape)).astype(args.dtype) for path, s in shapes.items()})
+    if args.quantize == "nf4":
+        params = quantize_params(params, NF4())
+    by_default = "stacked" if args.quantize == "nf4" or jax.default_backend() != "cpu" else "per-layer"
+    if (by_default if args.form == "auto" else args.form) == "stacked":
         params = stack_layers(params)
-    params = add_lora(params, LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS), key=jax.random.key(0))
+    params = add_lora(params, LoraConfig(**LORA[args.family]), key=jax.random.key(0))
     adapter, base = split(params)
     ids = jnp.asarray(tokens(args))
     batch = jax.block_until_ready({"input_ids": ids, "labels": ids})
@@ -134,20 +155,34 @@ def peft_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], i
 
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    fields = {k: v for k, v in FIELDS[args.family].items() if k != "model_type"}
-    config = transformers.GPT2Config(**fields, **dropouts, n_layer=args.layers, use_cache=False)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    model = transformers.GPT2LMHeadModel(config).to(device)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if args.family == "gpt2" else {}
+    fields = {**FIELDS[args.family], **dropouts, DEPTH[args.family]: args.layers, "use_cache": False}
+    config = transformers.AutoConfig.for_model(**fields)
+    default, dtype = torch.get_default_dtype(), getattr(torch, args.dtype)
+    torch.set_default_dtype(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(device)
     torch.set_default_dtype(default)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+    if args.quantize == "nf4":
+        packing = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, quantization_config=packing, dtype=dtype, device_map=device
+            )
     if args.remat:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recipe = LORA[args.family]
     lora = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, fan_in_fan_out=True
+        r=recipe["rank"],
+        lora_alpha=recipe["alpha"],
+        target_modules=list(recipe["targets"]),
+        lora_dropout=0.0,
+        fan_in_fan_out=args.family == "gpt2" and args.quantize == "none",
     )
     model = peft.get_peft_model(model, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -170,7 +205,12 @@ def peft_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], i
     return run, torch.cuda.max_memory_allocated, torch.cuda.get_device_name()
 
 
-SIDES = {"jlora": jlora_side, "peft": peft_side}
+def dense_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], int | None], str]:
+    """jlora on the dense base, in the form that it chooses for that."""
+    return jlora_side(dataclasses.replace(args, quantize="none", form="auto"))
+
+
+SIDES = {"jlora": jlora_side, "peft": peft_side, "dense": dense_side}
 
 
 def measure(side: str, args: Args) -> dict[str, Any]:
@@ -235,52 +275,24 @@ def run_pairs(args: Args, sides: list[str], console: Console) -> dict[str, list[
                 f"{args.dtype} pair {pair + 1}/{args.pairs} {side}: {result['step_ms']:.0f} ms, "
                 f"{result['tokens_per_s']:.0f} tokens/s"
             )
-    if len(sides) == 2:
-        first = [found[side][0]["losses"][0] for side in sides]
+    if "peft" in sides and "jlora" in sides:
+        first = [found[side][0]["losses"][0] for side in ("jlora", "peft")]
         assert abs(first[0] - first[1]) < LOSS_TOLERANCE[args.dtype], f"The sides start at different losses: {first}"
     return found
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {"median": float(median), "q25": float(low), "q75": float(high)}
-
-
 def summarize(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Quartiles over the processes of each side, and of the pairwise ratios jlora / peft."""
+    """Quartiles over the processes of each side, and of the pairwise ratios of jlora to each of the others."""
     keys = ("step_ms", "tokens_per_s", "peak_rss_bytes", "first_step_s")
     summary: dict[str, Any] = {
         side: {key: quartiles([r[key] for r in runs]) for key in keys} for side, runs in found.items()
     }
-    if len(found) == 2:
-        pairs = list(zip(found["jlora"], found["peft"], strict=True))
-        summary["ratio"] = {key: quartiles([a[key] / b[key] for a, b in pairs]) for key in keys[1:]}
-        summary["ratio"]["tokens_per_s_all"] = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
+    for other in [side for side in found if side != "jlora" and "jlora" in found]:
+        pairs = list(zip(found["jlora"], found[other], strict=True))
+        ratios: dict[str, Any] = {key: quartiles([a[key] / b[key] for a, b in pairs]) for key in keys[1:]}
+        ratios["tokens_per_s_all"] = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
+        summary[f"jlora / {other}"] = ratios
     return summary
-
-
-def machine(args: Args) -> dict[str, Any]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
-    packages = ("jax", "jaxlib", "flax", *PEER_PACKAGES)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cpu": fields.get("model name", platform.processor()),
-        "isa": [flag for flag in ISA_FLAGS if flag in fields.get("flags", "").split()],
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
@@ -296,42 +308,27 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
                 f"{m['first_step_s']:.1f}",
             )
             out.add_row(dtype, side, *cells)
-        if "ratio" in summary:
-            q = summary["ratio"]["tokens_per_s"]
-            memory, first = (summary["ratio"][key]["median"] for key in ("peak_rss_bytes", "first_step_s"))
+        for name in (n for n in summary if n.startswith("jlora /")):
+            q = summary[name]["tokens_per_s"]
+            memory, first = (summary[name][key]["median"] for key in ("peak_rss_bytes", "first_step_s"))
             speed = f"{q['median']:.2f} ({q['q25']:.2f}–{q['q75']:.2f})"
-            out.add_row(
-                dtype, "[bold]jlora / peft", f"[bold]{speed}", "", f"{memory:.2f}", f"{first:.2f}", end_section=True
-            )
+            out.add_row(dtype, f"[bold]{name}", f"[bold]{speed}", "", f"{memory:.2f}", f"{first:.2f}", end_section=True)
     return out
-
-
-def pin(args: Args) -> Args:
-    """Pins this process, and with it its children, to the cores of the benchmark."""
-    if not hasattr(os, "sched_setaffinity"):
-        return dataclasses.replace(args, threads=args.threads or os.cpu_count() or 1)
-    cores = sorted(os.sched_getaffinity(0))
-    cores = cores[: args.threads or len(cores)]
-    os.sched_setaffinity(0, cores)
-    return dataclasses.replace(args, threads=len(cores))
 
 
 def main(args: Args) -> None:
     console = Console(width=140)
-    args = pin(args)
-    missing = [name for name in PEER_PACKAGES if importlib.util.find_spec(name) is None]
-    sides = list(SIDES) if args.only == "both" else [args.only]
+    args = dataclasses.replace(args, threads=pin(args.threads))
+    missing = [name for name in PEER_PACKAGES[args.quantize] if importlib.util.find_spec(name) is None]
+    sides = ["jlora", "peft"] + (["dense"] if args.quantize == "nf4" else []) if args.only == "all" else [args.only]
     if missing and "peft" in sides:
         console.print(f"[yellow]Not installed: {', '.join(missing)}. Measuring jlora alone, without ratios.")
-        sides = ["jlora"]
+        sides = [side for side in sides if side != "peft"]
     dtypes = ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]
     runs = {dtype: run_pairs(dataclasses.replace(args, dtype=dtype), sides, console) for dtype in dtypes}
     results = {dtype: summarize(found) for dtype, found in runs.items()}
     console.print(table(results))
-    if args.output:
-        report = {"machine": machine(args), "settings": settings(args), "results": results, "runs": runs}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.output, {"machine": machine(args.threads), "settings": settings(args), "results": results, "runs": runs})
 
 
 if __name__ == "__main__":

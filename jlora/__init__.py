@@ -14,6 +14,7 @@ from jlora.io import load_adapter as load_adapter
 from jlora.io import load_tokenizer as load_tokenizer
 from jlora.io import save_adapter as save_adapter
 from jlora.io import save_pretrained as save_pretrained
+from jlora.io import save_quantized as save_quantized
 from jlora.lora import LoraConfig as LoraConfig
 from jlora.lora import LoraWeight as LoraWeight
 from jlora.lora import adapter_mask as adapter_mask
@@ -27,6 +28,14 @@ from jlora.lora import split as split
 from jlora.lora import stack_layers as stack_layers
 from jlora.lora import unstack_layers as unstack_layers
 from jlora.lora import with_dropout as with_dropout
+from jlora.quant import NF4 as NF4
+from jlora.quant import Int4 as Int4
+from jlora.quant import Int8 as Int8
+from jlora.quant import NF4Tensor as NF4Tensor
+from jlora.quant import QuantizedTensor as QuantizedTensor
+from jlora.quant import dequantize as dequantize
+from jlora.quant import quantize as quantize
+from jlora.quant import quantize_params as quantize_params
 from jlora.report import compare as compare
 from jlora.train import evaluate as evaluate
 

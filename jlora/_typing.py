@@ -11,6 +11,7 @@ from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Int as Int
 from jaxtyping import Key as Key
+from jaxtyping import UInt8 as UInt8
 
 Params: TypeAlias = Mapping[str, Any]
 """A Flax `params` tree: nested mappings whose leaves are arrays or `Weight` values."""

@@ -16,7 +16,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
     """Name -> (dataclass of its flags, what runs it)."""
-    from jlora.cli import compare, evaluate, generate, inspect, merge, prepare
+    from jlora.cli import compare, evaluate, generate, inspect, memory, merge, prepare, quantize
     from jlora.finetuning import FinetuneConfig, finetune
 
     return {
@@ -25,7 +25,9 @@ def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
         "compare": (compare.Compare, compare.run),
         "generate": (generate.Generate, generate.run),
         "merge": (merge.Merge, merge.run),
+        "quantize": (quantize.Quantize, quantize.run),
         "inspect": (inspect.Inspect, inspect.run),
+        "memory": (memory.Memory, memory.run),
         "prepare": (prepare.Prepare, prepare.run),
     }
 
@@ -79,7 +81,7 @@ def _advice(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return (
-            f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: a smaller --batch-size with more "
+            f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: --quantize nf4, a smaller --batch-size with more "
             "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "
             "or fewer --targets."
         )

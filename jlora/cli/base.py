@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.data import InstructDataset, TextDataset, load_data
-from jlora.io import load, load_adapter, load_tokenizer
+from jlora.io import is_quantized, load, load_adapter, load_tokenizer
 from jlora.io.peft import base_model_of
+from jlora.quant import SPECS
 
 Split = Literal["validation", "train", "all"]
 
@@ -24,6 +25,8 @@ class Weights:
     """Hugging Face directory or hub id; default: the base that --adapter names."""
     adapter: str | None = None
     """Directory of a PEFT adapter, such as OUTPUT/adapter."""
+    quantize: Literal["nf4", "int8", "int4"] | None = None
+    """Pack the base's linear kernels, as `jlora finetune --quantize` did."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""
 
@@ -46,7 +49,8 @@ def load_weights(weights: Weights) -> tuple[Any, Any, Any]:
     dtype = weights.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model, params = load(name, dtype=jnp.dtype(dtype))
+    spec = SPECS[weights.quantize]() if weights.quantize else None
+    model, params = load(name, dtype=jnp.dtype(dtype), quantize=spec, stack=spec is not None or is_quantized(name))
     if weights.adapter is not None:
         params = load_adapter(weights.adapter, params)
     return model, params, load_tokenizer(name)

@@ -14,8 +14,8 @@ from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.io import find, load_tokenizer, read_config
 from jlora.io.peft import PREFIX, WEIGHTS, base_model_of
+from jlora._modules import linear_kernels
 from jlora.lora import LoraConfig
-from jlora.lora.targets import linear_kernels
 from jlora.models import abstract_params, model_from_config
 
 
@@ -86,15 +86,15 @@ def adapter_table(directory: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in ("module", "rank", "scaling", "norm of B"):
         table.add_column(column)
-    with Checkpoint(find(directory) / WEIGHTS) as file:
-        for name in sorted(file.shapes):
-            if name.endswith(".lora_B.weight"):
-                module = name.removeprefix(PREFIX).removesuffix(".lora_B.weight")
-                norm = float(jnp.linalg.norm(jnp.asarray(file.read(name), jnp.float32)))
-                table.add_row(
-                    module,
-                    str(config.rank_of(module)),
-                    f"{config.scaling_of(module):g}",
-                    f"{norm:.4f}" if norm else "0 (untrained)",
-                )
+    file = Checkpoint(find(directory) / WEIGHTS)
+    for name in sorted(file.shapes):
+        if name.endswith(".lora_B.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_B.weight")
+            norm = float(jnp.linalg.norm(jnp.asarray(file.read(name), jnp.float32)))
+            table.add_row(
+                module,
+                str(config.rank_of(module)),
+                f"{config.scaling_of(module):g}",
+                f"{norm:.4f}" if norm else "0 (untrained)",
+            )
     return table

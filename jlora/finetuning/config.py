@@ -80,11 +80,13 @@ class FinetuneConfig:
     save: Literal["last", "best"] = "last"
     """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
 
+    quantize: Literal["nf4", "int8", "int4"] | None = None
+    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter. A bitsandbytes 4-bit checkpoint is used as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
-    """Layers unrolled, or stacked under one scan; auto: per-layer on CPU (faster there), stacked elsewhere (compiles in
-    constant time) unless single layers are named."""
+    """Layers unrolled, or stacked under one scan; auto: per-layer where single layers are named and for dense weights on CPU
+    (faster there), else stacked (compiles in constant time; a quantized base unpacks one layer at a time)."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass, for less memory."""
 

@@ -21,8 +21,9 @@ from jlora.data import InstructDataset, TextDataset
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.run import Run
-from jlora.io import find, load, load_tokenizer, save_adapter
+from jlora.io import find, is_quantized, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
+from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import Checkpoints, adamw, causal_lm_loss, evaluate, init_state, make_step, perplexity, warmup_cosine
 
 DEFAULT_EPOCHS = 3.0
@@ -105,8 +106,9 @@ class _Job:
         lora = config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
-        stack, why = _form(config, on_cpu)
-        model, params = load(directory, dtype=jnp.dtype(dtype), stack=stack, remat=config.remat)
+        spec = SPECS[config.quantize]() if config.quantize else None
+        stack, why = _form(config, on_cpu, quantized=spec is not None or is_quantized(directory))
+        model, params = load(directory, dtype=jnp.dtype(dtype), quantize=spec, stack=stack, remat=config.remat)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, model.config.max_length)
         if max_length > model.config.max_length:
             raise ValueError(
@@ -140,7 +142,7 @@ class _Job:
         display.facts(
             {
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {count(base):,} parameters, "
-                f"{nbytes(base) / 2**20:,.0f} MiB as {dtype})",
+                f"{nbytes(base) / 2**20:,.0f} MiB as {_stored(base, dtype)})",
                 "data": _describe(config.data, train, evaluation),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
                 "batch": f"{config.batch_size} rows x {config.accumulate} = {rows} rows of {train.length} tokens",
@@ -251,15 +253,28 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     return result
 
 
-def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
+def _form(config: FinetuneConfig, on_cpu: bool, *, quantized: bool) -> tuple[bool, str]:
     """(stacked?, the reason in words)."""
     if config.form != "auto":
         return config.form == "stacked", "as asked"
-    if on_cpu:
-        return False, "faster on CPU"
     if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", t) for t in config.targets):
         return False, "single layers are named"
-    return True, "one compilation for all"
+    if on_cpu and not quantized:
+        return False, "faster on CPU"
+    return True, "one layer is unpacked at a time" if quantized else "one compilation for all"
+
+
+def _stored(base: Any, dtype: str) -> str:
+    """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
+    packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
+    if not packed:
+        return dtype
+    bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
+    return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:

@@ -1,11 +1,12 @@
-"""safetensors directories, single or sharded, memory-mapped; tensors are read one at a time."""
+"""safetensors directories, single or sharded; each tensor is memory-mapped by itself, for as long as it is used."""
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
@@ -15,10 +16,36 @@ INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}  # transformers and PEFT refuse files without it
 
 
-class Checkpoint(contextlib.AbstractContextManager):
+_DTYPES: Mapping[str, type] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""The format's dtype names. Reference: safetensors' README, "Format"."""
+
+
+class _Place(NamedTuple):
+    file: Path
+    offset: int
+    """Of the tensor's first byte in the file."""
+
+
+class Checkpoint:
     """The tensors of one file, or of a directory with `model.safetensors` or its sharded index.
 
-    Example: `with Checkpoint(directory) as c: c.shapes["wte.weight"], c.read("wte.weight")`
+    Example: `c = Checkpoint(directory); c.shapes["wte.weight"], c.read("wte.weight")`
 
     Raises:
         FileNotFoundError: when there are no safetensors, or a shard of the index is missing.
@@ -26,45 +53,48 @@ class Checkpoint(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._stack = contextlib.ExitStack()
-        self._file_of = {}
+        self._places: dict[str, _Place] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Tensor name -> shape, without reading any tensor."""
         self.dtypes: dict[str, str] = {}
         """Tensor name -> the format's dtype name, such as "F32" or "BF16"."""
-        try:
-            for file, promised in _files(Path(path)).items():
-                self._open(file, promised)
-        except BaseException:
-            self._stack.close()
-            raise
+        for file, promised in _files(Path(path)).items():
+            self._open(file, promised)
 
     def _open(self, file: Path, promised: set[str] | None):
         if not file.is_file():
             raise FileNotFoundError(f"The shard {file.name!r} of {str(file.parent)!r} is missing; download it again.")
         try:
-            handle = self._stack.enter_context(safe_open(file, framework="numpy"))
+            # Checks the header against the file: sizes, overlaps, dtypes.
+            with safe_open(file, framework="numpy") as checked:
+                names = set(checked.keys())
         except SafetensorError as error:
             raise ValueError(
                 f"{str(file)!r} is not a valid safetensors file ({error}). Download or write it again."
             ) from error
-        names = set(handle.keys())
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
         if promised is not None and promised - names:
             raise ValueError(
                 f"{INDEX} places {sorted(promised - names)[:3]} in {file.name!r}, which does not hold them. The shards are of "
                 "another checkpoint than the index; download them together."
             )
         for name in names if promised is None else promised:
-            view = handle.get_slice(name)
-            self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-            self._file_of[name] = handle
+            self.shapes[name], self.dtypes[name] = tuple(header[name]["shape"]), header[name]["dtype"]
+            self._places[name] = _Place(file, 8 + length + header[name]["data_offsets"][0])
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a host array of its own dtype (bfloat16 as ml_dtypes')."""
-        return self._file_of[name].get_tensor(name)
+        """One tensor as a read-only host array of its own dtype (bfloat16 as ml_dtypes'), mapped from the file.
 
-    def __exit__(self, *exc):
-        self._stack.close()
+        A mapping of its own gives its pages back with the array; one of the whole file would keep them all resident.
+        """
+        place, shape, dtype = self._places[name], self.shapes[name], np.dtype(_DTYPES[self.dtypes[name]])
+        if 0 in shape or not shape:  # cannot be mapped
+            with place.file.open("rb") as raw:
+                raw.seek(place.offset)
+                return np.frombuffer(raw.read(dtype.itemsize if not shape else 0), dtype).reshape(shape)
+        return np.memmap(place.file, dtype, mode="r", offset=place.offset, shape=shape)
 
 
 def _files(path: Path) -> Mapping[Path, set[str] | None]:

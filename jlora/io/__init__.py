@@ -1,9 +1,11 @@
 """Files of the ecosystem <-> (model, params)."""
 
 from jlora.io.hf import find as find
+from jlora.io.hf import is_quantized as is_quantized
 from jlora.io.hf import load as load
 from jlora.io.hf import load_tokenizer as load_tokenizer
 from jlora.io.hf import read_config as read_config
 from jlora.io.hf import save_pretrained as save_pretrained
+from jlora.io.hf import save_quantized as save_quantized
 from jlora.io.peft import load_adapter as load_adapter
 from jlora.io.peft import save_adapter as save_adapter

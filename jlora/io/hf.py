@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._tree import flatten, nest, per_layer_paths, split_layer_path
-from jlora._typing import Array, Params
+from jlora._tree import flatten, is_weight, nest, per_layer_paths, split_layer_path
+from jlora._typing import Params
 from jlora.formats import Checkpoint, save_sharded
+from jlora.io.bnb import STATE_SUFFIX, QuantState, quantization_config, to_tensors
 from jlora.io.names import checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches
 from jlora.lora import merge
 from jlora.models import Model, abstract_params, model_from_config
+from jlora.quant import NF4, NF4Tensor, QuantSpec, check_finite, quantizable, quantize_rows
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
-    name: str | os.PathLike, *, dtype: Any = jnp.bfloat16, stack: bool = False, remat: str = "none"
+    name: str | os.PathLike,
+    *,
+    dtype: Any = jnp.bfloat16,
+    quantize: QuantSpec | None = None,
+    stack: bool = False,
+    remat: str = "none",
 ) -> tuple[Model, dict[str, Any]]:
     """A pretrained model and its parameters, from a Hugging Face directory or hub id.
 
-    Reads safetensors, single or sharded, memory-mapped and one tensor at a time: the peak is the parameters plus one tensor.
+    Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
+    parameters plus one dense tensor. Checkpoints that bitsandbytes quantized to NF4 are read as they are packed.
 
     Args:
         name: a directory with config.json and safetensors, or a hub id such as "gpt2" (downloaded to the hub's cache).
-        dtype: of parameters and activations: jnp.bfloat16 or jnp.float32.
+        dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
+            dtype they were quantized from.)
+        quantize: `jlora.NF4()`, `Int8()` or `Int4()`: packs every linear kernel but the head, as soon as it is read.
         stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
         remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
 
@@ -39,7 +51,7 @@ def load(
     Raises:
         FileNotFoundError: no such directory or hub id, or no safetensors in it.
         ValueError: a family or config field that the graphs do not compute; missing, unexpected and mis-shaped tensors,
-            all in one error.
+            all in one error; `quantize` for a checkpoint that is quantized otherwise.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
@@ -47,41 +59,69 @@ def load(
     directory = find(name)
     model = model_from_config(read_config(directory), dtype=dtype, remat=remat)
     expected = flatten(abstract_params(model))
-    with Checkpoint(directory) as checkpoint:
-        names = checkpoint_names(expected, checkpoint.shapes)
-        _check(directory, model, expected, names, checkpoint)
-        flat: dict[str, Array] = {}
-        for path, tensor_name in names.items():
-            tensor = _to_device(checkpoint.read(tensor_name), dtype, is_transposed(path, model))
-            layer = split_layer_path(path) if stack else None
-            if layer is None:
-                flat[path] = tensor
-            else:
-                stacked_path, index = layer
-                if stacked_path not in flat:
-                    flat[stacked_path] = jnp.zeros((model.config.depth, *tensor.shape), dtype)
-                flat[stacked_path] = _set_row(flat[stacked_path], tensor, index)
+    packed_paths = quantizable(abstract_params(model)) if quantize else set()
+    checkpoint = Checkpoint(directory)
+    names = checkpoint_names(expected, checkpoint.shapes)
+    states = {p: state for p in names if p.endswith("/kernel") and (state := QuantState.of(checkpoint, names[p]))}
+    _check(directory, model, expected, names, states, checkpoint)
+    if quantize and any(state.spec != quantize for state in states.values()):
+        raise ValueError(
+            f"{str(directory)!r} is quantized already, as {next(iter(states.values())).spec}; it cannot be loaded as {quantize}. "
+            "Leave `quantize` out, or load the dense original."
+        )
+    flat: dict[str, Any] = {}
+    # Largest first: its copies are made while there is little else.
+    for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
+        spec = quantize if path in packed_paths else None
+        value = _read(checkpoint, names[path], states.get(path), dtype, is_transposed(path, model), spec)
+        layer = split_layer_path(path) if stack else None
+        if layer is None:
+            flat[path] = value
+        else:
+            stacked_path, index = layer
+            stacked = flat.get(stacked_path)
+            flat[stacked_path] = _set_row(_zeros(model.config.depth, value) if stacked is None else stacked, value, index)
     return model, nest(flat)
 
 
+def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, dtype: Any, transposed: bool, spec: QuantSpec | None):
+    """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
+    if state is not None:
+        return state.read(checkpoint, name)
+    stored = jnp.array(checkpoint.read(name)).astype(dtype)
+    if spec is None:
+        return stored.T if transposed else stored
+    check_finite(stored, name)
+    return quantize_rows(stored if transposed else stored.T, spec)
+
+
+def _zeros(depth: int, row: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), row)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_row(stacked, row, index):
-    return jax.lax.dynamic_update_index_in_dim(stacked, row, index, 0)
+def _set_row(stacked: Any, row: Any, index: int) -> Any:
+    return jax.tree.map(lambda s, r: jax.lax.dynamic_update_index_in_dim(s, r, index, 0), stacked, row)
 
 
-def _to_device(tensor: np.ndarray, dtype, transposed: bool) -> Array:
-    array = jnp.asarray(tensor).astype(dtype)
-    return array.T if transposed else array
-
-
-def _check(directory, model, expected, names, checkpoint: Checkpoint) -> None:
-    shapes = {
-        names[path]: leaf.shape[::-1] if is_transposed(path, model) else leaf.shape for path, leaf in expected.items()
-    }
-    ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model)]
+def _check(directory, model, expected, names, states: Mapping[str, QuantState], checkpoint: Checkpoint) -> None:
+    shapes, dtypes = {}, {}
+    for path, leaf in expected.items():
+        name, shape = names[path], leaf.shape
+        if path in states:
+            # bitsandbytes packs [out, in], also of the kernels that GPT-2 stores as [in, out].
+            if states[path].shape != shape[::-1]:
+                raise ValueError(f"{name!r} is quantized from {states[path].shape}; config.json makes it {shape[::-1]}.")
+            for part, (part_shape, dtype) in states[path].tensors(name).items():
+                shapes[part], dtypes[part] = part_shape, (dtype,)
+        else:
+            shapes[name], dtypes[name] = shape[::-1] if is_transposed(path, model) else shape, _FLOATS
+    ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model) or n.endswith(STATE_SUFFIX)]
     problems = mismatches(shapes, checkpoint.shapes, ignorable)
     problems += [
-        f"dtype: {n} is {checkpoint.dtypes[n]}" for n in shapes if checkpoint.dtypes.get(n, "F32") not in _FLOATS
+        f"dtype: {n} is {checkpoint.dtypes[n]}, should be {' or '.join(dtypes[n])}"
+        for n in shapes
+        if n in checkpoint.dtypes and checkpoint.dtypes[n] not in dtypes[n]
     ]
     if problems:
         raise ValueError(
@@ -132,12 +172,20 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"{str(directory)!r} is quantized ({method!r}); jlora loads dense float checkpoints. Load its dense original."
-        )
+    quantized = fields.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        if method != "bitsandbytes" or not quantized.get("load_in_4bit"):
+            raise ValueError(
+                f"{str(directory)!r} is quantized ({method!r}); jlora reads dense checkpoints and bitsandbytes' 4-bit NF4. "
+                "Load its dense original, with `quantize=jlora.NF4()` if it is too large."
+            )
     return fields
+
+
+def is_quantized(name: str | os.PathLike) -> bool:
+    """Whether config.json says that the checkpoint is quantized."""
+    return bool(read_config(find(name)).get("quantization_config"))
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -172,29 +220,98 @@ def save_pretrained(
         ValueError: when a merged tensor is not finite.
     """
     directory = Path(directory)
+    _refuse_existing(directory)
+    tensors = {}
+    for path, leaf in _rows(model, params):
+        array = np.asarray(merge(leaf))
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise ValueError(f"{path!r} is not finite after merging; nothing was written. The adapter has diverged.")
+        tensors[hf_name(path)] = array.T if is_transposed(path, model) else array
+    dtype = str(next(iter(tensors.values())).dtype)
+    _write(directory, model, tensors, {"dtype": dtype, "torch_dtype": dtype}, tokenizer, max_shard_bytes)
+
+
+def save_quantized(
+    directory: str | os.PathLike,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """A 4-bit checkpoint in bitsandbytes' format, which transformers loads; the packed bytes are written as they are.
+
+    Args:
+        params: with NF4 kernels, from `load(…, quantize=NF4())` or `quantize_params`.
+
+    Raises:
+        FileExistsError: when the directory holds weights already.
+        ValueError: when nothing is quantized to NF4, or kernels are adapted or quantized in other ways: `merge` and
+            quantize again, or save the adapter beside the quantized base.
+    """
+    directory = Path(directory)
+    _refuse_existing(directory)
+    tensors: dict[str, np.ndarray] = {}
+    packed: dict[str, NF4Tensor] = {}
+    dense = []
+    for path, leaf in _rows(model, params):
+        if isinstance(leaf, NF4Tensor):
+            packed[path] = leaf
+            tensors |= to_tensors(hf_name(path), leaf)
+        elif is_weight(leaf):
+            raise ValueError(
+                f"`save_quantized` writes NF4 and dense weights; {path!r} is a {type(leaf).__name__}. Save an adapter with "
+                "`save_adapter`, or `merge` it into dense weights (`save_pretrained`)."
+            )
+        else:
+            dense += [path] if path.endswith("/kernel") else []
+            tensors[hf_name(path)] = np.asarray(leaf).T if is_transposed(path, model) else np.asarray(leaf)
+    if not packed:
+        raise ValueError("`save_quantized` found no NF4 weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`.")
+    dtype = str(next(leaf.dtype for leaf in flatten(params).values() if not is_weight(leaf)))
+    example = next(iter(packed.values()))
+    spec = NF4(block_size=example.block_size, double_quant=example.double_quant)
+    # transformers leaves the head dense by itself, but a list of other modules replaces that rule.
+    skipped = [hf_name(path).removesuffix(".weight") for path in dense]
+    only_head = not any(split_layer_path(path) for path in dense)
+    fields = {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "quantization_config": quantization_config(spec, dtype, [] if only_head else sorted({*skipped, "lm_head"})),
+    }
+    _write(directory, model, tensors, fields, tokenizer, max_shard_bytes)
+
+
+def _rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
+    """Per-layer paths and their leaves; the layers of a stacked tree one after the other."""
+    depth = model.config.depth
+    for path, leaf in flatten(params).items():
+        paths = per_layer_paths(path, depth)
+        for i, row_path in enumerate(paths):
+            yield row_path, leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
+
+
+def _refuse_existing(directory: Path) -> None:
     existing = sorted(f.name for f in directory.glob("*.safetensors*"))
     if existing:
         raise FileExistsError(
             f"{str(directory)!r} already holds {existing[0]!r}; choose another directory or remove it first."
         )
-    leaves = flatten(params)
-    depth = model.config.depth
-    tensors = {}
-    for path, leaf in leaves.items():
-        dense = merge(leaf)
-        paths = per_layer_paths(path, depth)
-        for row_path, row in zip(paths, [dense] if paths == [path] else dense, strict=True):
-            array = np.asarray(row)
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise ValueError(
-                    f"{row_path!r} is not finite after merging; nothing was written. The adapter has diverged."
-                )
-            tensors[hf_name(row_path)] = array.T if is_transposed(row_path, model) else array
+
+
+def _write(
+    directory: Path,
+    model: Model,
+    tensors: Mapping[str, np.ndarray],
+    extra: Mapping[str, Any],
+    tokenizer: Any,
+    max_shard_bytes: int,
+) -> None:
+    """Weights, config.json with the fields `extra`, generation_config.json and the tokenizer's files."""
     directory.mkdir(parents=True, exist_ok=True)
     for _ in save_sharded(directory, tensors, max_shard_bytes=max_shard_bytes):
         pass
-    dtype = str(next(iter(tensors.values())).dtype)
-    fields = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+    fields = {**model.config.to_hf(), **extra}
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     special = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields.get(k) is not None}
     (directory / "generation_config.json").write_text(json.dumps(special, indent=2, sort_keys=True) + "\n")

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._modules import describe, layer_paths, module_path
 from jlora._tree import flatten, map_with_path
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
 from jlora.io.names import mismatches
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules, add_lora, remove_lora
 from jlora.lora.config import ALL_LINEAR
-from jlora.lora.targets import describe, layer_paths, module_path, select
+from jlora.lora.targets import select
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -120,27 +121,27 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
                 expected[f"{PREFIX}{module_path(p)}.lora_A.weight"] = (rank, d_in)
                 expected[f"{PREFIX}{module_path(p)}.lora_B.weight"] = (d_out, rank)
 
-    with Checkpoint(directory / WEIGHTS) as file:
-        problems = mismatches(expected, file.shapes)
-        if problems:
-            raise ValueError(
-                f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
-                + "\n  ".join(problems)
-                + "\nNothing was loaded. Check that it was trained on this base model."
-            )
+    file = Checkpoint(directory / WEIGHTS)
+    problems = mismatches(expected, file.shapes)
+    if problems:
+        raise ValueError(
+            f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
+            + "\n  ".join(problems)
+            + "\nNothing was loaded. Check that it was trained on this base model."
+        )
 
-        def fill(path, leaf):
-            if not isinstance(leaf, LoraWeight):
-                return leaf
+    def fill(path, leaf):
+        if not isinstance(leaf, LoraWeight):
+            return leaf
 
-            def factor(name):
-                paths = layer_paths(path, leaf.lora_A)
-                rows = [file.read(f"{PREFIX}{module_path(p)}.{name}.weight").astype(np.float32).T for p in paths]
-                return jnp.asarray(np.stack(rows) if leaf.lora_A.ndim == 3 else rows[0])
+        def factor(name):
+            paths = layer_paths(path, leaf.lora_A)
+            rows = [file.read(f"{PREFIX}{module_path(p)}.{name}.weight").astype(np.float32).T for p in paths]
+            return jnp.asarray(np.stack(rows) if leaf.lora_A.ndim == 3 else rows[0])
 
-            return dataclasses.replace(leaf, lora_A=factor("lora_A"), lora_B=factor("lora_B"))
+        return dataclasses.replace(leaf, lora_A=factor("lora_A"), lora_B=factor("lora_B"))
 
-        return map_with_path(fill, adapted)
+    return map_with_path(fill, adapted)
 
 
 def base_model_of(directory: str | os.PathLike) -> str | None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-ALL_LINEAR = "all-linear"
+from jlora._modules import ALL_LINEAR
+
 INITS = ("kaiming", "gaussian")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._modules import layer_paths, module_path
 from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
 from jlora._weight import Weight
 from jlora.lora.config import LoraConfig
-from jlora.lora.targets import layer_paths, module_path, select
+from jlora.lora.targets import select
 from jlora.lora.weight import LoraWeight
 
 

@@ -1,0 +1,93 @@
+"""What the benchmarks share: the machine that a number belongs to, pinned cores, and alternated timing."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "peft", "bitsandbytes", "qwix")
+
+
+def pin(threads: int = 0) -> int:
+    """Pins this process, and with it its children, to `threads` cores (0: all it may use); returns how many."""
+    if not hasattr(os, "sched_setaffinity"):
+        return threads or os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
+    cores = cores[: threads or len(cores)]
+    os.sched_setaffinity(0, cores)
+    return len(cores)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "cpu": fields.get("model name", platform.processor()),
+        "isa": [flag for flag in ISA_FLAGS if flag in fields.get("flags", "").split()],
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "q25": float(low), "q75": float(high)}
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], Any]], *, seconds: float, least: int = 5, most: int = 200
+) -> dict[str, list[float]]:
+    """Seconds of single calls of each function, taken in turns, so that a slow moment of the machine hits them all.
+
+    Every call must return when its work is done. Each is called twice untimed first, which compiles it.
+    """
+    for call in calls.values():
+        call(), call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + seconds * len(calls)
+    for turn in range(most):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            found[name].append(time.perf_counter() - start)
+        if turn + 1 >= least and time.perf_counter() > deadline:
+            break
+    return found
+
+
+def ratio(mine: list[float], peers: list[float]) -> dict[str, float]:
+    """Quartiles of the speed of `mine` relative to the call of `peers` made in the same turn: 2 is twice as fast."""
+    return quartiles([b / a for a, b in zip(mine, peers, strict=True)])
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def write(path: Path | None, report: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,84 @@
+"""The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jlora._tree import flatten, layer_path, per_layer_paths, split_layer_path
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head",)
+"""Output heads, which "all-linear" leaves out (QLoRA and PEFT do)."""
+_LEAF_NAMES = ("kernel", "embedding", "scale", "bias")
+
+
+def module_path(path: str) -> str:
+    """The checkpoint's module path of a leaf: "model/layers/3/mlp/up_proj/kernel" -> "model.layers.3.mlp.up_proj"."""
+    parent, _, name = path.rpartition("/")
+    return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
+
+
+def layer_paths(path: str, leaf: Any) -> list[str]:
+    """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
+    # A kernel with two axes is one kernel, whatever the nodes above it are called.
+    if layer_path(path, 0) is None or (path.endswith("/kernel") and leaf.ndim < 3):
+        return [path]
+    return per_layer_paths(path, leaf.shape[0])
+
+
+def linear_kernels(params: Any) -> dict[str, str]:
+    """Module path -> leaf path in `params` of every linear kernel, one entry for each layer of a stacked kernel.
+
+    A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked).
+    """
+    leaves = flatten(params)
+    named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
+    found = {}
+    for path, leaf in leaves.items():
+        if named and path.rpartition("/")[2] != "kernel":
+            continue
+        paths = layer_paths(path, leaf)
+        if leaf.ndim == 2 + (paths != [path]):
+            found |= {module_path(p): path for p in paths}
+    return found
+
+
+def names_match(names: str | Sequence[str], module: str) -> bool:
+    """PEFT's rule for `target_modules` and `exclude_modules`."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(name_matches(name, module) for name in names)
+
+
+def name_matches(name: str, module: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def describe(modules: Iterable[str]) -> str:
+    """Module names for a message, layers folded: "self_attn.q_proj (layers 0-15), lm_head"."""
+    groups: dict[str, list[int]] = {}
+    for module in modules:
+        layer = split_layer_path(module.replace(".", "/"))
+        tail = module if layer is None else re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+        groups.setdefault(tail, []).extend([] if layer is None else [layer[1]])
+    shown = [name + (f" (layers {spans(layers)})" if layers else "") for name, layers in groups.items()]
+    return (", ".join(shown[:24]) + (f" and {len(shown) - 24} more" if len(shown) > 24 else "")) or "none"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """ "0-3, 7" for 0 1 2 3 7."""
+    spans: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def nearest(name: str, modules: Iterable[str]) -> str:
+    modules = list(modules)
+    tails = {m.rpartition(".")[2] for m in modules} | {".".join(m.split(".")[-2:]) for m in modules}
+    close = difflib.get_close_matches(name, sorted(tails), n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

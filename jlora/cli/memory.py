@@ -1,0 +1,114 @@
+"""`jlora memory`."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jlora._tree import count, nbytes
+from jlora.finetuning import FinetuneConfig
+from jlora.io import find, read_config
+from jlora.lora import LoraConfig, split
+from jlora.models import model_from_config
+from jlora.quant import SPECS
+from jlora.train import adamw, causal_lm_loss, init_state, make_step
+from jlora.train.memory import Memory as Prediction
+from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
+
+_MEANING = {
+    "weights": "frozen parameters as stored",
+    "adapter": "lora_A and lora_B, float32",
+    "optimizer": "AdamW's two moments",
+    "gradients": "of the adapter",
+    "activations": "kept from the forward for the backward pass",
+    "working": "alive within one layer or one chunk of the loss",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Predict the memory of a fine-tuning step from config.json alone, before anything is loaded."""
+
+    model: str
+    """Hugging Face directory or hub id; of it only config.json is read."""
+    rank: int = FinetuneConfig.rank
+    """Rank of the update."""
+    targets: tuple[str, ...] = FinetuneConfig.targets
+    """Module names to adapt."""
+    batch_size: int = FinetuneConfig.batch_size
+    """Rows in a micro-batch."""
+    accumulate: int = FinetuneConfig.accumulate
+    """Micro-batches in a step."""
+    max_length: int = 512
+    """Tokens in a row."""
+    quantize: Literal["nf4", "int8", "int4"] | None = None
+    """Pack the frozen linear kernels."""
+    remat: Literal["none", "layer"] = "none"
+    """layer: recompute each layer in the backward pass."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights that are not packed, and the activations."""
+    form: Literal["stacked", "per-layer"] = "stacked"
+    """Execution form: as `jlora finetune --form`."""
+    compile: bool = False
+    """Also compile the step for this machine's device, still without loading anything, and show the compiler's plan."""
+    json: bool = False
+    """Print JSON: bytes."""
+
+
+def run(options: Memory) -> None:
+    console = Console(highlight=False)
+    model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
+    if options.max_length > model.config.max_length:
+        raise ValueError(
+            f"`max_length` must be at most the model's {model.config.max_length} positions; got {options.max_length}."
+        )
+    lora = LoraConfig(
+        rank=options.rank, targets="all-linear" if options.targets == ("all-linear",) else options.targets
+    )
+    params = abstract_tree(
+        model,
+        lora,
+        dtype=jnp.dtype(options.dtype),
+        quantize=SPECS[options.quantize]() if options.quantize else None,
+        stack=options.form == "stacked",
+    )
+    tx = adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
+    sizes = {"batch_size": options.batch_size, "length": options.max_length, "accumulate": options.accumulate}
+    predicted = predict(model, params, tx, **sizes)
+    compiled = _compiled(model, params, tx, options) if options.compile else None
+    if options.json:
+        fields = dataclasses.asdict(predicted) | {"peak": predicted.peak, "compiled_peak": compiled}
+        print(json.dumps(fields, indent=2))
+        return
+    adapter, base = split(params)
+    console.print(
+        f"[bold]{options.model}[/]: {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, {count(adapter):,} trained; "
+        f"{options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}"
+    )
+    console.print(table(predicted, compiled))
+
+
+def _compiled(model, params, tx, options: Memory) -> int:
+    adapter, base = split(params)
+    state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
+    batch = abstract_batch(options.batch_size * options.accumulate, options.max_length)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_step(causal_lm_loss(model), tx, accumulate=options.accumulate)
+    return planned(step.lower(state, base, batch, key).compile())  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def table(predicted: Prediction, compiled: int | None) -> Table:
+    out = Table(box=None, pad_edge=False, header_style="dim")
+    out.add_column("")
+    out.add_column("MiB", justify="right")
+    out.add_column("")
+    for name, meaning in _MEANING.items():
+        out.add_row(name, f"{getattr(predicted, name) / 2**20:,.1f}", meaning, style=None)
+    out.add_row("[bold]peak[/]", f"[bold]{predicted.peak / 2**20:,.1f}[/]", "predicted; the runtime's own memory comes on top")
+    if compiled is not None:
+        out.add_row("[bold]compiled[/]", f"[bold]{compiled / 2**20:,.1f}[/]", f"the compiler's plan for {jax.devices()[0].device_kind}")
+    return out

@@ -1,0 +1,37 @@
+"""`jlora quantize`."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from jlora._tree import count, nbytes
+from jlora.io import load, load_tokenizer, save_quantized
+from jlora.quant import NF4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write a 4-bit NF4 checkpoint in bitsandbytes' format, which transformers and jlora load."""
+
+    model: str
+    """Hugging Face directory or hub id of a dense checkpoint."""
+    output: str
+    """Directory to write; it must not hold weights yet."""
+    block_size: int = NF4.block_size
+    """Elements that share one scale: 32 to 4096."""
+    double_quant: bool = NF4.double_quant
+    """Quantize the scales themselves to 8 bits (4.127 rather than 4.5 bits a parameter)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights that stay dense, and to which the others decode."""
+
+
+def run(options: Quantize) -> None:
+    spec = NF4(block_size=options.block_size, double_quant=options.double_quant)
+    model, params = load(options.model, dtype=jnp.dtype(options.dtype), quantize=spec)
+    save_quantized(options.output, model, params, tokenizer=load_tokenizer(options.model))
+    Console(highlight=False).print(
+        f"4-bit checkpoint: [bold]{options.output}[/], {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB "
+        f"({8 * nbytes(params) / count(params):.2f} bits a parameter, {options.dtype} embeddings and norms included)"
+    )

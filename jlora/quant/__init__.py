@@ -1,0 +1,15 @@
+"""Blockwise quantized weights: NF4 with double quantization, int8 and int4."""
+
+from jlora.quant.formats import NF4 as NF4
+from jlora.quant.formats import SPECS as SPECS
+from jlora.quant.formats import Int4 as Int4
+from jlora.quant.formats import Int8 as Int8
+from jlora.quant.formats import QuantSpec as QuantSpec
+from jlora.quant.params import check_finite as check_finite
+from jlora.quant.params import dequantize as dequantize
+from jlora.quant.params import quantizable as quantizable
+from jlora.quant.params import quantize as quantize
+from jlora.quant.params import quantize_params as quantize_params
+from jlora.quant.tensor import NF4Tensor as NF4Tensor
+from jlora.quant.tensor import QuantizedTensor as QuantizedTensor
+from jlora.quant.tensor import quantize_rows as quantize_rows

@@ -1,0 +1,66 @@
+"""The product with a quantized kernel: unpack, multiply, and keep nothing but the packed bytes for the backward pass."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._typing import Array, Float
+
+
+def by_dequantizing(x: Float[Array, "tokens d"], rows: Callable[[], Array], transpose: bool) -> Array:
+    """Unpacks the whole kernel, [out, in] in `x.dtype`, for an ordinary matrix product. One dense matrix is alive."""
+    return jnp.einsum("to,oi->ti" if transpose else "ti,oi->to", x, rows(), preferred_element_type=jnp.float32)
+
+
+def by_reducing(x: Float[Array, "tokens d"], rows: Callable[[], Array], transpose: bool) -> Array:
+    """Multiplies and sums element by element, so that unpacking fuses into the sum and no dense kernel is written.
+
+    Reads a quarter of the bytes of a bfloat16 kernel, which is what counts for a few rows (decoding).
+    """
+    w = rows().astype(jnp.float32)
+    products = x.astype(jnp.float32)[:, None, :] * (w.T if transpose else w)[None]
+    return jnp.sum(products, axis=-1)
+
+
+IMPLEMENTATIONS: Mapping[str, Callable] = {"dequantize": by_dequantizing, "reduce": by_reducing}
+
+REDUCE_UP_TO = {"gpu": 4}
+"""Rows of x up to which "reduce" is chosen, by backend; elsewhere never. See `benchmarks/quantized_matmul.py`."""
+
+
+def implementation(rows: int, backend: str) -> str:
+    """Which of `IMPLEMENTATIONS` multiplies `rows` rows on `backend`."""
+    return "reduce" if rows <= REDUCE_UP_TO.get(backend, 0) else "dequantize"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def quantized_matmul(name: str, transpose: bool, dtype: Any, out_dtype: Any, x: Array, q: Any) -> Array:
+    """`x @ w`, or `x @ w.T` with `transpose`, for a quantized kernel that stands for w [in, out].
+
+    The kernel is unpacked again in the backward pass; it gets no gradient.
+
+    Args:
+        name: one of `IMPLEMENTATIONS`.
+        dtype: that of `x` [tokens, in], and of the cotangent in the backward product.
+        out_dtype: dtype of the result [tokens, out]; sums are float32.
+    """
+    # Chained to x, so that a layer's kernels are not all unpacked before the first of them is needed.
+    x, q = lax.optimization_barrier((x, q))
+    return IMPLEMENTATIONS[name](x, lambda: q.rows(dtype), transpose).astype(out_dtype)
+
+
+def _forward(name, transpose, dtype, out_dtype, x, q):
+    return quantized_matmul(name, transpose, dtype, out_dtype, x, q), q
+
+
+def _backward(name, transpose, dtype, out_dtype, q, dy):
+    # The barrier keeps common subexpression elimination from holding on to the kernel unpacked in the forward pass.
+    dy, q = lax.optimization_barrier((dy.astype(dtype), q))
+    return IMPLEMENTATIONS[name](dy, lambda: q.rows(dtype), not transpose).astype(dtype), None
+
+
+quantized_matmul.defvjp(_forward, _backward)

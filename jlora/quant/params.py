@@ -1,0 +1,113 @@
+"""`quantize`, `dequantize`, and `quantize_params` for the kernels of a tree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest
+from jlora._tree import flatten, is_weight, map_with_path
+from jlora._typing import Array, Float, Params
+from jlora.quant.formats import QuantSpec
+from jlora.quant.tensor import QuantizedTensor, quantize_rows
+
+
+def quantize(w: Float[Array, "*stack d_in d_out"] | Float[Array, " n"], spec: QuantSpec) -> QuantizedTensor:
+    """Packs a weight; stacked weights are packed layer by layer.
+
+    Args:
+        w: float32, bfloat16 or float16; quantized in float32.
+        spec: `NF4(…)`, `Int8(…)` or `Int4(…)`.
+
+    Returns:
+        An `NF4Tensor` for `NF4`, a `QuantizedTensor` for the others.
+
+    Raises:
+        TypeError: when `w` is not a float array.
+        ValueError: when `w` is empty, a scalar, or not finite (under `jit`, where values cannot be looked at, a block
+            with a value that is not finite decodes to NaN instead).
+
+    Example:
+        >>> from jlora import NF4
+        >>> q = quantize(jnp.ones((128, 64)), NF4())
+        >>> q
+        NF4Tensor(shape=(128, 64), dtype=float32, block_size=64, double_quant)
+        >>> float(dequantize(q)[0, 0])
+        1.0
+    """
+    if isinstance(w, QuantizedTensor):
+        raise TypeError(f"`quantize` takes a dense array; got {w!r}, which is quantized already.")
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"`quantize` takes a floating point array; got {w.dtype}.")
+    if w.ndim == 0 or w.size == 0:
+        raise ValueError(f"`quantize` needs at least one axis and one element; got shape {w.shape}.")
+    if not isinstance(w, jax.core.Tracer):
+        check_finite(w, "w")
+    return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
+
+
+def check_finite(w: Array, name: str) -> None:
+    """Raises a ValueError when `w`, a concrete array called `name`, has a value that is NaN or infinite."""
+    bad = w.size - int(_count_finite(w))
+    if bad:
+        raise ValueError(
+            f"Quantization needs finite values; {bad} of the {w.size} of {name!r} are NaN or infinite, and their blocks "
+            "would be lost. Repair the weight first."
+        )
+
+
+@jax.jit
+def _count_finite(w: Array) -> Array:
+    return jnp.sum(jnp.isfinite(w))
+
+
+def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "*stack d_in d_out"]:
+    """The dense weight, decoded in float32 and cast to `dtype` (default: that of the weight that was quantized)."""
+    return q.dense(dtype)
+
+
+def quantizable(params: Params, targets: str | Sequence[str] = ALL_LINEAR) -> set[str]:
+    """Leaf paths of the linear kernels that `targets` names, by the rules of `LoraConfig.targets`.
+
+    Raises:
+        ValueError: when a target matches no kernel, or the output head, which stays dense as in QLoRA and bitsandbytes.
+    """
+    kernels = linear_kernels(params)
+    body = {module: path for module, path in kernels.items() if module.rpartition(".")[2] not in HEADS}
+    if targets == ALL_LINEAR:
+        names: list[str | tuple[str, ...]] = []
+        chosen = set(body.values())
+    else:
+        names = [targets] if isinstance(targets, str) else [(name,) for name in targets]
+        chosen = {path for module, path in body.items() if any(names_match(name, module) for name in names)}
+    dead = [name for name in names if not any(names_match(name, module) for module in body)]
+    if dead or not chosen:
+        name = dead[0] if dead else targets
+        shown = name if isinstance(name, str) else name[0]
+        heads = [module for module in kernels if module not in body and names_match(name, module)]
+        reason = (
+            f"names the output head {heads[0]!r}, which stays dense" if heads else "matches no linear kernel"
+        )
+        raise ValueError(
+            f"`targets` {shown!r} {reason}.{nearest(shown, body)} Linear kernels there are: {describe(body)}."
+        )
+    return chosen
+
+
+def quantize_params(params: Params, spec: QuantSpec, *, targets: str | Sequence[str] = ALL_LINEAR) -> dict[str, Any]:
+    """The tree with its linear kernels quantized; embeddings, norms, biases and the output head stay as they are.
+
+    Raises:
+        ValueError: when a target matches no kernel, or a kernel is adapted or quantized already: quantize, then `add_lora`.
+    """
+    chosen = quantizable(params, targets)
+    wrapped = [path for path, leaf in flatten(params).items() if path in chosen and is_weight(leaf)]
+    if wrapped:
+        kind = type(flatten(params)[wrapped[0]]).__name__
+        raise ValueError(
+            f"`quantize_params` takes dense kernels; {wrapped[0]!r} is a {kind}. Quantize the base first, then `add_lora`; "
+            "`merge(params)` makes a quantized or adapted tree dense."
+        )
+    return map_with_path(lambda path, leaf: quantize(leaf, spec) if path in chosen else leaf, params)

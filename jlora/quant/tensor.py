@@ -1,0 +1,157 @@
+"""`QuantizedTensor`: packed codes and their scales, standing for a dense weight."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jlora._typing import Array, Float, UInt8
+from jlora._weight import Weight
+from jlora.quant.blockwise import decode_absmax, encode, encode_absmax, unpack
+from jlora.quant.formats import FORMATS, Format, QuantSpec
+from jlora.quant.matmul import implementation, quantized_matmul
+
+import dataclasses
+
+_DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
+_META = ("kernel_shape", "format_name", "block_size", "logical_dtype")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@dataclasses.dataclass(frozen=True, repr=False)
+class QuantizedTensor(Weight):
+    """Stands for a dense weight [*stack, in, out] (or [n]) that is stored as blockwise codes.
+
+    The codes are in the order of the transposed weight [out, in], row-major, which is PyTorch's and so bitsandbytes':
+    blocks run along `in`, 4-bit codes lie two to a byte with the first in the high nibble. Where `in` divides into
+    blocks the arrays keep their rows, so that they can be sharded along either side; elsewhere they are flat.
+    Every array may carry leading stack axes; the static fields describe the trailing ones.
+    """
+
+    codes: UInt8[Array, "*stack d_out packed"] | UInt8[Array, "*stack packed"]
+    absmax: Float[Array, "*stack d_out blocks"] | UInt8[Array, "*stack d_out blocks"]
+    """Scale of each block: float32, or 8-bit codes with double quantization."""
+    nested_absmax: Float[Array, "*stack nested"] | None
+    """Double quantization: scale of each 256 absmax codes, counted through the flattened absmax of one layer."""
+    nested_offset: Float[Array, "*stack"] | None
+    """Double quantization: mean of the absmax."""
+    kernel_shape: tuple[int, ...]
+    """(in, out), or (n,)."""
+    format_name: str
+    block_size: int
+    logical_dtype: str
+    """Dtype of the weight that was quantized, and of `dense()`; products decode to the dtype of the other operand."""
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.format_name]
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def _has_rows(self) -> bool:
+        return keeps_rows(self.kernel_shape, self.block_size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[: self.codes.ndim - (2 if self._has_rows else 1)], *self.kernel_shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.logical_dtype)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored array: codes, absmax, and with double quantization its scales and offset."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_param(self) -> float:
+        return 8 * self.nbytes / self.size
+
+    def scales(self) -> Float[Array, "*stack blocks"]:
+        """The absmax of every block, float32; flattened where the codes have rows."""
+        flat = self.absmax.reshape(*self.absmax.shape[: -2 if self._has_rows else -1], -1)
+        return decode_absmax(flat, self.nested_absmax, self.nested_offset) if self.double_quant else flat
+
+    def rows(self, dtype: jnp.dtype) -> Array:
+        """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).
+
+        Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
+        """
+        format = self.format
+        stack, trailing = self.shape[: -len(self.kernel_shape)], self.kernel_shape[::-1]
+        count = math.prod(self.kernel_shape)
+        codes = self.codes.reshape(*stack, -1)
+        values = format.decode(unpack(codes) if format.bits == 4 else codes)
+        scale = self.scales() / format.unit
+        whole = scale.shape[-1] * self.block_size
+        if whole > values.shape[-1]:
+            values = jnp.pad(values, [(0, 0)] * len(stack) + [(0, whole - values.shape[-1])])
+        blocks = values[..., :whole].reshape(*stack, -1, self.block_size) * scale[..., None]
+        flat = blocks.reshape(*stack, -1)[..., :count]
+        return flat.astype(dtype).reshape(*stack, *trailing)
+
+    def matmul(self, x, *, transpose, out_dtype):
+        flat = x.reshape(-1, x.shape[-1])
+        name = implementation(flat.shape[0], jax.default_backend())
+        y = quantized_matmul(name, transpose, x.dtype, jnp.dtype(out_dtype), flat, self)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def take(self, ids):
+        d_in, d_out = self.kernel_shape
+        # Element (id, o) of [in, out] is number o * in + id of the stored order.
+        at = jnp.clip(ids, 0, d_in - 1)[..., None] + d_in * jnp.arange(d_out)
+        if self.format.bits == 4:
+            byte = self.codes.reshape(-1)[at // 2]
+            codes = jnp.where(at % 2 == 0, byte >> 4, byte & 15)
+        else:
+            codes = self.codes.reshape(-1)[at]
+        scale = self.scales() / self.format.unit
+        return (self.format.decode(codes) * scale[at // self.block_size]).astype(self.dtype)
+
+    def dense(self, dtype=None):
+        rows = self.rows(dtype or self.dtype)
+        return jnp.swapaxes(rows, -1, -2) if len(self.kernel_shape) == 2 else rows
+
+    def cast(self, dtype):
+        return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
+
+    def __repr__(self):
+        kind = type(self).__name__
+        inner = "" if isinstance(self, NF4Tensor) else f"{self.format_name}, "
+        nested = ", double_quant" if self.double_quant else ""
+        return f"{kind}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{nested})"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@dataclasses.dataclass(frozen=True, repr=False)
+class NF4Tensor(QuantizedTensor):
+    """A `QuantizedTensor` of format "nf4"; its bytes are those of bitsandbytes' `Params4bit`."""
+
+
+def keeps_rows(kernel_shape: tuple[int, ...], block_size: int) -> bool:
+    """Whether the arrays are [*, out, …]: no block straddles two rows."""
+    return len(kernel_shape) == 2 and kernel_shape[0] % block_size == 0
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def quantize_rows(rows: Array, spec: QuantSpec) -> QuantizedTensor:
+    """`quantize` of a weight that is given transposed, [*stack, out, in] or [n], as PyTorch stores it."""
+    kernel_shape = rows.shape[-2:][::-1]
+    stack = rows.shape[: -len(kernel_shape)]
+    codes, absmax = encode(rows.reshape(*stack, -1), spec.block_size, spec.format)
+    nested = offset = None
+    if spec.double_quant:
+        absmax, nested, offset = encode_absmax(absmax)
+    if keeps_rows(kernel_shape, spec.block_size):
+        codes, absmax = (part.reshape(*stack, kernel_shape[1], -1) for part in (codes, absmax))
+    kind = NF4Tensor if spec.format.name == "nf4" else QuantizedTensor
+    return kind(codes, absmax, nested, offset, kernel_shape, spec.format.name, spec.block_size, rows.dtype.name)

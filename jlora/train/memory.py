@@ -1,0 +1,146 @@
+"""How much memory a training step will take, from shapes alone."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora._tree import flatten, layer_path, nbytes
+from jlora._typing import Params
+from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
+from jlora.models import Model, abstract_params, replace
+from jlora.quant import QuantizedTensor, QuantSpec, quantize_params
+from jlora.train.loss import CHUNK, causal_lm_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step, by what they hold."""
+
+    weights: int
+    """The frozen parameters, packed ones as packed."""
+    adapter: int
+    """lora_A and lora_B, float32."""
+    optimizer: int
+    """The optimizer's state, two float32 moments of the adapter for AdamW."""
+    gradients: int
+    """Of the adapter; twice with accumulation."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    working: int
+    """The larger of what is alive within one layer, unpacked kernels included, and within one chunk of the loss."""
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def abstract_tree(
+    model: Model, lora: LoraConfig | None, *, dtype: Any, quantize: QuantSpec | None, stack: bool
+) -> Params:
+    """The parameters as `jax.ShapeDtypeStruct` leaves, quantized, stacked and adapted; nothing is allocated."""
+
+    def build(params):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        if stack:
+            params = stack_layers(params)
+        if quantize is not None:
+            params = quantize_params(params, quantize)
+        return params if lora is None else add_lora(params, lora, key=jax.random.key(0))
+
+    return jax.eval_shape(build, abstract_params(model))
+
+
+def abstract_batch(batch_size: int, length: int, *, segments: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    names = ("input_ids", "labels") + (("segment_ids",) if segments else ())
+    return {name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for name in names}
+
+
+def predict(
+    model: Model,
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    length: int,
+    accumulate: int = 1,
+) -> Memory:
+    """Predicts the memory of `make_step(causal_lm_loss(model), tx, accumulate=accumulate)`; nothing is compiled or allocated.
+
+    Args:
+        params: adapted, arrays or `jax.ShapeDtypeStruct` leaves.
+        batch_size: rows of a micro-batch.
+        length: tokens of a row.
+    """
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    adapter, base = split(params)
+    saved = _saved(model, adapter, base, batch_size, length)
+    # What a layer keeps without rematerialization is also what lives while it is computed again.
+    one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
+    widened = 0
+    if jax.default_backend() == "cpu" and model.dtype == jnp.bfloat16 and is_stacked(params):
+        # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
+        saved, one_layer, widened = 2 * saved, 2 * one_layer, 2 * _dense_stacks(base)
+    tokens = batch_size * length
+    chunk = min(tokens, CHUNK.get(jax.default_backend(), CHUNK["gpu"]))
+    # Logits, their exponentials and their gradient, which is cast for the product.
+    head = chunk * model.config.vocab_size * (3 * 4)
+    return Memory(
+        weights=nbytes(base),
+        adapter=nbytes(adapter),
+        optimizer=nbytes(jax.eval_shape(tx.init, adapter)),
+        gradients=nbytes(adapter) * (2 if accumulate > 1 else 1),
+        activations=saved,
+        working=max(one_layer + _unpacked(base, model.dtype), head) + widened,
+    )
+
+
+def _saved(model: Model, adapter: Any, base: Any, batch_size: int, length: int) -> int:
+    """Bytes that the forward pass of the loss keeps, the parameters themselves left out."""
+    batch = abstract_batch(batch_size, length)
+
+    def residuals(adapter, base, batch):
+        loss = lambda a: causal_lm_loss(model)(combine(a, base), batch, None)[0]  # noqa: E731
+        return jax.vjp(loss, adapter)[1]
+
+    given: dict[tuple, int] = {}
+    for leaf in jax.tree.leaves((adapter, base)):
+        given[leaf.shape, leaf.dtype] = given.get((leaf.shape, leaf.dtype), 0) + 1
+    total = 0
+    for leaf in jax.tree.leaves(jax.eval_shape(residuals, adapter, base, batch)):
+        left = given.get((leaf.shape, leaf.dtype), 0)
+        if left:
+            given[leaf.shape, leaf.dtype] = left - 1
+        else:
+            total += leaf.size * leaf.dtype.itemsize
+    return total
+
+
+def _unpacked(base: Any, dtype: Any) -> int:
+    """Bytes of the two largest quantized kernels, unpacked."""
+    kernels = [
+        leaf.kernel_shape[0] * leaf.kernel_shape[1] * jnp.dtype(dtype).itemsize
+        for weight in flatten(base).values()
+        for leaf in (getattr(weight, "base", weight),)
+        if isinstance(leaf, QuantizedTensor)
+    ]
+    return sum(sorted(kernels)[-2:])
+
+
+def _dense_stacks(base: Any) -> int:
+    """Bytes of the dense kernels that lie in stacked layers."""
+    kernels = {path: getattr(weight, "base", weight) for path, weight in flatten(base).items()}
+    return sum(nbytes(w) for path, w in kernels.items() if layer_path(path, 0) and not isinstance(w, QuantizedTensor))
+
+
+def planned(compiled: Any) -> int:
+    """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
+    plan = compiled.memory_analysis()
+    return (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        + plan.temp_size_in_bytes
+    )

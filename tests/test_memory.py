@@ -1,0 +1,87 @@
+"""The predicted memory of a step against the compiler's plan."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.cli import main
+from jlora.models import model_from_config
+from jlora.train import adamw, causal_lm_loss, init_state, make_step
+from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 512, "num_hidden_layers": 8,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512, "n_layer": 8}
+CASES = {
+    "llama": (LLAMA, {}, {}),
+    "llama bf16 nf4 remat": (LLAMA, {"dtype": jnp.bfloat16, "quantize": jlora.NF4()}, {"remat": "layer"}),
+    "llama nf4": (LLAMA, {"quantize": jlora.NF4()}, {}),
+    "gpt2 per layer": (GPT2, {"stack": False}, {}),
+    "gpt2 int8 bf16": (GPT2, {"quantize": jlora.Int8(), "dtype": jnp.bfloat16}, {}),
+}
+
+
+def prepare(fields, tree, module, rank=8):
+    dtype = tree.get("dtype", jnp.float32)
+    model = model_from_config(fields, dtype=dtype, **module)
+    options = {"dtype": dtype, "quantize": None, "stack": True} | tree
+    return model, abstract_tree(model, jlora.LoraConfig(rank=rank), **options)
+
+
+def compiled_peak(model, params, tx, batch_size, length):
+    adapter, base = jlora.split(params)
+    state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
+    step = make_step(causal_lm_loss(model), tx)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return planned(step.lower(state, base, abstract_batch(batch_size, length), key).compile())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_is_near_the_compilers_plan(case):
+    model, params = prepare(*CASES[case])
+    tx = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
+    predicted = predict(model, params, tx, batch_size=4, length=128)
+    peak = compiled_peak(model, params, tx, 4, 128)
+    assert 0.8 < predicted.peak / peak < 1.3, (predicted, peak)
+
+
+def test_parts_are_what_they_say():
+    model, params = prepare(*CASES["llama nf4"])
+    tx = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
+    predicted = predict(model, params, tx, batch_size=2, length=64)
+    real = jlora.stack_layers(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    real = jlora.add_lora(jlora.quantize_params(real, jlora.NF4()), jlora.LoraConfig(rank=8), key=jax.random.key(1))
+    adapter, base = jlora.split(real)
+    assert predicted.weights == jlora.nbytes(base)
+    assert predicted.adapter == jlora.nbytes(adapter) == predicted.gradients
+    assert predicted.optimizer == sum(np.asarray(x).nbytes for x in jax.tree.leaves(tx.init(adapter)))
+    assert jax.tree.structure(real) == jax.tree.structure(params)
+    twice = predict(model, params, tx, batch_size=4, length=64)
+    assert 1.9 < twice.activations / predicted.activations < 2.1
+    remat = predict(model_from_config(LLAMA, dtype=jnp.float32, remat="layer"), params, tx, batch_size=2, length=64)
+    assert remat.activations < predicted.activations / 5
+    assert predict(model, params, tx, batch_size=2, length=64, accumulate=2).gradients == 2 * predicted.gradients
+
+
+def test_the_command_reads_config_json_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    flags = ["memory", "--model", str(tmp_path), "--rank", "4", "--max-length", "64", "--batch-size", "2"]
+    main([*flags, "--quantize", "nf4", "--json", "--compile"])
+    packed = json.loads(capsys.readouterr().out)
+    main([*flags, "--json"])
+    dense = json.loads(capsys.readouterr().out)
+    assert packed["weights"] < dense["weights"] / 2 and dense["compiled_peak"] is None
+    assert 0.7 < packed["peak"] / packed["compiled_peak"] < 1.4
+    main([*flags, "--remat", "layer", "--dtype", "float32", "--compile"])
+    shown = capsys.readouterr().out
+    for word in ("weights", "adapter", "optimizer", "activations", "peak", "compiled"):
+        assert word in shown
+    with pytest.raises(SystemExit):
+        main([*flags[:-4], "--max-length", "4096"])
+    assert "512 positions" in capsys.readouterr().err
