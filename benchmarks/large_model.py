@@ -65,10 +65,14 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     for path, leaf in flatten(abstract_params(model)).items():
         name = hf_name(path)
         shard = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(f"model-{shard}.safetensors", {})[name] = leaf.shape[::-1] if path.endswith("/kernel") else leaf.shape
+        shards.setdefault(f"model-{shard}.safetensors", {})[name] = (
+            leaf.shape[::-1] if path.endswith("/kernel") else leaf.shape
+        )
     for file, shapes in shards.items():
         draw = lambda shape: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)  # noqa: E731
-        tensors = {n: (draw(s) if len(s) > 1 else np.ones(s, np.float32)).astype(jnp.bfloat16) for n, s in shapes.items()}
+        tensors = {
+            n: (draw(s) if len(s) > 1 else np.ones(s, np.float32)).astype(jnp.bfloat16) for n, s in shapes.items()
+        }
         save_tensors(directory / file, tensors)
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

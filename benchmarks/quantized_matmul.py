@@ -149,7 +149,9 @@ def roofline() -> dict[str, float]:
     return {"bytes_per_s": 2 * big.nbytes / min(times["copy"]), "flop_per_s": 2 * n**3 / min(times["product"])}
 
 
-def measure(label: str, shape: tuple[int, int], rows: int, direction: str, args: Args, limit, threads: int) -> list[dict]:
+def measure(
+    label: str, shape: tuple[int, int], rows: int, direction: str, args: Args, limit, threads: int
+) -> list[dict]:
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[0]))
     x = rng.standard_normal((rows, shape[0]), dtype=np.float32)
@@ -179,7 +181,9 @@ def measure(label: str, shape: tuple[int, int], rows: int, direction: str, args:
 
 
 def table(results: list[dict], limit: dict[str, float]) -> Table:
-    title = f"limit measured in this run: {limit['bytes_per_s'] / 1e9:.0f} GB/s, {limit['flop_per_s'] / 1e12:.2f} TFLOP/s"
+    title = (
+        f"limit measured in this run: {limit['bytes_per_s'] / 1e9:.0f} GB/s, {limit['flop_per_s'] / 1e12:.2f} TFLOP/s"
+    )
     out = Table("kernel", "rows", "pass", "implementation", title=title)
     for column in ("ms", "GB/s", "TFLOP/s", "of the limit", "x dense bf16"):
         out.add_column(column, justify="right")
@@ -206,7 +210,12 @@ def plot(results: list[dict], path: Path, device: str) -> None:
     kernels = list(dict.fromkeys(r["kernel"] for r in results))
     names = [n for n in dict.fromkeys(r["implementation"].rstrip("*") for r in results) if n != DENSE]
     figure, axes = plt.subplots(
-        len(kernels), len(PASSES), figsize=(10, 1 + 2.6 * len(kernels)), sharex=True, squeeze=False, layout="constrained"
+        len(kernels),
+        len(PASSES),
+        figsize=(10, 1 + 2.6 * len(kernels)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     for row, kernel in enumerate(kernels):
         for column, direction in enumerate(PASSES):
@@ -227,7 +236,9 @@ def plot(results: list[dict], path: Path, device: str) -> None:
                 axis.set_xlabel("rows of x")
             if column == 0:
                 axis.set_ylabel("speed of dense bf16")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     figure.suptitle(f"Quantized matrix products on {device}", fontsize=11)
     figure.savefig(path, dpi=130)
 

@@ -45,7 +45,10 @@ FIELDS = {
 }  # fmt: skip
 DEPTH = {"gpt2": "n_layer", "llama": "num_hidden_layers"}
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA = {"gpt2": {"rank": 8, "alpha": 16, "targets": ("c_attn",)}, "llama": {"rank": 16, "alpha": 32, "targets": LLAMA_LINEAR}}
+LORA = {
+    "gpt2": {"rank": 8, "alpha": 16, "targets": ("c_attn",)},
+    "llama": {"rank": 16, "alpha": 32, "targets": LLAMA_LINEAR},
+}
 PEER_PACKAGES = {"none": ("torch", "transformers", "peft"), "nf4": ("torch", "transformers", "peft", "bitsandbytes")}
 WORKER = "--worker"  # hidden: be a measured process
 LEARNING_RATE = 1e-3
@@ -116,7 +119,6 @@ def jlora_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], 
     fields = {**FIELDS[args.family], DEPTH[args.family]: args.layers}
     model = model_from_config(fields, dtype=args.dtype, remat="layer" if args.remat else "none")
     shapes = flatten(abstract_params(model))
-
 
     def stored(path, shape):
         if path.endswith("/kernel") and model.config.transposed_kernels:

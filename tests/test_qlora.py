@@ -132,7 +132,9 @@ def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp
     # One code is 1/128 of the spread of the absmax.
     np.testing.assert_allclose(ours, reference, atol=0.05 if different else 1e-4)
     again_model, again = jlora.load(tmp_path / "ours", dtype=jnp.float32)
-    np.testing.assert_array_equal(our_logits(again_model, again), our_logits(*jlora.load(tmp_path / "ours", dtype=jnp.float32)))
+    np.testing.assert_array_equal(
+        our_logits(again_model, again), our_logits(*jlora.load(tmp_path / "ours", dtype=jnp.float32))
+    )
     with pytest.raises(FileExistsError):
         jlora.save_quantized(tmp_path / "ours", model, params)
 
@@ -256,7 +258,13 @@ def test_twenty_qlora_steps_follow_peft_and_bitsandbytes(four_bit, trained, tmp_
 
 # ---- the step: nothing dense outlives its use (the names T1 to T6 are those of the comments below) --------------------
 
-WIDTHS = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+WIDTHS = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 FIELDS = {"model_type": "llama", "vocab_size": 61, "max_position_embeddings": 64, **WIDTHS}
 KERNELS = {(256, 256), (256, 768), (768, 256)}
 
@@ -335,7 +343,9 @@ def test_constants_are_small_and_lookups_unchecked():
     tables = [
         e
         for e in walk(closed.jaxpr)
-        if e.primitive.name == "gather" and e.invars[0].aval.shape[:1] in ((16,), (256,)) and e.invars[0].aval.size <= 512
+        if e.primitive.name == "gather"
+        and e.invars[0].aval.shape[:1] in ((16,), (256,))
+        and e.invars[0].aval.size <= 512
     ]
     assert tables
     for eqn in tables:
@@ -394,7 +404,9 @@ def test_generation_from_a_quantized_model(four_bit, family):
     _, directory, theirs = four_bit[family]
     model, params = jlora.load(directory, dtype=jnp.float32)
     tokens = jlora.generate(model, params, IDS.tolist(), max_new_tokens=6, temperature=0, eos_token_id=None)
-    merged = jlora.generate(model, jlora.merge(params), IDS.tolist(), max_new_tokens=6, temperature=0, eos_token_id=None)
+    merged = jlora.generate(
+        model, jlora.merge(params), IDS.tolist(), max_new_tokens=6, temperature=0, eos_token_id=None
+    )
     assert tokens == merged
 
 

@@ -123,15 +123,19 @@ def bitsandbytes_tensor(w, dtype=torch.float32, block_size=64, **kwargs):
     """(bitsandbytes' packed weight and state, the same bytes as an NF4Tensor)."""
     packed, state = bnb_quantize(w, dtype=dtype, block_size=block_size, **kwargs)
     q = quantize_rows(w, jlora.NF4(block_size=block_size, double_quant=state.nested))
-    return packed, state, type(q)(
-        codes=jnp.asarray(packed.numpy()).reshape(q.codes.shape),
-        absmax=jnp.asarray(state.absmax.numpy()).reshape(q.absmax.shape),
-        nested_absmax=jnp.asarray(state.state2.absmax.numpy()) if state.nested else None,
-        nested_offset=jnp.float32(state.offset.item()) if state.nested else None,
-        kernel_shape=q.kernel_shape,
-        format_name="nf4",
-        block_size=block_size,
-        logical_dtype=str(dtype).removeprefix("torch."),
+    return (
+        packed,
+        state,
+        type(q)(
+            codes=jnp.asarray(packed.numpy()).reshape(q.codes.shape),
+            absmax=jnp.asarray(state.absmax.numpy()).reshape(q.absmax.shape),
+            nested_absmax=jnp.asarray(state.state2.absmax.numpy()) if state.nested else None,
+            nested_offset=jnp.float32(state.offset.item()) if state.nested else None,
+            kernel_shape=q.kernel_shape,
+            format_name="nf4",
+            block_size=block_size,
+            logical_dtype=str(dtype).removeprefix("torch."),
+        ),
     )
 
 
@@ -255,7 +259,9 @@ def test_a_stack_is_its_layers(name):
     stacked = jlora.quantize(w, SPECS[name]())
     for i in range(3):
         layer = jlora.quantize(w[i], SPECS[name]())
-        for a, b in zip(jax.tree.leaves(jax.tree.map(lambda x, i=i: x[i], stacked)), jax.tree.leaves(layer), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(jax.tree.map(lambda x, i=i: x[i], stacked)), jax.tree.leaves(layer), strict=True
+        ):
             np.testing.assert_array_equal(a, b)
 
 
@@ -284,10 +290,10 @@ def test_products_and_their_gradient(name, implementation, transpose, shape):
     def plain(x):
         return jnp.matmul(x, dense.T if transpose else dense, precision="highest")
 
-    for f in (ours, jax.jit(ours), jax.remat(ours)):
+    for f in map(jax.jit, (ours, jax.remat(ours))):
         np.testing.assert_allclose(f(x), plain(x), atol=2e-5)
-        gradient = jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x)
-        np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(jnp.sin(plain(x))))(x), atol=1e-3)
+        gradient, expected = (jax.jit(jax.grad(lambda x, g=g: jnp.sum(jnp.sin(g(x)))))(x) for g in (f, plain))
+        np.testing.assert_allclose(gradient, expected, atol=1e-3)
     np.testing.assert_allclose(jax.vmap(lambda x: jlora.linear(x, q, transpose=transpose))(x), plain(x), atol=2e-5)
 
 
@@ -343,7 +349,11 @@ def test_repr_and_casting():
         (lambda: jlora.quantize(np.arange(8), jlora.NF4()), TypeError, "int"),
         (lambda: jlora.quantize(np.float32(1), jlora.NF4()), ValueError, "at least one axis"),
         (lambda: jlora.quantize(np.zeros((0, 4), np.float32), jlora.NF4()), ValueError, "one element"),
-        (lambda: jlora.quantize(jlora.quantize(np.ones(64, np.float32), jlora.NF4()), jlora.NF4()), TypeError, "already"),
+        (
+            lambda: jlora.quantize(jlora.quantize(np.ones(64, np.float32), jlora.NF4()), jlora.NF4()),
+            TypeError,
+            "already",
+        ),
         (lambda: jlora.NF4(block_size=48), ValueError, "block_size.*48"),
         (lambda: jlora.Int8(block_size=64.0), ValueError, "block_size"),
     ],
@@ -363,8 +373,13 @@ def test_under_jit_a_bad_block_decodes_to_nan():
 
 
 def tree(dtype=jnp.float32):
-    kernel = lambda i, a, b: {"kernel": jnp.asarray(draw(a, b, seed=i)).astype(dtype)}  # noqa: E731
-    layer = lambda i: {"attn": {"q_proj": kernel(i, 64, 64)}, "mlp": {"up": kernel(9 + i, 64, 128), "norm": {"scale": jnp.ones(64)}}}  # noqa: E731
+    def kernel(i, a, b):
+        return {"kernel": jnp.asarray(draw(a, b, seed=i)).astype(dtype)}
+
+    def layer(i):
+        norm = {"scale": jnp.ones(64)}
+        return {"attn": {"q_proj": kernel(i, 64, 64)}, "mlp": {"up": kernel(9 + i, 64, 128), "norm": norm}}
+
     return {
         "model": {"embed": {"embedding": jnp.asarray(draw(50, 64))}, "layers": {"0": layer(0), "1": layer(1)}},
         "lm_head": kernel(99, 64, 50),
@@ -385,7 +400,9 @@ def test_quantize_params_takes_linear_kernels_only():
     assert quantized_paths(jlora.quantize_params(params, jlora.NF4(), targets=["up"])) == [
         f"model/layers/{i}/mlp/up/kernel" for i in (0, 1)
     ]
-    assert quantized_paths(jlora.quantize_params(params, jlora.NF4(), targets=r".*\.1\..*up")) == ["model/layers/1/mlp/up/kernel"]
+    assert quantized_paths(jlora.quantize_params(params, jlora.NF4(), targets=r".*\.1\..*up")) == [
+        "model/layers/1/mlp/up/kernel"
+    ]
     assert jlora.count(q) == jlora.count(params)
 
 
@@ -401,7 +418,12 @@ def test_stacking_and_quantizing_commute():
 
 @pytest.mark.parametrize(
     ("targets", "words"),
-    [(["nope"], "matches no linear kernel"), (["lm_head"], "output head"), (["upp"], "Did you mean 'up'"), ("up", "no linear kernel")],
+    [
+        (["nope"], "matches no linear kernel"),
+        (["lm_head"], "output head"),
+        (["upp"], "Did you mean 'up'"),
+        ("up", "no linear kernel"),
+    ],
 )
 def test_quantize_params_refuses_targets(targets, words):
     with pytest.raises(ValueError, match=words):

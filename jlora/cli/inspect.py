@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jlora._modules import linear_kernels
 from jlora._tree import flatten
 from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.io import find, load_tokenizer, read_config
 from jlora.io.peft import PREFIX, WEIGHTS, base_model_of
-from jlora._modules import linear_kernels
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 

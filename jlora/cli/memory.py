@@ -86,8 +86,8 @@ def run(options: Memory) -> None:
         return
     adapter, base = split(params)
     console.print(
-        f"[bold]{options.model}[/]: {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, {count(adapter):,} trained; "
-        f"{options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}"
+        f"[bold]{options.model}[/]: {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, "
+        f"{count(adapter):,} trained; {options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}"
     )
     console.print(table(predicted, compiled))
 
@@ -108,7 +108,13 @@ def table(predicted: Prediction, compiled: int | None) -> Table:
     out.add_column("")
     for name, meaning in _MEANING.items():
         out.add_row(name, f"{getattr(predicted, name) / 2**20:,.1f}", meaning, style=None)
-    out.add_row("[bold]peak[/]", f"[bold]{predicted.peak / 2**20:,.1f}[/]", "predicted; the runtime's own memory comes on top")
+    out.add_row(
+        "[bold]peak[/]", f"[bold]{predicted.peak / 2**20:,.1f}[/]", "predicted; the runtime's own memory comes on top"
+    )
     if compiled is not None:
-        out.add_row("[bold]compiled[/]", f"[bold]{compiled / 2**20:,.1f}[/]", f"the compiler's plan for {jax.devices()[0].device_kind}")
+        out.add_row(
+            "[bold]compiled[/]",
+            f"[bold]{compiled / 2**20:,.1f}[/]",
+            f"the compiler's plan for {jax.devices()[0].device_kind}",
+        )
     return out

@@ -24,7 +24,18 @@ from jlora.finetuning.run import Run
 from jlora.io import find, is_quantized, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
-from jlora.train import Checkpoints, adamw, causal_lm_loss, evaluate, init_state, make_step, perplexity, warmup_cosine
+from jlora.train import (
+    Checkpoints,
+    adamw,
+    causal_lm_loss,
+    evaluate,
+    init_state,
+    make_step,
+    perplexity,
+    planned,
+    predict,
+    warmup_cosine,
+)
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_MAX_LENGTH = 512
@@ -170,7 +181,6 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
     tx = adamw(
         schedule, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, b1=config.beta1, b2=config.beta2
     )
-    step_fn = make_step(causal_lm_loss(job.model), tx, accumulate=config.accumulate)
     state = init_state(job.adapter, tx)
     # Its own stream: the initialization drew from the seed's key itself.
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -198,6 +208,10 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
 
     display.start(job.steps, done)
     batch, tokens = batch_of(done + 1)
+    # Compiled ahead of its first call, for the compiler's own account of the memory; another shape would be an error.
+    step_fn = make_step(causal_lm_loss(job.model), tx, accumulate=config.accumulate)
+    step_fn = step_fn.lower(state, job.base, batch, key).compile()
+    memory = _memory(job, state, tx, planned(step_fn))
     for step in range(done + 1, job.steps + 1):
         started = time.perf_counter()
         state, metrics = step_fn(state, job.base, batch, jax.random.fold_in(key, step))
@@ -230,6 +244,7 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
         if stop.is_set() and not last:
             raise Stopped(f"Stopped after step {step} of {job.steps}; the state is saved. Continue with --resume.")
     display.stop()
+    display.say(memory)
     return _finish(job, checkpoints, state, history)
 
 
@@ -251,6 +266,15 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
     display.say(f"adapter of step {chosen}: [bold]{run.adapter}[/] ({size / 1024:,.0f} KiB, loads in PEFT)")
     return result
+
+
+def _memory(job: _Job, state: Any, tx: Any, compiled: int) -> str:
+    """The predicted and the compiled peak of a step, in words; on a GPU the measured one too."""
+    rows = {"batch_size": job.config.batch_size, "length": job.train.length, "accumulate": job.config.accumulate}
+    predicted = predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
+    text = f"memory of a step: {predicted / 2**20:,.0f} MiB predicted, {compiled / 2**20:,.0f} MiB in the compiled step"
+    measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return text + (f", {measured / 2**20:,.0f} MiB measured" if measured else "")
 
 
 def _form(config: FinetuneConfig, on_cpu: bool, *, quantized: bool) -> tuple[bool, str]:

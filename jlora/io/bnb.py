@@ -56,13 +56,19 @@ class QuantState:
                 nested_offset=float(fields["nested_offset"]) if nested else None,
             )
             accepted = fields["quant_type"] == "nf4" and state.dtype in _DTYPES and min(state.shape) > 0
-            if not accepted or len(fields["shape"]) != 2 or fields.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
+            if (
+                not accepted
+                or len(fields["shape"]) != 2
+                or fields.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK
+            ):
                 raise ValueError(
                     f"jlora reads `quant_type` nf4 of two axes in {', '.join(_DTYPES)}, blocks of {BLOCK_SIZES} and nested blocks "
                     f"of {NESTED_BLOCK}; got {fields}"
                 )
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"The quantization state of {name!r} cannot be used ({type(error).__name__}: {error}).") from error
+            raise ValueError(
+                f"The quantization state of {name!r} cannot be used ({type(error).__name__}: {error})."
+            ) from error
         return state
 
     def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -88,7 +94,9 @@ class QuantState:
         """
         for part, code in (("quant_map", NF4_CODE), ("nested_quant_map", DYNAMIC_CODE)):
             if f"{name}.{part}" in self.tensors(name) and not np.array_equal(checkpoint.read(f"{name}.{part}"), code):
-                raise ValueError(f"'{name}.{part}' is another code table than bitsandbytes'; jlora decodes that one only.")
+                raise ValueError(
+                    f"'{name}.{part}' is another code table than bitsandbytes'; jlora decodes that one only."
+                )
         kernel_shape = self.shape[::-1]
         rows = (self.shape[0], -1) if keeps_rows(kernel_shape, self.spec.block_size) else (-1,)
         nested = self.spec.double_quant
@@ -118,7 +126,7 @@ def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
         f"{name}.absmax": np.asarray(q.absmax).reshape(-1),
         f"{name}.quant_map": NF4_CODE,
     }
-    if q.double_quant:
+    if q.nested_offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.nested_offset)}
         tensors |= {f"{name}.nested_absmax": np.asarray(q.nested_absmax), f"{name}.nested_quant_map": DYNAMIC_CODE}
     tensors[f"{name}{STATE_SUFFIX}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)

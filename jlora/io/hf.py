@@ -80,11 +80,15 @@ def load(
         else:
             stacked_path, index = layer
             stacked = flat.get(stacked_path)
-            flat[stacked_path] = _set_row(_zeros(model.config.depth, value) if stacked is None else stacked, value, index)
+            flat[stacked_path] = _set_row(
+                _zeros(model.config.depth, value) if stacked is None else stacked, value, index
+            )
     return model, nest(flat)
 
 
-def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, dtype: Any, transposed: bool, spec: QuantSpec | None):
+def _read(
+    checkpoint: Checkpoint, name: str, state: QuantState | None, dtype: Any, transposed: bool, spec: QuantSpec | None
+):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
     if state is not None:
         return state.read(checkpoint, name)
@@ -111,7 +115,9 @@ def _check(directory, model, expected, names, states: Mapping[str, QuantState], 
         if path in states:
             # bitsandbytes packs [out, in], also of the kernels that GPT-2 stores as [in, out].
             if states[path].shape != shape[::-1]:
-                raise ValueError(f"{name!r} is quantized from {states[path].shape}; config.json makes it {shape[::-1]}.")
+                raise ValueError(
+                    f"{name!r} is quantized from {states[path].shape}; config.json makes it {shape[::-1]}."
+                )
             for part, (part_shape, dtype) in states[path].tensors(name).items():
                 shapes[part], dtypes[part] = part_shape, (dtype,)
         else:
@@ -267,7 +273,9 @@ def save_quantized(
             dense += [path] if path.endswith("/kernel") else []
             tensors[hf_name(path)] = np.asarray(leaf).T if is_transposed(path, model) else np.asarray(leaf)
     if not packed:
-        raise ValueError("`save_quantized` found no NF4 weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`.")
+        raise ValueError(
+            "`save_quantized` found no NF4 weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`."
+        )
     dtype = str(next(leaf.dtype for leaf in flatten(params).values() if not is_weight(leaf)))
     example = next(iter(packed.values()))
     spec = NF4(block_size=example.block_size, double_quant=example.double_quant)

@@ -19,6 +19,7 @@ from jlora._modules import (
 from jlora._tree import flatten
 from jlora.lora.config import LoraConfig, pattern_matches
 
+
 def layer_index(module: str) -> int | None:
     """The layer number in a module path, by PEFT's rule."""
     match = re.match(r".*?\.[^.]*\.(\d+)\.", module)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 

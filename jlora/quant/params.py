@@ -87,9 +87,7 @@ def quantizable(params: Params, targets: str | Sequence[str] = ALL_LINEAR) -> se
         name = dead[0] if dead else targets
         shown = name if isinstance(name, str) else name[0]
         heads = [module for module in kernels if module not in body and names_match(name, module)]
-        reason = (
-            f"names the output head {heads[0]!r}, which stays dense" if heads else "matches no linear kernel"
-        )
+        reason = f"names the output head {heads[0]!r}, which stays dense" if heads else "matches no linear kernel"
         raise ValueError(
             f"`targets` {shown!r} {reason}.{nearest(shown, body)} Linear kernels there are: {describe(body)}."
         )

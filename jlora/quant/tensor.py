@@ -1,5 +1,6 @@
 """`QuantizedTensor`: packed codes and their scales, standing for a dense weight."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,8 +12,6 @@ from jlora._weight import Weight
 from jlora.quant.blockwise import decode_absmax, encode, encode_absmax, unpack
 from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
-
-import dataclasses
 
 _DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
 _META = ("kernel_shape", "format_name", "block_size", "logical_dtype")
@@ -79,7 +78,9 @@ class QuantizedTensor(Weight):
     def scales(self) -> Float[Array, "*stack blocks"]:
         """The absmax of every block, float32; flattened where the codes have rows."""
         flat = self.absmax.reshape(*self.absmax.shape[: -2 if self._has_rows else -1], -1)
-        return decode_absmax(flat, self.nested_absmax, self.nested_offset) if self.double_quant else flat
+        if self.nested_absmax is None or self.nested_offset is None:
+            return flat
+        return decode_absmax(flat, self.nested_absmax, self.nested_offset)
 
     def rows(self, dtype: jnp.dtype) -> Array:
         """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).

@@ -6,6 +6,9 @@ from jlora.train.evaluation import evaluate as evaluate
 from jlora.train.evaluation import perplexity as perplexity
 from jlora.train.loss import LossFn as LossFn
 from jlora.train.loss import causal_lm_loss as causal_lm_loss
+from jlora.train.memory import Memory as Memory
+from jlora.train.memory import planned as planned
+from jlora.train.memory import predict as predict
 from jlora.train.optimizers import adamw as adamw
 from jlora.train.optimizers import warmup_cosine as warmup_cosine
 from jlora.train.step import Step as Step

@@ -138,9 +138,4 @@ def _dense_stacks(base: Any) -> int:
 def planned(compiled: Any) -> int:
     """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
     plan = compiled.memory_analysis()
-    return (
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes
-        + plan.temp_size_in_bytes
-    )
+    return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
