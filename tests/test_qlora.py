@@ -366,11 +366,12 @@ def test_forward_and_backward_unpack_separately():
     """T2: in unrolled layers, common subexpressions would be shared and every dense kernel live from forward to backward."""
     step, args = qlora(depth=4, stack=False)
     hlo = step.lower(*args).compile().as_text()
-    lookups = len(re.findall(r"= f32\[[\d,]+\]\S* gather\(", hlo))
     kernels = len(packed(args))
+    barriers = sum(1 for e in walk(jax.make_jaxpr(step)(*args).jaxpr) if e.primitive.name == "optimization_barrier")
     # The first layer's q, k, v need no gradient of their input; each other kernel is unpacked twice.
-    unpackings = sum(1 for e in walk(jax.make_jaxpr(step)(*args).jaxpr) if e.primitive.name == "optimization_barrier")
-    assert unpackings >= 2 * kernels - 3
+    assert barriers >= 2 * kernels - 3
+    # Each unpacking of absmax reads the table of 256; a merged one would read it once for both.
+    lookups = len(re.findall(r"= f32\[[\d,]+\]\S* gather\(", hlo))
     assert lookups >= 2 * kernels - 3
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import jlora
-from jlora.quant import blockwise, formats
+from jlora.quant import formats
 from jlora.quant.matmul import IMPLEMENTATIONS, quantized_matmul
 
 SPECS = {"nf4": jlora.NF4, "int8": jlora.Int8, "int4": jlora.Int4}
@@ -202,6 +202,14 @@ def test_nf4_code_is_the_papers_quantiles():
     np.testing.assert_allclose(code / code.max(), formats.NF4_CODE, atol=1e-6)
 
 
+def test_every_way_to_decode_is_the_table():
+    codes = np.arange(256, dtype=np.uint8) % 16
+    for decode in (formats.look_up, formats.choose_by_bits):
+        np.testing.assert_array_equal(
+            jax.jit(lambda c, d=decode: d(formats.NF4_CODE, c))(codes), formats.NF4_CODE[codes]
+        )
+
+
 def test_error_on_a_normal_weight():
     w = draw(1024, 1024)
     for double_quant in (False, True):
@@ -270,7 +278,9 @@ def test_integer_formats_round_as_the_paper_writes_them():
     absmax = np.abs(w).max(-1, keepdims=True)
     for spec, unit in ((jlora.Int8(), 127), (jlora.Int4(), 7)):
         q = quantize_rows(w, spec)
-        values = np.asarray(q.codes if unit == 127 else blockwise.unpack(q.codes)).astype(np.int32) - (unit + 1)
+        codes = np.asarray(q.codes)
+        nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(codes.shape[0], -1)
+        values = (codes if unit == 127 else nibbles).astype(np.int32) - (unit + 1)
         np.testing.assert_array_equal(values, np.round(w * (np.float32(unit) / absmax)))
         np.testing.assert_allclose(np.asarray(jlora.dequantize(q)).T, values * (absmax / np.float32(unit)), rtol=3e-7)
 

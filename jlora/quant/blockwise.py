@@ -6,6 +6,7 @@ Reference: bitsandbytes' `quantize_blockwise` and `dequantize_blockwise`, bit fo
 import math
 
 import jax.numpy as jnp
+from jax import lax
 
 from jlora._typing import Array, Float
 from jlora.quant.formats import DYNAMIC_CODE, Format, look_up, nearest_code
@@ -14,8 +15,8 @@ NESTED_BLOCK = 256  # blocks of absmax that share a scale in double quantization
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
-def in_blocks(x: Float[Array, "*stack n"], size: int) -> Float[Array, "*stack blocks size"]:
-    """Consecutive elements in blocks; the last is filled up with zeros, which raise no absmax."""
+def in_blocks(x: Array, size: int) -> Array:
+    """[*, n] -> [*, blocks, size]: consecutive elements; the last block is filled up with zeros, which raise no absmax."""
     pad = -x.shape[-1] % size
     if pad:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
@@ -44,14 +45,23 @@ def encode(x: Float[Array, "*stack n"], size: int, format: Format) -> tuple[Arra
 
 def pack(codes: Array) -> Array:
     """Two 4-bit codes a byte, the first in the high nibble. The last axis is even."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    return (pairs[..., 0] << 4) | pairs[..., 1]
+    # As 16-bit words with the first code in the low byte: reading every second byte would not vectorize.
+    words = lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint16)
+    return ((words << 4) | (words >> 8)).astype(jnp.uint8)
 
 
-def unpack(packed: Array) -> Array:
-    """The inverse of `pack`: the last axis doubles."""
-    nibbles = jnp.stack([packed >> 4, packed & 15], axis=-1)
-    return nibbles.reshape(*packed.shape[:-1], -1)
+def decode(
+    codes: Array, absmax: Float[Array, "*stack blocks"], size: int, format: Format, dtype: jnp.dtype
+) -> Float[Array, "*stack n"]:
+    """The inverse of `encode`, up to the last byte; computed in float32 and rounded once to `dtype`."""
+    per_byte = 8 // format.bits
+    count = codes.shape[-1] * per_byte
+    blocks = in_blocks(codes, size // per_byte)
+    # Each nibble of all bytes by itself, then both interleaved: the first part vectorizes.
+    parts = [blocks] if per_byte == 1 else [blocks >> 4, blocks & 15]
+    scale = (absmax / format.unit)[..., None]
+    values = [(format.decode(part) * scale).astype(dtype) for part in parts]
+    return jnp.stack(values, axis=-1).reshape(*codes.shape[:-1], -1)[..., :count]
 
 
 def encode_absmax(absmax: Float[Array, "*stack blocks"]) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,6 +64,26 @@ def look_up(code: np.ndarray, index: Array) -> Array:
     return jnp.asarray(code).at[index].get(mode="promise_in_bounds")
 
 
+def choose_by_bits(code: np.ndarray, index: Array) -> Array:
+    """`code[index]` by halving: a tree of selects on the bits of the index, which vectorizes where a lookup does not."""
+    level = [jnp.float32(value) for value in code]
+    bit = 1
+    while len(level) > 1:
+        odd = (index & bit) != 0
+        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+        bit <<= 1
+    return level[0]
+
+
+DECODERS: Mapping[str, Callable[[np.ndarray, Array], Array]] = {"cpu": choose_by_bits}
+"""How 16 values are looked up, by backend; elsewhere `look_up`, whose table is one cache line of a GPU. On two CPU cores with
+AVX-512 a 3072 x 768 weight decodes to bfloat16 at 2.2 G elements/s by bits and at 1.1 by lookup."""
+
+
+def decode_nf4(codes: Array) -> Array:
+    return DECODERS.get(jax.default_backend(), look_up)(NF4_CODE, codes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """One way to write a block of weights as unsigned codes."""
@@ -97,7 +118,7 @@ FORMATS: Mapping[str, Format] = {
             bits=4,
             unit=1.0,
             encode=lambda scaled: nearest_code(scaled, NF4_CODE),
-            decode=lambda codes: look_up(NF4_CODE, codes),
+            decode=decode_nf4,
         ),
         _integer(8),
         _integer(4),

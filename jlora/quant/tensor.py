@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora._typing import Array, Float, UInt8
 from jlora._weight import Weight
-from jlora.quant.blockwise import decode_absmax, encode, encode_absmax, unpack
+from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
 from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
 
@@ -87,18 +87,9 @@ class QuantizedTensor(Weight):
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
         """
-        format = self.format
-        stack, trailing = self.shape[: -len(self.kernel_shape)], self.kernel_shape[::-1]
-        count = math.prod(self.kernel_shape)
-        codes = self.codes.reshape(*stack, -1)
-        values = format.decode(unpack(codes) if format.bits == 4 else codes)
-        scale = self.scales() / format.unit
-        whole = scale.shape[-1] * self.block_size
-        if whole > values.shape[-1]:
-            values = jnp.pad(values, [(0, 0)] * len(stack) + [(0, whole - values.shape[-1])])
-        blocks = values[..., :whole].reshape(*stack, -1, self.block_size) * scale[..., None]
-        flat = blocks.reshape(*stack, -1)[..., :count]
-        return flat.astype(dtype).reshape(*stack, *trailing)
+        stack = self.shape[: -len(self.kernel_shape)]
+        flat = decode(self.codes.reshape(*stack, -1), self.scales(), self.block_size, self.format, jnp.dtype(dtype))
+        return flat[..., : math.prod(self.kernel_shape)].reshape(*stack, *self.kernel_shape[::-1])
 
     def matmul(self, x, *, transpose, out_dtype):
         flat = x.reshape(-1, x.shape[-1])
