@@ -18,8 +18,14 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Writes benchmarks/results/*_cpu.json again: half an hour on a quiet machine.
 bench: .venv/installed-test
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+	$(BIN)/python benchmarks/train_step.py --family llama --quantize nf4 --dtype bfloat16 \
+		--output benchmarks/results/qlora_step_cpu.json
+	$(BIN)/python benchmarks/quantize.py --output benchmarks/results/quantize_cpu.json
+	$(BIN)/python benchmarks/quantized_matmul.py --output benchmarks/results/quantized_matmul_cpu.json
+	$(BIN)/python benchmarks/large_model.py --output benchmarks/results/large_model_cpu.json
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -119,7 +119,7 @@ def work(directory: str, length: int, rank: int) -> dict[str, Any]:
     jax.block_until_ready(jlora.quantize(jnp.ones((256, 256)), jlora.NF4()))  # the baseline has JAX up and running
     with Sampler() as loading:
         started = time.perf_counter()
-        model, params = jlora.load(directory, dtype=jnp.bfloat16, quantize=jlora.NF4(), stack=True, remat="layer")
+        model, params = jlora.load(directory, dtype=jnp.bfloat16, quantize=jlora.NF4())
         jax.block_until_ready(params)
         load_seconds = time.perf_counter() - started
     packed = jlora.nbytes(params)

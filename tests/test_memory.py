@@ -48,7 +48,7 @@ def test_prediction_is_near_the_compilers_plan(case):
     tx = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
     predicted = predict(model, params, tx, batch_size=4, length=128)
     peak = compiled_peak(model, params, tx, 4, 128)
-    assert 0.8 < predicted.peak / peak < 1.3, (predicted, peak)
+    assert 0.8 < predicted.peak / peak < 1.5, (predicted, peak)
 
 
 def test_parts_are_what_they_say():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.data import InstructDataset, TextDataset, load_data
-from jlora.io import is_quantized, load, load_adapter, load_tokenizer
+from jlora.io import load, load_adapter, load_tokenizer
 from jlora.io.peft import base_model_of
 from jlora.quant import SPECS
 
@@ -50,7 +50,7 @@ def load_weights(weights: Weights) -> tuple[Any, Any, Any]:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     spec = SPECS[weights.quantize]() if weights.quantize else None
-    model, params = load(name, dtype=jnp.dtype(dtype), quantize=spec, stack=spec is not None or is_quantized(name))
+    model, params = load(name, dtype=jnp.dtype(dtype), quantize=spec)
     if weights.adapter is not None:
         params = load_adapter(weights.adapter, params)
     return model, params, load_tokenizer(name)

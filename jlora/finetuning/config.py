@@ -85,8 +85,9 @@ class FinetuneConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
-    """Layers unrolled, or stacked under one scan; auto: per-layer where single layers are named and for dense weights on CPU
-    (faster there), else stacked (compiles in constant time; a quantized base unpacks one layer at a time)."""
+    """Layers unrolled, or stacked under one scan; auto: per-layer on CPU (faster there; but with --remat layer
+    stacked, as unrolled layers are not rematerialized there), stacked elsewhere (compiles in constant time), unless single
+    layers are named."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass, for less memory."""
 

@@ -21,7 +21,7 @@ from jlora.data import InstructDataset, TextDataset
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.run import Run
-from jlora.io import find, is_quantized, load, load_tokenizer, save_adapter
+from jlora.io import find, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
@@ -118,7 +118,7 @@ class _Job:
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
         spec = SPECS[config.quantize]() if config.quantize else None
-        stack, why = _form(config, on_cpu, quantized=spec is not None or is_quantized(directory))
+        stack, why = _form(config, on_cpu)
         model, params = load(directory, dtype=jnp.dtype(dtype), quantize=spec, stack=stack, remat=config.remat)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, model.config.max_length)
         if max_length > model.config.max_length:
@@ -277,15 +277,15 @@ def _memory(job: _Job, state: Any, tx: Any, compiled: int) -> str:
     return text + (f", {measured / 2**20:,.0f} MiB measured" if measured else "")
 
 
-def _form(config: FinetuneConfig, on_cpu: bool, *, quantized: bool) -> tuple[bool, str]:
+def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
     """(stacked?, the reason in words)."""
     if config.form != "auto":
         return config.form == "stacked", "as asked"
+    if on_cpu and config.remat == "none":
+        return False, "faster on CPU"
     if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", t) for t in config.targets):
         return False, "single layers are named"
-    if on_cpu and not quantized:
-        return False, "faster on CPU"
-    return True, "one layer is unpacked at a time" if quantized else "one compilation for all"
+    return True, "rematerialized in a scan" if on_cpu else "one compilation for all"
 
 
 def _stored(base: Any, dtype: str) -> str:

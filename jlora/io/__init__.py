@@ -1,7 +1,6 @@
 """Files of the ecosystem <-> (model, params)."""
 
 from jlora.io.hf import find as find
-from jlora.io.hf import is_quantized as is_quantized
 from jlora.io.hf import load as load
 from jlora.io.hf import load_tokenizer as load_tokenizer
 from jlora.io.hf import read_config as read_config

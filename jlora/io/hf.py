@@ -189,11 +189,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def is_quantized(name: str | os.PathLike) -> bool:
-    """Whether config.json says that the checkpoint is quantized."""
-    return bool(read_config(find(name)).get("quantization_config"))
-
-
 def load_tokenizer(name: str | os.PathLike) -> Any:
     """The checkpoint's tokenizer, as a transformers object."""
     # transformers greets environments without torch with advice that does not apply here.

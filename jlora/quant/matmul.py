@@ -1,5 +1,6 @@
 """The product with a quantized kernel: unpack, multiply, and keep nothing but the packed bytes for the backward pass."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,21 @@ def implementation(rows: int, backend: str) -> str:
     return "reduce" if rows <= REDUCE_UP_TO.get(backend, 0) else "dequantize"
 
 
+def _not_before(x: Array, q: Any) -> tuple[Array, Any]:
+    """The same values, arranged so that `q` is not unpacked before `x` is there.
+
+    Otherwise every kernel of a model could be unpacked at once, as nothing else keeps it waiting, and common subexpression
+    elimination would hold the forward pass's dense kernel for the backward pass.
+    """
+    x, q = lax.optimization_barrier((x, q))
+    if jax.default_backend() == "cpu" and x.size:
+        # XLA:CPU drops barriers before it schedules. This dependence it keeps, and only LLVM sees that nothing exceeds
+        # infinity and leaves it out of the loop.
+        never = (x.ravel()[0] > jnp.inf).astype(jnp.uint8)
+        q = dataclasses.replace(q, codes=q.codes | never)
+    return x, q
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def quantized_matmul(name: str, transpose: bool, dtype: Any, out_dtype: Any, x: Array, q: Any) -> Array:
     """`x @ w`, or `x @ w.T` with `transpose`, for a quantized kernel that stands for w [in, out].
@@ -48,8 +64,7 @@ def quantized_matmul(name: str, transpose: bool, dtype: Any, out_dtype: Any, x: 
         dtype: that of `x` [tokens, in], and of the cotangent in the backward product.
         out_dtype: dtype of the result [tokens, out]; sums are float32.
     """
-    # Chained to x, so that a layer's kernels are not all unpacked before the first of them is needed.
-    x, q = lax.optimization_barrier((x, q))
+    x, q = _not_before(x, q)
     return IMPLEMENTATIONS[name](x, lambda: q.rows(dtype), transpose).astype(out_dtype)
 
 
@@ -58,8 +73,7 @@ def _forward(name, transpose, dtype, out_dtype, x, q):
 
 
 def _backward(name, transpose, dtype, out_dtype, q, dy):
-    # The barrier keeps common subexpression elimination from holding on to the kernel unpacked in the forward pass.
-    dy, q = lax.optimization_barrier((dy.astype(dtype), q))
+    dy, q = _not_before(dy.astype(dtype), q)
     return IMPLEMENTATIONS[name](dy, lambda: q.rows(dtype), not transpose).astype(dtype), None
 
 

@@ -76,13 +76,18 @@ def predict(
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     adapter, base = split(params)
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and not is_stacked(params):
+        # XLA:CPU drops the barriers that keep recomputed layers apart from computed ones, and merges them.
+        model = replace(model, remat="none")
     saved = _saved(model, adapter, base, batch_size, length)
     # What a layer keeps without rematerialization is also what lives while it is computed again.
     one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
-    widened = 0
-    if jax.default_backend() == "cpu" and model.dtype == jnp.bfloat16 and is_stacked(params):
+    # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
+    extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
+    if on_cpu and model.dtype == jnp.bfloat16 and is_stacked(params):
         # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
-        saved, one_layer, widened = 2 * saved, 2 * one_layer, 2 * _dense_stacks(base)
+        saved, one_layer, extra = 2 * saved, 2 * one_layer, extra + 2 * _dense_stacks(base)
     tokens = batch_size * length
     chunk = min(tokens, CHUNK.get(jax.default_backend(), CHUNK["gpu"]))
     # Logits, their exponentials and their gradient, which is cast for the product.
@@ -93,7 +98,7 @@ def predict(
         optimizer=nbytes(jax.eval_shape(tx.init, adapter)),
         gradients=nbytes(adapter) * (2 if accumulate > 1 else 1),
         activations=saved,
-        working=max(one_layer + _unpacked(base, model.dtype), head) + widened,
+        working=max(one_layer + _unpacked(base, model.dtype), head) + extra,
     )
 
 
