@@ -422,14 +422,27 @@ def test_every_problem_is_named_at_once():
 def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     make_step, at, output = loop.make_step, 7, tmp_path / "out"
 
-    def broken(*args, **kwargs):
-        step = make_step(*args, **kwargs)
+    class Broken:
+        """A step, lowered, compiled or to be, whose loss is NaN at one step."""
 
-        def maybe_nan(state, *rest):
-            state, metrics = step(state, *rest)
+        def __init__(self, step):
+            self.step = step
+
+        def lower(self, *args):
+            return Broken(self.step.lower(*args))
+
+        def compile(self):
+            return Broken(self.step.compile())
+
+        def memory_analysis(self):
+            return self.step.memory_analysis()
+
+        def __call__(self, state, *rest):
+            state, metrics = self.step(state, *rest)
             return state, metrics | ({"loss": np.float32(np.nan)} if int(state.step) == at else {})
 
-        return maybe_nan
+    def broken(*args, **kwargs):
+        return Broken(make_step(*args, **kwargs))
 
     config = dataclasses.replace(run.config, output=output)
     with monkeypatch.context() as patch:

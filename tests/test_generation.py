@@ -10,6 +10,7 @@ import transformers
 import jlora
 from jlora.generation import _generate, truncate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], list(range(20, 40))]
 NEW = 12
 

@@ -385,7 +385,8 @@ REPOSITORY = [
     ".gitattributes", "README.md", "config.json", "flax_model.msgpack", "generation_config.json", "merges.txt",
     "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "onnx/decoder_model.onnx",
     "pytorch_model.bin", "rust_model.ot", "special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json", "chat_template.jinja", "original/consolidated.00.pth",
+    "tokenizer_config.json", "vocab.json", "chat_template.jinja", "original/consolidated.00.pth", "original/params.json",
+    "consolidated.safetensors",
 ]  # fmt: skip
 UNUSED = {".md", ".gitattributes", ".msgpack", ".onnx", ".bin", ".ot", ".h5", ".pth"}
 
@@ -394,8 +395,8 @@ def test_a_hub_id_downloads_what_is_needed_and_no_more(checkpoints, monkeypatch)
     directory, _ = checkpoints["gpt2"]
     calls = []
 
-    def snapshot_download(repo_id, *, allow_patterns):
-        calls.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id, **patterns):
+        calls.append((repo_id, patterns))
         return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -403,8 +404,11 @@ def test_a_hub_id_downloads_what_is_needed_and_no_more(checkpoints, monkeypatch)
     assert_equal(params, jlora.load(directory, dtype=jnp.float32)[1])
     ((repo_id, patterns),) = calls
     assert repo_id == "openai-community/gpt2"
-    taken = set(filter_repo_objects(REPOSITORY, allow_patterns=patterns))
-    assert taken == {file for file in REPOSITORY if not any(file.endswith(end) for end in UNUSED)}
+    taken = set(filter_repo_objects(REPOSITORY, **patterns))
+    in_their_own_format = ("original/", "consolidated")
+    assert taken == {
+        file for file in REPOSITORY if not file.startswith(in_their_own_format) and not any(map(file.endswith, UNUSED))
+    }
 
 
 def test_an_error_of_the_hub_is_explained(monkeypatch):
@@ -517,3 +521,14 @@ def test_what_is_not_finite_is_not_saved(checkpoints, tmp_path, value, stack):
     with pytest.raises(ValueError, match="'transformer/h/./mlp/c_fc/kernel' is not finite.*nothing was written"):
         jlora.save_pretrained(tmp_path / "out", model, jlora.combine(adapter, base))
     assert not (tmp_path / "out").exists()
+
+
+def test_rope_fields_that_disagree_are_refused(checkpoints, tmp_path):
+    copy = copy_of(checkpoints["llama"][0], tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    agreeing = dict(config["rope_parameters"])
+    (copy / "config.json").write_text(json.dumps(config | {"rope_scaling": agreeing}))
+    jlora.load(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"rope_scaling": agreeing | {"factor": 8.0}}))
+    with pytest.raises(ValueError, match="`rope_parameters` and `rope_scaling` in config.json disagree"):
+        jlora.load(copy)

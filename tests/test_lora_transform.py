@@ -19,6 +19,8 @@ from jlora._tree import flatten, map_with_path
 from jlora.lora import is_stacked
 from jlora.models import replace
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(7)
 IDS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) % 97
 CONFIG = LoraConfig(rank=4, alpha=6.0)

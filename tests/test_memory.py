@@ -13,6 +13,8 @@ from jlora.models import model_from_config
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
 from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 512, "num_hidden_layers": 8,

@@ -15,6 +15,8 @@ import jlora
 from jlora.models import FAMILIES, abstract_params, model_from_config, replace
 from jlora.models.layers import Llama3Scaling, rope_angles, rope_frequencies
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 

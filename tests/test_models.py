@@ -13,6 +13,8 @@ import jlora
 from jlora.models import abstract_params, model_from_config
 from jlora.models.layers import Llama3Scaling, attention_kernel, rope_frequencies
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = {
     "gpt2": ("gpt2", {}),
     "gpt2 narrow MLP": ("gpt2", {"n_inner": 56}),

@@ -1,7 +1,6 @@
 """QLoRA: 4-bit checkpoints from and to bitsandbytes, and a training step in which the model is never dense."""
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import jlora
 from jlora._tree import flatten
 from jlora.quant.tensor import QuantizedTensor
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.random.default_rng(3).integers(0, VOCAB, (2, 9))
 # Every kernel's input divides into blocks of 64: where blocks straddle rows, bitsandbytes 0.50.2 decodes wrongly on CPU
 # (see test_quant.py), so that its logits are no oracle.
@@ -269,7 +269,7 @@ FIELDS = {"model_type": "llama", "vocab_size": 61, "max_position_embeddings": 64
 KERNELS = {(256, 256), (256, 768), (768, 256)}
 
 
-def qlora(depth=3, *, stack=True, dtype=jnp.float32, remat="none", spec=None, accumulate=1, length=4, **widths):
+def qlora(depth=2, *, stack=True, dtype=jnp.float32, remat="none", spec=None, accumulate=1, length=4, **widths):
     from jlora.models import model_from_config
 
     model = model_from_config(FIELDS | {"num_hidden_layers": depth} | widths, dtype=dtype, remat=remat)
@@ -327,7 +327,7 @@ def test_memory_does_not_grow_by_dense_layers(dtype, stack):
     Unrolled (T2), the scheduler would unpack every kernel at the start, were it not for the dependence on x.
     """
     temps = []
-    for depth in (3, 6):
+    for depth in (2, 4):
         step, args = qlora(depth, stack=stack, dtype=dtype, length=2, hidden_size=512, intermediate_size=1536)
         plan = step.lower(*args).compile().memory_analysis()
         temps.append(plan.temp_size_in_bytes)
@@ -335,8 +335,8 @@ def test_memory_does_not_grow_by_dense_layers(dtype, stack):
         assert plan.argument_size_in_bytes >= sum(q.nbytes for q in packed(args))
         # T6: the adapter and the optimizer's state are donated, the base is not.
         assert plan.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(args[0]))
-    layer = sum(q.size // 6 for q in packed(args)) * jnp.dtype(dtype).itemsize
-    assert (temps[1] - temps[0]) / 3 < layer / 10
+    layer = sum(q.size // 4 for q in packed(args)) * jnp.dtype(dtype).itemsize
+    assert (temps[1] - temps[0]) / 2 < layer / 10
 
 
 def test_constants_are_small_and_lookups_unchecked():
@@ -368,15 +368,13 @@ def test_bfloat16_dots_have_operands_of_one_dtype(stack):
 
 def test_forward_and_backward_unpack_separately():
     """T2: in unrolled layers, common subexpressions would be shared and every dense kernel live from forward to backward."""
-    step, args = qlora(depth=4, stack=False)
-    hlo = step.lower(*args).compile().as_text()
+    step, args = qlora(stack=False)
+    equations = list(walk(jax.make_jaxpr(step)(*args).jaxpr))
     kernels = len(packed(args))
-    barriers = sum(1 for e in walk(jax.make_jaxpr(step)(*args).jaxpr) if e.primitive.name == "optimization_barrier")
-    # The first layer's q, k, v need no gradient of their input; each other kernel is unpacked twice.
-    assert barriers >= 2 * kernels - 3
-    # Each unpacking of absmax reads the table of 256; a merged one would read it once for both.
-    lookups = len(re.findall(r"= f32\[[\d,]+\]\S* gather\(", hlo))
-    assert lookups >= 2 * kernels - 3
+    # The first layer's q, k, v need no gradient of their input; each other kernel is unpacked twice, and each time only
+    # when the other operand is there: test_memory_does_not_grow_by_dense_layers shows that it works.
+    for primitive in ("optimization_barrier", "gt"):
+        assert sum(e.primitive.name == primitive for e in equations) >= 2 * kernels - 3
 
 
 def test_the_base_is_usable_after_a_step():

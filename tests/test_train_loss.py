@@ -14,6 +14,8 @@ from jlora.models.layers import attention
 from jlora.train.loss import IGNORE, cross_entropy, next_tokens
 
 TOKENS, WIDTH, VOCAB, RANK = 23, 16, 41, 3
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHARES = (1.0, 0.5, 0.0)
 # Of the largest element. bfloat16 keeps 8 bits: hidden states, logits' gradients and the result are each rounded once.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1.5e-2}

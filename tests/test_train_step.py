@@ -17,6 +17,7 @@ from jlora.train.loss import cross_entropy
 
 # Widths that no batch or token count equals, so that a shape tells what it is.
 GPT2 = {"model_type": "gpt2", "n_embd": 40, "n_head": 4, "vocab_size": 113, "n_positions": 32}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LLAMA = {
     "model_type": "llama", "hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 12, "vocab_size": 113, "max_position_embeddings": 32,

@@ -76,14 +76,23 @@ class EvaluationData:
     """Of the choice of validation records, and of sampling."""
 
 
+def require_data(options: EvaluationData) -> str:
+    """The data's name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if options.data is None:
+        raise ValueError("Give --data: a text file, records, or the id of a hub data set.")
+    return options.data
+
+
 @contextmanager
 def open_data(options: EvaluationData, tokenizer: Any, model: Any) -> Iterator[TextDataset | InstructDataset]:
     """The split as a data set; tokenized text lives in a temporary directory meanwhile."""
-    if options.data is None:
-        raise ValueError("Give --data: a text file, records, or the id of a hub data set.")
     with tempfile.TemporaryDirectory() as directory:
         train, validation = load_data(
-            options.data,
+            require_data(options),
             tokenizer,
             eval_fraction=0.0 if options.split == "all" else options.eval_fraction,
             template=options.template,

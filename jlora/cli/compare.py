@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
-from jlora.cli.prompts import Prompts, read_prompts
+from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
 from jlora.data import eval_batches
 from jlora.report import compare, print_comparison
 
@@ -28,8 +28,9 @@ class Compare(EvaluationData, Prompts, Weights):
 def run(options: Compare) -> None:
     if options.adapter is None:
         raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
+    found = read_prompts(options)
     model, params, tokenizer = load_weights(options)
-    prompts = read_prompts(options, tokenizer)
+    prompts = encode_prompts(found, options, tokenizer)
     for_data = dataclasses.replace(options, template="alpaca") if options.template == "none" else options
     with open_data(for_data, tokenizer, model) if options.data else nullcontext() as data:
         result = compare(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
+from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
 from jlora.train import evaluate
 
@@ -18,6 +18,7 @@ class Evaluate(EvaluationData, Weights):
 
 
 def run(options: Evaluate) -> None:
+    require_data(options)
     model, params, tokenizer = load_weights(options)
     with open_data(options, tokenizer, model) as data:
         result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))

@@ -6,7 +6,7 @@ import jax
 from rich.console import Console
 
 from jlora.cli.base import Weights, load_weights
-from jlora.cli.prompts import Prompts, read_prompts
+from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
 from jlora.generation import generate
 
 
@@ -16,8 +16,9 @@ class Generate(Prompts, Weights):
 
 
 def run(options: Generate) -> None:
+    found = read_prompts(options)
     model, params, tokenizer = load_weights(options)
-    prompts = read_prompts(options, tokenizer)
+    prompts = encode_prompts(found, options, tokenizer)
     rows = generate(
         model,
         params,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jlora.data import prompt_ids, read_records
 
@@ -29,17 +29,26 @@ class Prompts:
     """Of sampling."""
 
 
-def read_prompts(options: Prompts, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """(text, token ids) of every prompt.
+Prompt: TypeAlias = tuple[str, dict[str, Any]]
+"""Text to show, and its record."""
+
+
+def read_prompts(options: Prompts) -> list[Prompt]:
+    """Every prompt, before a model is loaded.
 
     Raises:
         ValueError: when there is none.
     """
-    found: list[tuple[str, dict[str, Any]]] = [(text, {"instruction": text}) for text in options.prompts]
+    found: list[Prompt] = [(text, {"instruction": text}) for text in options.prompts]
     if options.prompts_file is not None:
         found += _from_file(Path(options.prompts_file))
     if not found:
         raise ValueError("Give at least one prompt: --prompts 'Once upon a time', or --prompts-file FILE.")
+    return found
+
+
+def encode_prompts(found: list[Prompt], options: Prompts, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """(text, token ids) of every prompt."""
     if options.template != "none":
         return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
     # An empty prompt starts from the end-of-text token, as a document does.

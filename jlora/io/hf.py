@@ -150,7 +150,9 @@ def find(name: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        twice = ["consolidated*", "original/*"]  # the same weights in their makers' own format
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=twice))
     except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
         raise FileNotFoundError(
             f"{text!r} is neither a directory here nor could it be downloaded from the hub "

@@ -55,8 +55,9 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
                 "kernels: take it out of `targets`."
             )
         else:
+            tied = " A head that is tied to the embedding has no kernel of its own." if name in HEADS else ""
             problems.append(
-                f"`targets` {name!r} matches no linear kernel.{_kind_hint(name, kernels, config) or nearest(name, kernels)}"
+                f"`targets` {name!r} matches no linear kernel.{tied}{_kind_hint(name, kernels, config) or nearest(name, kernels)}"
             )
 
     layers = config.layers()

@@ -151,6 +151,12 @@ def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
     fields = reader.fields.get("rope_parameters") or reader.fields.get("rope_scaling") or {}
     if not isinstance(fields, Mapping):
         raise ValueError(f"`rope_parameters` in config.json must be an object; got {fields!r}.")
+    other = reader.fields.get("rope_scaling")
+    if isinstance(other, Mapping) and {**fields, **other} != dict(fields) and fields is not other:
+        raise ValueError(
+            f"`rope_parameters` and `rope_scaling` in config.json disagree: {dict(fields)} and {dict(other)}. Keep the one that "
+            "the checkpoint was trained with."
+        )
     rope = ConfigReader({**{name: reader.fields.get(name) for name in ("model_type", "rope_theta")}, **fields})
     theta = rope.number("rope_theta", 10000.0)
     rope.require("partial_rotary_factor", None, (None, 1.0))
