@@ -59,11 +59,16 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One implementation, ready to be called: `product(x)` gives y, in bfloat16 unless its name says otherwise."""
+    """One implementation: `product(x, weight)` gives y, in bfloat16 unless its name says otherwise."""
 
-    stored_bytes: int
-    product: Callable[[Any], Any]
+    weight: Any
+    """An argument, never closed over: XLA would unpack a constant when it compiles."""
+    product: Callable[[Any, Any], Any]
     dtype: Any = jnp.bfloat16
+
+    @property
+    def stored_bytes(self) -> int:
+        return jlora.nbytes(self.weight)
 
 
 def candidates(w: jax.Array, rows: int) -> dict[str, Candidate]:
@@ -71,8 +76,7 @@ def candidates(w: jax.Array, rows: int) -> dict[str, Candidate]:
     found = {}
     for dtype, name in ((jnp.bfloat16, DENSE), (jnp.float32, "dense f32")):
         dense = w.astype(dtype)
-        product = lambda x, dense=dense: dense_matmul(x, dense, transpose=False, out_dtype=x.dtype)  # noqa: E731
-        found[name] = Candidate(dense.nbytes, product, dtype)
+        found[name] = Candidate(dense, lambda x, w: dense_matmul(x, w, transpose=False, out_dtype=x.dtype), dtype)
     specs = {"NF4-DQ": jlora.NF4(), "NF4": jlora.NF4(double_quant=False), "int8": jlora.Int8()}
     chosen = implementation(rows, jax.default_backend())
     for label, spec in specs.items():
@@ -80,8 +84,8 @@ def candidates(w: jax.Array, rows: int) -> dict[str, Candidate]:
         for name in IMPLEMENTATIONS:
             if name == "reduce" and rows > 16:
                 continue  # meant for a few rows: its work grows with rows times kernel
-            product = lambda x, q=q, name=name: quantized_matmul(name, False, x.dtype, x.dtype, x, q)  # noqa: E731
-            found[f"{label} {name}{'*' if name == chosen else ''}"] = Candidate(q.nbytes, product)
+            product = lambda x, q, name=name: quantized_matmul(name, False, x.dtype, x.dtype, x, q)  # noqa: E731
+            found[f"{label} {name}{'*' if name == chosen else ''}"] = Candidate(q, product)
     if importlib.util.find_spec("qwix") is not None:
         found["qwix nf4"] = qwix_candidate(w)
     return found
@@ -92,18 +96,18 @@ def qwix_candidate(w: jax.Array) -> Candidate:
 
     packed = qwix.quantize(w.astype(jnp.bfloat16), "nf4", channelwise_axes=(1,), tiled_axes={0: 64})
     dims = (((1,), (0,)), ((), ()))
-    return Candidate(w.size // 2 + packed.scale.nbytes, lambda x: qwix.dot_general(x, packed, dims))
+    return Candidate(packed, lambda x, w: qwix.dot_general(x, w, dims))
 
 
 def jax_call(candidate: Candidate, x: jax.Array, direction: str) -> Callable[[], Any]:
     x = x.astype(candidate.dtype)
 
-    def both(x):
-        y, pull = jax.vjp(candidate.product, x)
+    def both(x, weight):
+        y, pull = jax.vjp(lambda x: candidate.product(x, weight), x)
         return y, pull(jnp.ones_like(y))
 
     run = jax.jit(candidate.product if direction == "forward" else both)
-    return lambda: jax.block_until_ready(run(x))
+    return lambda: jax.block_until_ready(run(x, candidate.weight))
 
 
 def bitsandbytes_call(w: np.ndarray, x: np.ndarray, direction: str, threads: int) -> Callable[[], Any]:

@@ -463,3 +463,15 @@ def test_adapters_on_a_quantized_base():
     assert jax.tree.structure(jlora.remove_lora(params)) == jax.tree.structure(q)
     weight = params["model"]["layers"]["0"]["mlp"]["up"]["kernel"]
     assert isinstance(weight.base, jlora.NF4Tensor)
+
+
+@pytest.mark.parametrize(("rows", "product"), [(1, "reduce"), (4, "reduce"), (5, "dot_general"), (512, "dot_general")])
+def test_what_a_gpu_would_run(rows, product, monkeypatch):
+    """Lowered for CUDA, not run: codes are looked up in a table, and a few rows multiply without writing the kernel."""
+    q = jlora.quantize(draw(128, 64), jlora.NF4())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    traced = jax.jit(lambda x, q: jlora.linear(x, q)).trace(jnp.ones((rows, 128), jnp.bfloat16), q)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.gather" in text and "tensor<16xf32>" in text
+    assert ("stablehlo.dot_general" in text) == (product == "dot_general")
+    assert "optimization_barrier" in text

@@ -1,4 +1,4 @@
-"""Blocks of 64 and their absmax, in pure jnp; every function takes leading (stack) axes and works under jit.
+"""Blocks, their absmax and their codes, in pure jnp; every function takes leading (stack) axes and works under jit.
 
 Reference: bitsandbytes' `quantize_blockwise` and `dequantize_blockwise`, bit for bit on the same input.
 """
