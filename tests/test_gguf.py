@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import jlora
 from jlora._tree import flatten
@@ -37,8 +37,8 @@ VARIANTS = {
     "qwen2": ("qwen2", {}),
     "mistral": ("mistral", {}),
 }
-# transformers reads neither rope_freqs nor GPT-2's number of positions; of the others the file alone must do.
-NEEDS_CONFIG = ("gpt2", "llama")
+# transformers takes neither rope_freqs nor biases nor GPT-2's number of positions from a file; the others must do alone.
+NEEDS_CONFIG = ("gpt2", "llama", "llama-biased")
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +166,22 @@ def test_the_golden_block(tmp_path):
 
 
 def test_only_the_llama_architecture_permutes_queries_and_keys(loaded, tok, tmp_path):
-    order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the rows of a head of 8: neighbours were half a head apart
-    for variant, permuted in (("llama-biased", True), ("mistral", True), ("qwen2", False)):
+    def order(rows, head_dim):
+        """Neighbouring rows were half a head apart."""
+        return [r - r % head_dim + r % head_dim // 2 + head_dim // 2 * (r % 2) for r in range(rows)]
+
+    assert order(16, 8) == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    for variant, permuted in (("llama-biased", ("attn_q", "attn_k")), ("mistral", ("attn_q", "attn_k")), ("qwen2", ())):
         _, model, params = loaded(variant)
         jlora.save_gguf(tmp_path / f"{variant}.gguf", model, params, tokenizer=tok, dtype="f32")
         tensors = read(tmp_path / f"{variant}.gguf")[1]
-        _, head_dim = model.config.kv_shape
         for name, module in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj")):
-            ours = params["model"]["layers"]["1"]["self_attn"][module]
-            rows = np.arange(ours["kernel"].shape[1])
-            if permuted and name != "attn_v":
-                half = head_dim // 2
-                assert head_dim != 8 or [j // 2 + half * (j % 2) for j in range(8)] == order
-                rows = np.array([r - r % head_dim + (r % head_dim) // 2 + half * (r % 2) for r in rows])
-            np.testing.assert_array_equal(tensors[f"blk.1.{name}.weight"], np.asarray(ours["kernel"]).T[rows])
+            ours = {n: np.asarray(x) for n, x in params["model"]["layers"]["1"]["self_attn"][module].items()}
+            n_rows = ours["kernel"].shape[1]
+            rows = order(n_rows, model.config.head_dim) if name in permuted else list(range(n_rows))
+            np.testing.assert_array_equal(tensors[f"blk.1.{name}.weight"], ours["kernel"].T[rows])
             if "bias" in ours:
-                np.testing.assert_array_equal(tensors[f"blk.1.{name}.bias"], np.asarray(ours["bias"])[rows])
+                np.testing.assert_array_equal(tensors[f"blk.1.{name}.bias"], ours["bias"][rows])
 
 
 def test_tensor_names_are_those_of_the_gguf_package(loaded):
@@ -307,8 +307,7 @@ def test_tokens_types_and_merges(loaded, tmp_path):
     assert fields["tokenizer.chat_template"] == tiny.CHATML
 
 
-def test_transformers_reads_the_tokenizer_back(loaded, tok, tmp_path):
-    """The same tokens for a text with a chat's marks in it, as far as transformers reads GGUF's vocabularies."""
+def test_a_tokenizer_made_of_the_file_gives_the_same_tokens(loaded, tok, tmp_path):
     _, model, params = loaded("qwen2")
     jlora.save_gguf(tmp_path / "model.gguf", model, params, tokenizer=tok)
     fields, _, _ = read(tmp_path / "model.gguf")
@@ -330,8 +329,6 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def split_by(expression):
-    from tokenizers import Regex
-
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), BYTES])
 
 
@@ -390,7 +387,7 @@ def _ends(single):
         (_set(model=models.BPE(vocab={tiny.EOT: 0, "a": 1}, merges=[], byte_fallback=True)), "`byte_fallback`"),
         (_set(model=models.WordLevel({tiny.EOT: 0, "a": 1}, unk_token="a")), "model 'WordLevel'"),
         (lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]), "'<x>' has `lstrip` set"),
-        (lambda backend: backend.add_tokens([f"<{i}>" for i in range(50)]), f"the embedding has {ROWS} rows"),
+        (lambda backend: backend.add_tokens([f"<{i}>" for i in range(200)]), f"the embedding has {ROWS} rows"),
         (_ends(f"{tiny.EOT} {tiny.EOT} $A"), "Change its `post_processor`"),
     ],
     ids=["prefix space", "metaspace", "regex", "normalizer", "bytes", "words", "lstrip", "too many", "ends"],
@@ -474,13 +471,14 @@ def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_p
             moved.add(name.removeprefix("blk.").split(".", 1)[-1])
         np.testing.assert_allclose(array + update, merged[name], atol=2e-6)
     assert not factors
-    assert moved == {
-        "gpt2": {f"{n}.weight" for n in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")},
-    }.get(variant, {f"{n}.weight" for n in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")})  # fmt: skip
+    names = "attn_qkv attn_output ffn_up ffn_down"
+    if variant != "gpt2":
+        names = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down"
+    assert moved == {f"{name}.weight" for name in names.split()}
 
 
-def test_an_unfolded_adapter_is_peft_bits(loaded, tmp_path):
-    """Where alpha / rank is the scaling, the factors are stored as they are."""
+def test_factors_that_need_no_folding_are_stored_as_they_are(loaded, tmp_path):
+    """Where alpha / rank is the scaling already. Halves of `split` and stacked trees give the same file."""
     _, model, params = loaded("qwen2")
     config = jlora.LoraConfig(rank=6, alpha=7.0, targets=["up_proj"])
     params = adapted(params, config)

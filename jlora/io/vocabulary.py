@@ -70,10 +70,11 @@ class Vocabulary:
                 "`jlora.load_tokenizer(name)`."
             )
         fields = json.loads(backend.to_str())
+        pre = pre_tokenizer_name(fields)
         tokens, types = _tokens(tokenizer, fields, config.vocab_size)
         add_bos, add_eos = _added_ends(tokenizer)
         return cls(
-            pre=pre_tokenizer_name(fields),
+            pre=pre,
             tokens=tokens,
             types=types,
             merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in fields["model"]["merges"]],
