@@ -77,6 +77,9 @@ LAYER_TENSORS: Mapping[str, str] = {
 
 _ALWAYS_F32 = ("position_embd.weight",)  # llama.cpp adds it to the embeddings in float32; its converter keeps it, too
 
+_LARGEST: Mapping[str, float] = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895e38, "Q8_0": 127 * 65504.0}
+"""Tensor type -> the magnitude up to which it rounds to a finite number. The scale of a q8_0 block is f16."""
+
 
 def save_gguf(
     path: str | os.PathLike, model: Model, params: Params, *, tokenizer: Any, dtype: GGUFDtype = DEFAULT_DTYPE
@@ -290,13 +293,13 @@ def _check_finite(name: str, array: np.ndarray) -> None:
 
 def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
     _check_finite(name, array)
-    with np.errstate(over="ignore"):
-        stored = gguf.quants.quantize(np.ascontiguousarray(array), kind)
-    if stored.dtype == np.float16 and not np.isfinite(stored).all():
+    largest = float(np.abs(array).max())
+    if largest > _LARGEST[kind.name]:
         raise ValueError(
-            f"{name!r} has values of up to {np.abs(array).max():g}, and f16 ends at 65504. Write bf16 or f32 instead."
+            f"{name!r} has values of up to {largest:g}, and {kind.name.lower()} ends at {_LARGEST[kind.name]:g}. Write bf16 "
+            "or f32 instead."
         )
-    return stored
+    return gguf.quants.quantize(np.ascontiguousarray(array), kind)
 
 
 def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: Any) -> None:
