@@ -158,7 +158,7 @@ def test_q8_0_blocks_are_those_of_the_gguf_package(loaded, tok, tmp_path):
     assert types["blk.0.attn_q.bias"] == types["blk.1.attn_norm.weight"] == types["output_norm.weight"] == "F32"
 
 
-def test_the_golden_block(tmp_path):
+def test_the_golden_block():
     """The 32 values and 34 bytes of ggml's quantize_row_q8_0_ref."""
     x = ((37 * np.arange(32) % 101 - 50) / 64).astype(np.float32)
     block = gguf.quants.quantize(x[None], gguf.GGMLQuantizationType.Q8_0)
@@ -501,6 +501,9 @@ def test_factors_that_need_no_folding_are_stored_as_they_are(loaded, tmp_path):
 
 
 def test_adapters_that_are_refused(loaded, tmp_path):
+    def nested(w):
+        return dataclasses.replace(w, base=w) if isinstance(w, jlora.LoraWeight) else w
+
     _, model, params = loaded("llama")
     config = jlora.LoraConfig(rank=2, targets=["q_proj"])
     whole = adapted(params, config)
@@ -508,12 +511,14 @@ def test_adapters_that_are_refused(loaded, tmp_path):
     embedding = jlora.LoraWeight(base=table, lora_A=jnp.ones((ROWS, 2)), lora_B=jnp.ones((2, 48)), scaling=8.0)
     broken = jax.tree.map(lambda x: x * jnp.nan, whole)
     more = {"model": params["model"] | {"embed_tokens": {"embedding": embedding}}}
+    twice = jax.tree.map(nested, whole, is_leaf=lambda x: isinstance(x, jlora.Weight))
     path = tmp_path / "adapter.gguf"
     for tree, of, into, says in (
         (params, config, model, "found no adapter"),
         (whole, jlora.LoraConfig(rank=2, alpha=4.0, targets=["q_proj"]), model, "not the one these parameters"),
         (broken, config, model, "is not finite"),
         (jlora.split(more)[0], config, model, "nothing else; this one has more: model.embed_tokens"),
+        (twice, config, model, "nothing else; this one has more: model.layers.0.self_attn.q_proj, model.layers.1"),
         (whole, config, loaded("gpt2")[1], "nothing else; this one has more: model.layers.0.self_attn.q_proj"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -13,6 +13,9 @@ from rich.table import Table
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
+_WRITTEN_FOR_USERS = (ValueError, FileNotFoundError, FileExistsError, ImportError)
+"""Types (not their subclasses) that jlora raises with messages that say what to do."""
+
 
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
     """Name -> (dataclass of its flags, what runs it)."""
@@ -86,9 +89,7 @@ def _advice(error: BaseException) -> str:
             "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "
             "or fewer --targets."
         )
-    if type(error) in (ValueError, FileNotFoundError, FileExistsError, ImportError) or type(
-        error
-    ).__module__.startswith("jlora"):
+    if type(error) in _WRITTEN_FOR_USERS or type(error).__module__.startswith("jlora"):
         return text
     return f"{type(error).__name__}: {text} (set JLORA_TRACEBACK=1 to see where)"
 

@@ -65,11 +65,9 @@ def _ollama(options: Export, model, params, tokenizer) -> str:
     text = modelfile(name, tokenizer, model.config)
     save_gguf(directory / name, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)
     (directory / "Modelfile").write_text(text)
-    note = (
-        ""
-        if "TEMPLATE" in text or not tokenizer.chat_template
-        else ("; its chat template does more than Ollama's language says, so Ollama will look for one that it knows")
-    )
+    note = ""
+    if tokenizer.chat_template and "TEMPLATE" not in text:
+        note = "; its chat template does more than Ollama's language says, so Ollama will look for one that it knows"
     return f"a {options.gguf_dtype} model and its Modelfile (ollama create NAME -f Modelfile){note}"
 
 
