@@ -281,6 +281,8 @@ def test_a_tied_head_stays_what_it_is_beside_an_adapted_embedding(loaded, tok, t
 
 # Vocabulary
 
+TEXT = "<|im_start|>user\nWho keeps the lamp's  oil? 1234\n\n\tÜber 灯台<|im_end|>"
+
 
 def test_tokens_types_and_merges(loaded, tmp_path):
     tokenizer = tiny.tokenizer(tiny.CHATML)
@@ -323,8 +325,16 @@ def test_a_tokenizer_made_of_the_file_gives_the_same_tokens(loaded, tok, tmp_pat
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     control = zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True)
     backend.add_special_tokens([token for token, kind in control if kind == gguf.TokenType.CONTROL])
-    text = "<|im_start|>user\nWho keeps the lamp's  oil? 1234\n\n\tÜber 灯台<|im_end|>"
-    assert backend.encode(text).ids == tok(text)["input_ids"]
+    assert backend.encode(TEXT).ids == tok(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+def test_transformers_reads_the_tokenizer_back(variant, loaded, tok, tmp_path):
+    _, model, params = loaded(variant)
+    jlora.save_gguf(tmp_path / "model.gguf", model, params, tokenizer=tok)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert again(TEXT)["input_ids"] == tok(TEXT)["input_ids"]
+    assert (again.eos_token, again.chat_template) == (tiny.EOT, tiny.CHATML)
 
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
