@@ -22,7 +22,7 @@ from jlora import cli
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-COMMANDS = ("finetune", "evaluate", "compare", "generate", "merge", "quantize", "inspect", "memory", "prepare")
+COMMANDS = "finetune evaluate compare generate merge export quantize inspect memory prepare".split()
 # As scripts give them; design.md promises these names.
 FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "

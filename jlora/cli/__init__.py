@@ -13,10 +13,13 @@ from rich.table import Table
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
+_WRITTEN_FOR_USERS = (ValueError, FileNotFoundError, FileExistsError, ImportError)
+"""Types (not their subclasses) that jlora raises with messages that say what to do."""
+
 
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
     """Name -> (dataclass of its flags, what runs it)."""
-    from jlora.cli import compare, evaluate, generate, inspect, memory, merge, prepare, quantize
+    from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, quantize
     from jlora.finetuning import FinetuneConfig, finetune
 
     return {
@@ -25,6 +28,7 @@ def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
         "compare": (compare.Compare, compare.run),
         "generate": (generate.Generate, generate.run),
         "merge": (merge.Merge, merge.run),
+        "export": (export.Export, export.run),
         "quantize": (quantize.Quantize, quantize.run),
         "inspect": (inspect.Inspect, inspect.run),
         "memory": (memory.Memory, memory.run),
@@ -71,7 +75,7 @@ def _run(name: str, options: type, function: Callable[[Any], Any], flags: list[s
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("JLORA_TRACEBACK"):
             raise
         _fail(_advice(error), FAILURE)
@@ -85,7 +89,7 @@ def _advice(error: BaseException) -> str:
             "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "
             "or fewer --targets."
         )
-    if type(error) in (ValueError, FileNotFoundError, FileExistsError) or type(error).__module__.startswith("jlora"):
+    if type(error) in _WRITTEN_FOR_USERS or type(error).__module__.startswith("jlora"):
         return text
     return f"{type(error).__name__}: {text} (set JLORA_TRACEBACK=1 to see where)"
 

@@ -1,5 +1,7 @@
 """Files of the ecosystem <-> (model, params)."""
 
+from jlora.io.gguf import save_gguf as save_gguf
+from jlora.io.gguf import save_gguf_adapter as save_gguf_adapter
 from jlora.io.hf import find as find
 from jlora.io.hf import load as load
 from jlora.io.hf import load_tokenizer as load_tokenizer
@@ -8,3 +10,4 @@ from jlora.io.hf import save_pretrained as save_pretrained
 from jlora.io.hf import save_quantized as save_quantized
 from jlora.io.peft import load_adapter as load_adapter
 from jlora.io.peft import save_adapter as save_adapter
+from jlora.io.torch_file import save_torch as save_torch

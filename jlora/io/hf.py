@@ -224,14 +224,24 @@ def save_pretrained(
     """
     directory = Path(directory)
     _refuse_existing(directory)
+    tensors = merged_tensors(model, params)
+    dtype = str(next(iter(tensors.values())).dtype)
+    _write(directory, model, tensors, {"dtype": dtype, "torch_dtype": dtype}, tokenizer, max_shard_bytes)
+
+
+def merged_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
+    """The tensors of a dense checkpoint, under transformers' names and in its layout, adapters merged.
+
+    Raises:
+        ValueError: when one is not finite.
+    """
     tensors = {}
     for path, leaf in _rows(model, params):
         array = np.asarray(merge(leaf))
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{path!r} is not finite after merging; nothing was written. The adapter has diverged.")
         tensors[hf_name(path)] = array.T if is_transposed(path, model) else array
-    dtype = str(next(iter(tensors.values())).dtype)
-    _write(directory, model, tensors, {"dtype": dtype, "torch_dtype": dtype}, tokenizer, max_shard_bytes)
+    return tensors
 
 
 def save_quantized(

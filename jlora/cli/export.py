@@ -1,0 +1,80 @@
+"""`jlora export`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from jlora.cli.base import Weights, load_weights
+from jlora.io import save_gguf, save_gguf_adapter, save_pretrained, save_torch
+from jlora.io.files import refuse_existing
+from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
+from jlora.io.ollama import modelfile
+from jlora.lora import LoraConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Weights):
+    """Write the model, with the adapter merged in, for transformers, PyTorch, llama.cpp or Ollama."""
+
+    to: Literal["transformers", "torch", "gguf", "gguf-adapter", "ollama"]
+    """transformers: a directory with safetensors; torch: a state dict; gguf: a model for llama.cpp; gguf-adapter: the
+    adapter alone for llama.cpp's --lora; ollama: a directory with the GGUF model and a Modelfile."""
+    output: str
+    """File or directory to write; it must not be there yet."""
+    gguf_dtype: GGUFDtype = DEFAULT_DTYPE
+    """Type of the matrices in a GGUF model; --dtype is what the weights are loaded as."""
+
+
+def run(options: Export) -> None:
+    if options.to == "gguf-adapter" and options.adapter is None:
+        raise ValueError("There is no adapter to export without --adapter OUTPUT/adapter.")
+    if options.to != "transformers":  # that one writes into an existing directory, too
+        refuse_existing(options.output)
+    model, params, tokenizer = load_weights(options)
+    said = _WRITERS[options.to](options, model, params, tokenizer)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{options.output}[/]: {said}")
+
+
+def _transformers(options: Export, model, params, tokenizer) -> str:
+    save_pretrained(options.output, model, params, tokenizer=tokenizer)
+    return "a checkpoint that transformers loads"
+
+
+def _torch(options: Export, model, params, tokenizer) -> str:
+    save_torch(options.output, model, params)
+    return "a state dict for torch.load and load_state_dict"
+
+
+def _gguf(options: Export, model, params, tokenizer) -> str:
+    save_gguf(options.output, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)
+    return f"a {options.gguf_dtype} model for llama.cpp (llama-cli -m FILE)"
+
+
+def _gguf_adapter(options: Export, model, params, tokenizer) -> str:
+    save_gguf_adapter(options.output, params, config=LoraConfig.load(str(options.adapter)), model=model)
+    return "an adapter for llama.cpp (llama-cli -m BASE.gguf --lora FILE)"
+
+
+def _ollama(options: Export, model, params, tokenizer) -> str:
+    directory = Path(options.output)
+    name = f"{directory.name}.gguf"
+    text = modelfile(name, tokenizer, model.config)
+    save_gguf(directory / name, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)
+    (directory / "Modelfile").write_text(text)
+    note = ""
+    if tokenizer.chat_template and "TEMPLATE" not in text:
+        note = "; its chat template does more than Ollama's language says, so Ollama will look for one that it knows"
+    return f"a {options.gguf_dtype} model and its Modelfile (ollama create NAME -f Modelfile){note}"
+
+
+_WRITERS: Mapping[str, Callable[[Export, Any, Any, Any], str]] = {
+    "transformers": _transformers,
+    "torch": _torch,
+    "gguf": _gguf,
+    "gguf-adapter": _gguf_adapter,
+    "ollama": _ollama,
+}

@@ -1,0 +1,49 @@
+"""PyTorch state dicts."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from jlora._typing import Params
+from jlora.io.files import refuse_existing, whole_file
+from jlora.io.hf import merged_tensors
+from jlora.models import Model
+
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+
+
+def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
+    """A state dict as `torch.save` writes it, adapters merged as `save_pretrained` merges them.
+
+    It loads with `torch.load(path, weights_only=True)` and fits `load_state_dict` of transformers' model of the same
+    config, strictly: a tied head is there under its own name and shares the embedding's storage.
+
+    Raises:
+        ImportError: without torch.
+        FileExistsError: when `path` exists.
+        ValueError: when a merged tensor is not finite.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            "A PyTorch state dict is written by torch: pip install torch. `save_pretrained` writes safetensors without it."
+        ) from error
+    path = refuse_existing(path)
+    state = {name: _tensor(torch, array) for name, array in merged_tensors(model, params).items()}
+    if model.config.tie_word_embeddings:
+        (embedding,) = (name for name in state if name.endswith(EMBEDDINGS))
+        state[HEAD] = state[embedding]
+    with whole_file(path) as partial:
+        torch.save(state, partial)
+
+
+def _tensor(torch: Any, array: np.ndarray) -> Any:
+    """A copy; NumPy's bfloat16 is not torch's, so its bits are carried over."""
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
