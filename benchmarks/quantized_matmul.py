@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench import alternate, machine, median, pin, write
+from bench import KERNELS, alternate, machine, median, pin, roofline, write
 from rich.console import Console
 from rich.table import Table
 
@@ -28,15 +28,6 @@ import jlora
 from jlora._weight import dense_matmul
 from jlora.quant.matmul import IMPLEMENTATIONS, implementation, quantized_matmul
 
-KERNELS: dict[str, dict[str, tuple[int, int]]] = {  # [in, out]
-    "GPT-2": {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)},
-    "Llama-3.2-1B": {"q_proj": (2048, 2048), "k_proj": (2048, 512), "up_proj": (2048, 8192), "down_proj": (8192, 2048)},
-    "Llama-3.2-3B": {"q_proj": (3072, 3072), "k_proj": (3072, 1024), "up_proj": (3072, 8192), "down_proj": (8192, 3072)},
-    "Llama-3.1-8B": {
-        "q_proj": (4096, 4096), "k_proj": (4096, 1024), "up_proj": (4096, 14336), "down_proj": (14336, 4096),
-    },
-    "Qwen2.5-1.5B": {"q_proj": (1536, 1536), "k_proj": (1536, 256), "up_proj": (1536, 8960), "down_proj": (8960, 1536)},
-}  # fmt: skip
 ROWS = (1, 4, 16, 128, 512, 2048, 8192)
 SHORT = {"kernels": (("GPT-2", "c_fc"), ("Llama-3.2-1B", "up_proj")), "rows": (1, 16, 512)}
 PASSES = ("forward", "forward+backward")
@@ -134,23 +125,6 @@ def bitsandbytes_call(w: np.ndarray, x: np.ndarray, direction: str, threads: int
         return out
 
     return run
-
-
-def roofline() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), and bfloat16 operations a second of a large product."""
-    on_gpu = jax.default_backend() == "gpu"
-    big = jnp.ones((1 << (28 if on_gpu else 26),), jnp.float32)
-    n = 8192 if on_gpu else 2048
-    a = jnp.ones((n, n), jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)
-    product = jax.jit(lambda a: jnp.einsum("ti,oi->to", a, a, preferred_element_type=jnp.float32).astype(a.dtype))
-    calls = {
-        "copy": lambda: jax.block_until_ready(copy(big)),
-        "product": lambda: jax.block_until_ready(product(a)),
-    }
-    times = alternate(calls, seconds=1.0)
-    # The best, not the median: a limit is what the machine can do.
-    return {"bytes_per_s": 2 * big.nbytes / min(times["copy"]), "flop_per_s": 2 * n**3 / min(times["product"])}
 
 
 def measure(
