@@ -20,6 +20,7 @@ from test_train_step import LLAMA, build, make_batch, walk
 import jlora
 from jlora import FullWeight, LoraConfig, LoraWeight
 from jlora._tree import flatten
+from jlora.cli.inspect import adapter_table
 from jlora.lora import adapted_leaves, adapted_modules
 from jlora.lora.weight import column_norms
 from jlora.train.checkpoints import Checkpoints
@@ -27,7 +28,7 @@ from jlora.train.checkpoints import Checkpoints
 KEY = jax.random.key(5)
 PARITY = {
     "dora-gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
-    "dora-llama": ("llama", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True}),
+    "dora-llama": ("llama", {"target_modules": ["k_proj", "up_proj"], "use_dora": True, "use_rslora": True}),
     "dora-qwen2": ("qwen2", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "dora-head": ("llama", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}),
     "bias-all": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
@@ -126,6 +127,7 @@ STEPS = {
     "dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "dora-rows": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "bias": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "bias-dora-stacked": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True}),
     "save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "pissa": ("qwen2", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}),
@@ -154,7 +156,7 @@ def test_ten_steps_follow_peft_and_torch(loaded, case, tmp_path):
         adam.step()
         expected.append(loss.item())
 
-    model, params = loaded(family)
+    model, params = loaded(family, case.endswith("stacked"))
     adapter, base = jlora.split(jlora.load_adapter(tmp_path, params))
     assert jlora.count(adapter) == sum(p.numel() for p in trained)
     tx = optax.adamw(rate, weight_decay=0.01)
@@ -274,6 +276,7 @@ def test_a_run_of_every_kind(gpt2_dir, text_file, tmp_path):
         max_length=16, quiet=True, use_dora=True, init="pissa", bias="all", modules_to_save="ln_f", eval_fraction=0,
     )  # fmt: skip
     result = jlora.finetune(config)
+    assert adapter_table(str(result.adapter_dir)).row_count == 2 + 14
     model, params = jlora.load(gpt2_dir, dtype=jnp.float32)
     adapted = jlora.load_adapter(result.adapter_dir, params)
     assert sum(isinstance(w, FullWeight) for w in adapted_leaves(adapted).values()) == 14
