@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from jlora.lora.targets import select, select_biases, select_whole
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+# "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
+_WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(.*\.)?bias$)")
 
 
 def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraConfig, base_model: str) -> None:
@@ -195,7 +198,8 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
     adapted = add_lora(params, _without_idle_bias(config, params), key=jax.random.key(0))
     stored = _Stored(adapted)
     file = Checkpoint(directory / WEIGHTS)
-    problems = mismatches(stored.shapes(), file.shapes, stored.bases()) + stored.other_bases(file)
+    ignorable = [*stored.bases(), *stored.copies(file)]
+    problems = mismatches(stored.shapes(), file.shapes, ignorable) + stored.other_bases(file)
     if problems:
         raise ValueError(
             f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
@@ -238,6 +242,11 @@ class _Stored:
             for module, path in paths.items()
             if is_embedding(path) or module in HEADS
         }
+
+    def copies(self, file: Checkpoint) -> list[str]:
+        """Biases of `modules_to_save` that PEFT, with `bias` "all", wrote again from within its wrapper."""
+        shapes = self.shapes()
+        return [name for name in file.shapes if _WRAPPED_BIAS.search(name) and _WRAPPED_BIAS.sub(".", name) in shapes]
 
     def other_bases(self, file: Checkpoint) -> list[str]:
         """A line for each stored base that is not the tree's own."""
