@@ -145,20 +145,10 @@ def plot(results: list[dict], path: Path, device: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(4 + 2 * len(weights), 4), layout="constrained", sharex=True)
     for axis, operation in zip(axes, OPERATIONS, strict=True):
         for i, (name, side) in enumerate(series):
-            found = {
-                r["weight"]: r["elements_per_s"].get(side)
-                for r in results
-                if (r["operation"], r["format"]) == (operation, name)
-            }
-            if any(found.values()):
-                at = [k + 0.8 * (i / len(series) - 0.4) for k, w in enumerate(weights) if found[w]]
-                axis.bar(
-                    at,
-                    [found[w] / 1e9 for w in weights if found[w]],
-                    0.8 / len(series),
-                    label=f"{side} {name}",
-                    color=f"C{i}",
-                )
+            chosen = [r for r in results if (r["operation"], r["format"]) == (operation, name)]
+            found = {r["weight"]: r["elements_per_s"][side] / 1e9 for r in chosen if side in r["elements_per_s"]}
+            at = [weights.index(w) + 0.8 * (i / len(series) - 0.4) for w in found]
+            axis.bar(at, list(found.values()), 0.8 / len(series), label=f"{side} {name}", color=f"C{i}")
         axis.set_xticks(range(len(weights)), weights, fontsize=8, rotation=0 if len(weights) < 5 else 90)
         axis.set_title(operation, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)

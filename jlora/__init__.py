@@ -17,6 +17,7 @@ from jlora.io import save_gguf as save_gguf
 from jlora.io import save_gguf_adapter as save_gguf_adapter
 from jlora.io import save_pretrained as save_pretrained
 from jlora.io import save_quantized as save_quantized
+from jlora.lora import FullWeight as FullWeight
 from jlora.lora import LoraConfig as LoraConfig
 from jlora.lora import LoraWeight as LoraWeight
 from jlora.lora import adapter_mask as adapter_mask

@@ -44,6 +44,16 @@ def linear_kernels(params: Any) -> dict[str, str]:
     return found
 
 
+def is_embedding(path: str) -> bool:
+    """Whether the leaf is an embedding table [vocab, d_model]."""
+    return path.rpartition("/")[2] == "embedding"
+
+
+def embedding_tables(params: Any) -> dict[str, str]:
+    """Module path -> leaf path of every embedding table."""
+    return {module_path(path): path for path, leaf in flatten(params).items() if is_embedding(path) and leaf.ndim == 2}
+
+
 def names_match(names: str | Sequence[str], module: str) -> bool:
     """PEFT's rule for `target_modules` and `exclude_modules`."""
     if isinstance(names, str):

@@ -67,6 +67,11 @@ class Weight(abc.ABC):
     __array__ = __jax_array__
 
 
+def as_dense(w: Array | Weight, dtype: jnp.dtype) -> Array:
+    """The dense array that `w`, of any kind, stands for, in `dtype`."""
+    return w.dense(dtype) if isinstance(w, Weight) else w.astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
     """Two-operand einsum that accumulates in float32, forward and backward.

@@ -52,7 +52,9 @@ def trees(tmp_path_factory):
         ({"dropout": -0.1}, ["`dropout`", "got -0.1"]),
         ({"dropout": math.nan}, ["`dropout`", "got nan"]),
         ({"dropout": "0.1"}, ["`dropout`", "got '0.1'"]),
-        ({"init": "pissa"}, ["`init`", "'kaiming', 'gaussian'", "got 'pissa'"]),
+        ({"init": "olora"}, ["`init`", "'kaiming', 'gaussian', 'pissa'", "got 'olora'"]),
+        ({"bias": "some"}, ["`bias`", "'none', 'lora_only', 'all'", "got 'some'"]),
+        ({"modules_to_save": ["lm_head", ""]}, ["`modules_to_save`", "got ('lm_head', '')"]),
         ({"targets": ()}, ["`targets`", "at least one module", "got ()", "all-linear"]),
         ({"targets": ""}, ["`targets`", "at least one module", "got ''"]),
         ({"targets": ["q_proj", ""]}, ["`targets`", "got ('q_proj', '')"]),
@@ -134,6 +136,10 @@ def test_the_order_of_patterns_is_part_of_a_config():
         {"dropout": 0.1},
         {"use_rslora": True},
         {"init": "gaussian"},
+        {"init": "pissa"},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ("lm_head",)},
         {"rank_pattern": {"q_proj": 4}},
         {"alpha_pattern": {"q_proj": 4.0}},
         {"exclude": ("q_proj",)},
@@ -218,7 +224,7 @@ def test_what_we_write_peft_reads():
 
 @pytest.mark.parametrize("name", sorted(_NEUTRAL))
 def test_a_peft_feature_that_is_not_represented_is_refused_by_name(name):
-    value = "all" if name == "bias" else ["something"]
+    value = ["something"]
     fields = {"peft_type": "LORA", "target_modules": ["q_proj"]}
     with pytest.raises(ValueError, match="merge_and_unload") as error:
         LoraConfig.from_peft(fields | {name: value})
@@ -227,7 +233,7 @@ def test_a_peft_feature_that_is_not_represented_is_refused_by_name(name):
         LoraConfig.from_peft(fields | {name: neutral})
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "orthogonal", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "eva", "loftq", "orthogonal", "lora_ga"])
 def test_an_init_that_changes_the_base_is_refused(init):
     with pytest.raises(ValueError, match=f"init_lora_weights = '{init}'"):
         LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": init})
@@ -238,7 +244,7 @@ def test_every_field_of_the_installed_peft_is_accounted_for():
     represented = set(LoraConfig().to_peft())
     without_effect_on_outputs = {
         *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"),
-        *("task_type", "ensure_weight_tying", "qalora_group_size"),
+        *("task_type", "qalora_group_size"),
         # Details of initializations, which `init_lora_weights` names; and of Megatron's parallel layers.
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
     }
@@ -309,6 +315,9 @@ RULES = {
         "defaults": {"target_modules": ["q_proj", "v_proj"]},
         "all-linear leaves the head": {"target_modules": "all-linear"},
         "the head by name": {"target_modules": ["lm_head", "o_proj"]},
+        "the embedding by name": {"target_modules": ["embed_tokens", "o_proj"], "rank_pattern": {"embed_tokens": 3}},
+        "the embedding by regex": {"target_modules": r".*(embed_tokens|v_proj)"},
+        "layers leave the embedding out": {"target_modules": ["embed_tokens", "q_proj"], "layers_to_transform": [1]},
         "longer suffix": {"target_modules": ["self_attn.q_proj"]},
         "regex": {"target_modules": r"model\.layers\.\d+\.(mlp\.(up|gate)|self_attn\.[qk])_proj"},
         "regex with a head": {"target_modules": r".*(lm_head|v_proj)"},
@@ -362,10 +371,16 @@ def test_all_linear_goes_with_layers_to_transform(trees):
         ("gpt2", {"targets": [r".*c_attn"]}, ["'.*c_attn'", "never a regular expression", "not in a list"]),
         ("gpt2", {"targets": r"h\.\d\.c_attn"}, [r"'h\\.\\d\\.c_attn' matches no linear kernel"]),
         ("gpt2", {"targets": "c_attn"}, ["'c_attn' matches no", "whole module path", "['c_attn']"]),
-        ("gpt2", {"targets": ["wte"]}, ["'wte' names 'transformer.wte', which is not a linear kernel", "take it out"]),
-        ("gpt2", {"targets": ["c_attn", "ln_1"]}, ["'ln_1' names 'transformer.h.0.ln_1'", "not a linear kernel"]),
-        ("llama", {"targets": ["embed_tokens", "q_proj"]}, ["'embed_tokens' names 'model.embed_tokens'"]),
-        ("llama", {"targets": r".*embed_tokens"}, ["'.*embed_tokens' names 'model.embed_tokens'", "not a linear"]),
+        (
+            "gpt2",
+            {"targets": ["c_attn", "ln_1"]},
+            ["'ln_1' names 'transformer.h.0.ln_1'", "not a linear kernel", "take it out"],
+        ),
+        (
+            "llama",
+            {"targets": r".*layernorm"},
+            ["'.*layernorm' names 'model.layers.0.input_layernorm'", "not a linear"],
+        ),
         ("llama", {"exclude": ["qproj"]}, ["`exclude` 'qproj' excludes none", "Did you mean 'q_proj'"]),
         ("llama", {"targets": ["q_proj"], "exclude": ["k_proj"]}, ["`exclude` 'k_proj' excludes none"]),
         ("llama", {"exclude": r".*c_attn"}, ["`exclude` '.*c_attn' excludes none of the targets"]),

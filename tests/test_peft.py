@@ -252,8 +252,9 @@ def edit_config(directory, **fields):
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"unexpected: .*layers\.1\..*q_proj"),
         ({"target_modules": ["c_attn"]}, r"`targets` 'c_attn' matches no linear kernel"),
         ({"peft_type": "LOHA"}, r"peft_type 'LORA'; this one is 'LOHA'"),
-        ({"use_dora": True}, r"use_dora = True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+        ({"use_dora": True}, r"missing: .*q_proj\.lora_magnitude_vector \(64,\)"),
+        ({"modules_to_save": ["lm_head"]}, r"missing: base_model\.model\.lm_head\.weight \(97, 48\)"),
+        ({"lora_bias": True}, r"lora_bias = True"),
     ],
     ids=str,
 )

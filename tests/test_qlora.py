@@ -269,14 +269,17 @@ FIELDS = {"model_type": "llama", "vocab_size": 61, "max_position_embeddings": 64
 KERNELS = {(256, 256), (256, 768), (768, 256)}
 
 
-def qlora(depth=2, *, stack=True, dtype=jnp.float32, remat="none", spec=None, accumulate=1, length=4, **widths):
+def qlora(
+    depth=2, *, stack=True, dtype=jnp.float32, remat="none", spec=None, accumulate=1, length=4, kind=None, **widths
+):
     from jlora.models import model_from_config
 
     model = model_from_config(FIELDS | {"num_hidden_layers": depth} | widths, dtype=dtype, remat=remat)
     params = jlora.cast(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"], dtype)
     params = jlora.stack_layers(params) if stack else params
     params = jlora.quantize_params(params, spec or jlora.NF4())
-    adapter, base = jlora.split(jlora.add_lora(params, jlora.LoraConfig(rank=3), key=jax.random.key(1)))
+    config = jlora.LoraConfig(rank=3, **kind or {})
+    adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(1)))
     tx = optax.adam(1e-3)
     step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx, accumulate=accumulate)
     ids = np.arange(2 * length, dtype=np.int32).reshape(2, length)
@@ -320,15 +323,21 @@ def test_no_scan_stacks_dense_layers(remat, accumulate):
 
 
 @pytest.mark.parametrize("stack", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_memory_does_not_grow_by_dense_layers(dtype, stack):
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(jnp.float32, {}), (jnp.bfloat16, {}), (jnp.float32, {"use_dora": True})],
+    ids=["float32", "bfloat16", "dora"],
+)
+def test_memory_does_not_grow_by_dense_layers(dtype, kind, stack):
     """T1 on the compiler's plan: twice the layers cost less than a tenth of their dense weights.
 
     Unrolled (T2), the scheduler would unpack every kernel at the start, were it not for the dependence on x.
     """
     temps = []
     for depth in (2, 4):
-        step, args = qlora(depth, stack=stack, dtype=dtype, length=2, hidden_size=512, intermediate_size=1536)
+        step, args = qlora(
+            depth, stack=stack, dtype=dtype, length=2, kind=kind, hidden_size=512, intermediate_size=1536
+        )
         plan = step.lower(*args).compile().memory_analysis()
         temps.append(plan.temp_size_in_bytes)
         # T3: packed weights are arguments, not constants.

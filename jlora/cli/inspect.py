@@ -78,8 +78,12 @@ def kernel_table(name: str) -> Table:
     return table
 
 
+_ZERO_AT_FIRST = ("B.weight", "embedding_A")
+"""After "lora_": the factor of a kernel, and of an embedding, that starts at zero."""
+
+
 def adapter_table(directory: str) -> Table:
-    """An adapter's config, and the norm of each update's B, which is 0 where nothing was learned."""
+    """An adapter's config, and the norm of each update's B (of an embedding's: A), which is 0 where nothing was learned."""
     config = LoraConfig.load(directory)
     fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
     title = f"{directory}: base {base_model_of(directory)}\n{json.dumps(fields)}"
@@ -88,8 +92,11 @@ def adapter_table(directory: str) -> Table:
         table.add_column(column)
     file = Checkpoint(find(directory) / WEIGHTS)
     for name in sorted(file.shapes):
-        if name.endswith(".lora_B.weight"):
-            module = name.removeprefix(PREFIX).removesuffix(".lora_B.weight")
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        if not part:
+            if not name.endswith(".base_layer.weight"):  # the original of an adapted embedding, which PEFT writes too
+                table.add_row(module, "whole", "", "")
+        elif part in _ZERO_AT_FIRST:
             norm = float(jnp.linalg.norm(jnp.asarray(file.read(name), jnp.float32)))
             table.add_row(
                 module,

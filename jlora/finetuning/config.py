@@ -43,10 +43,16 @@ class FinetuneConfig:
     """Module names not to adapt."""
     layers_to_transform: tuple[int, ...] | None = None
     """Adapt these layers only."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases to train as they are: none, those of the adapted modules, or all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train whole, such as lm_head."""
     use_rslora: bool = False
     """Scale the update by alpha / sqrt(rank)."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Initialization of lora_A."""
+    use_dora: bool = False
+    """Also train the norm of every column of the updated kernels (DoRA)."""
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """Initialization of lora_A; pissa: of both factors, from the largest singular values of the kernel."""
 
     epochs: float | None = None
     """Passes over the data; default 3 where --steps is not given."""
@@ -100,7 +106,7 @@ class FinetuneConfig:
         for name in ("model", "data", "output", "eval_data"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "modules_to_save"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.layers_to_transform is not None:
@@ -135,6 +141,8 @@ class FinetuneConfig:
             yield f"`seed` must be 0 or positive; got {self.seed}."
         if self.eval_data is not None and self.eval_fraction:
             yield "`eval_data` and `eval_fraction` exclude each other; leave one out."
+        if self.init == "pissa" and self.quantize is not None:
+            yield f"`init` 'pissa' needs dense kernels; got quantize={self.quantize!r}. Use init='kaiming', or no `quantize`."
         if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:
             yield "`save` 'best' needs an evaluation: give `eval_data` or an `eval_fraction` above 0."
 
@@ -146,8 +154,11 @@ class FinetuneConfig:
             targets=_targets(self.targets),
             dropout=self.dropout,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             init=self.init,
             exclude=self.exclude,
+            bias=self.bias,
+            modules_to_save=self.modules_to_save,
             layers_to_transform=self.layers_to_transform,
         )
 

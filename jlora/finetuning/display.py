@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jlora._modules import module_path
 from jlora._tree import count
-from jlora.lora import LoraWeight, adapted_modules
+from jlora.lora import AdaptedWeight, LoraWeight, adapted_leaves, split
 from jlora.train import perplexity
 
 _PLAIN_LINE_SECONDS = 10.0
@@ -18,19 +19,21 @@ _PLAIN_LINE_SECONDS = 10.0
 
 
 def trained_table(params: Any) -> Table:
-    """Adapted modules, the layers of each folded into one row."""
-    groups: dict[tuple[str, int, tuple[int, int]], list[LoraWeight]] = {}
-    for module, weight in adapted_modules(params).items():
+    """What is trained, the layers of each folded into one row."""
+    groups: dict[tuple[str, str, str], list[AdaptedWeight]] = {}
+    for path, weight in adapted_leaves(split(params)[0]).items():
+        module = module_path(path) + (".bias" if path.endswith("/bias") else "")
         name = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
-        groups.setdefault((name, weight.rank, (weight.lora_A.shape[0], weight.lora_B.shape[1])), []).append(weight)
+        rank, shape = "whole", weight.lead.shape
+        if isinstance(weight, LoraWeight):
+            rank, shape = str(weight.rank), (weight.lora_A.shape[0], weight.lora_B.shape[1])
+        groups.setdefault((name, rank, " x ".join(map(str, shape))), []).append(weight)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("trained")
     for title in ("kernel", "layers", "rank", "parameters"):
         table.add_column(title, justify="right")
-    for (name, rank, (d_in, d_out)), weights in groups.items():
-        table.add_row(
-            name, f"{d_in} x {d_out}", str(len(weights)), str(rank), f"{len(weights) * rank * (d_in + d_out):,}"
-        )
+    for (name, rank, shape), weights in groups.items():
+        table.add_row(name, shape, str(len(weights)), rank, f"{sum(w.trained_size for w in weights):,}")
     return table
 
 

@@ -283,7 +283,8 @@ def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
         return config.form == "stacked", "as asked"
     if on_cpu and config.remat == "none":
         return False, "faster on CPU"
-    if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", t) for t in config.targets):
+    names = (*config.targets, *config.modules_to_save)
+    if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", name) for name in names):
         return False, "single layers are named"
     return True, "rematerialized in a scan" if on_cpu else "one compilation for all"
 

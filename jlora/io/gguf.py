@@ -22,9 +22,9 @@ from jlora._modules import module_path
 from jlora._tree import flatten, is_weight, per_layer_paths
 from jlora._typing import Params
 from jlora.io.files import refuse_existing, whole_file
-from jlora.io.hf import _rows
+from jlora.io.hf import layer_rows
 from jlora.io.names import mismatches
-from jlora.io.peft import _check_config
+from jlora.io.peft import check_config
 from jlora.io.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params
@@ -159,7 +159,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     modules = adapted_modules(params)
     if not modules:
         raise ValueError("`save_gguf_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
-    _check_config(params, modules, config)
+    check_config(params, config)
     _check_adapter(model, params, modules)
     tensors = {}
     for module, weight in modules.items():
@@ -259,7 +259,7 @@ def _is_more_than_lora(weight: LoraWeight) -> bool:
 def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
     """(name in the file, path in the tree, leaf) of every tensor, layer by layer, in the same order every time."""
     config = model.config
-    for path, leaf in _rows(model, params):
+    for path, leaf in layer_rows(model, params):
         name = tensor_name(module_path(path))
         yield f"{name}.{'bias' if path.endswith('/bias') else 'weight'}", path, leaf
         # A tied head is the embedding without its update, so an adapted embedding leaves a head of its own behind.

@@ -17,7 +17,7 @@ from jlora._typing import Params
 from jlora.formats import Checkpoint, save_sharded
 from jlora.io.bnb import STATE_SUFFIX, QuantState, quantization_config, to_tensors
 from jlora.io.names import checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches
-from jlora.lora import merge
+from jlora.lora import AdaptedWeight, merge
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import NF4, NF4Tensor, QuantSpec, check_finite, quantizable, quantize_rows
 
@@ -220,7 +220,7 @@ def save_pretrained(
 
     Raises:
         FileExistsError: when the directory holds weights already.
-        ValueError: when a merged tensor is not finite.
+        ValueError: when a merged tensor is not finite, or an adapted embedding is also the output head.
     """
     directory = Path(directory)
     _refuse_existing(directory)
@@ -235,8 +235,9 @@ def merged_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
     Raises:
         ValueError: when one is not finite.
     """
+    _refuse_adapted_tie(model, params)
     tensors = {}
-    for path, leaf in _rows(model, params):
+    for path, leaf in layer_rows(model, params):
         array = np.asarray(merge(leaf))
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{path!r} is not finite after merging; nothing was written. The adapter has diverged.")
@@ -267,7 +268,7 @@ def save_quantized(
     tensors: dict[str, np.ndarray] = {}
     packed: dict[str, NF4Tensor] = {}
     dense = []
-    for path, leaf in _rows(model, params):
+    for path, leaf in layer_rows(model, params):
         if isinstance(leaf, NF4Tensor):
             packed[path] = leaf
             tensors |= to_tensors(hf_name(path), leaf)
@@ -297,13 +298,22 @@ def save_quantized(
     _write(directory, model, tensors, fields, tokenizer, max_shard_bytes)
 
 
-def _rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
+def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
     """Per-layer paths and their leaves; the layers of a stacked tree one after the other."""
     depth = model.config.depth
     for path, leaf in flatten(params).items():
         paths = per_layer_paths(path, depth)
         for i, row_path in enumerate(paths):
             yield row_path, leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
+
+
+def _refuse_adapted_tie(model: Model, params: Params) -> None:
+    path = model.config.embedding_path
+    if model.config.tie_word_embeddings and isinstance(flatten(params).get(path), AdaptedWeight):
+        raise ValueError(
+            f"{path!r} is adapted, and the output head, which is tied to it, goes on using the original (as in PEFT): one merged "
+            "tensor cannot be both. Save the adapter beside the base with `save_adapter`."
+        )
 
 
 def _refuse_existing(directory: Path) -> None:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +13,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._modules import describe, layer_paths, module_path
-from jlora._tree import flatten, map_with_path
+from jlora._modules import HEADS, describe, is_embedding, layer_paths, module_path
+from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
 from jlora.io.names import mismatches
-from jlora.lora import LoraConfig, LoraWeight, adapted_modules, add_lora, remove_lora
+from jlora.lora import (
+    AdaptedWeight,
+    FullWeight,
+    LoraConfig,
+    LoraWeight,
+    adapted_leaves,
+    adapted_modules,
+    add_lora,
+    remove_lora,
+)
 from jlora.lora.config import ALL_LINEAR
-from jlora.lora.targets import select
+from jlora.lora.targets import select, select_biases, select_whole
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+# "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
+_WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(.*\.)?bias$)")
 
 
 def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraConfig, base_model: str) -> None:
     """Writes the adapter of `params` so that PEFT loads it. The bytes depend on the arguments alone.
 
     lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), float32; "all-linear" is written as the
-    names it stood for, or as whole module paths where `exclude` took some out.
+    names it stood for, or as whole module paths where `exclude` took some out. A PiSSA adapter is written as the plain
+    LoRA of twice the rank that it is on the original base, which every reader takes.
 
     Args:
-        params: adapted parameters, per-layer or stacked, or the adapter half that `split` gave.
+        params: adapted parameters, per-layer or stacked, or the adapter half that `split` gave (PiSSA: not the half).
         config: the config they were adapted with.
         base_model: hub id or directory of the base, for `base_model_name_or_path`.
 
     Raises:
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
-    modules = adapted_modules(params)
-    _check_config(params, modules, config)
+    check_config(params, config)
+    if config.init == "pissa":
+        params, config = _without_residuals(params, config)
+    leaves = adapted_leaves(_trained_half(params))
+    modules = _lora_modules(leaves)
     tensors = {}
-    for module, weight in modules.items():
-        for name, factor in (("lora_A", weight.lora_A), ("lora_B", weight.lora_B)):
-            array = np.asarray(factor, np.float32).T
+    for path, weight in leaves.items():
+        for field, (name, transposed) in _stored_as(path, weight, modules).items():
+            array = np.asarray(getattr(weight, field), np.float32)
             if not np.isfinite(array).all():
                 raise ValueError(
-                    f"{name} of {module!r} is not finite: training has diverged, and nothing was written. Resume from an "
-                    "earlier checkpoint with a lower learning rate."
+                    f"{field} of {module_path(path)!r} is not finite: training has diverged, and nothing was written. "
+                    "Resume from an earlier checkpoint with a lower learning rate."
                 )
-            tensors[f"{PREFIX}{module}.{name}.weight"] = array
+            tensors[name] = array.T if transposed else array
     fields = config.to_peft() | {
         "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": any(m.startswith("transformer.h.") for m in modules),  # GPT-2's Conv1D stores [in, out]
+        "fan_in_fan_out": any(_is_conv1d(m) for m in modules),
         "inference_mode": True,
-        "modules_to_save": None,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
     }
     if config.targets == ALL_LINEAR and config.exclude:
         # Last names would take in what was excluded, and names without it would leave `exclude` nothing to exclude.
@@ -71,7 +86,66 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     (directory / "adapter_config.json").write_text(text + "\n")
 
 
-def _check_config(params, modules: dict[str, LoraWeight], config: LoraConfig) -> None:
+def _without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
+    """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
+
+    def one(weight):
+        if not isinstance(weight, LoraWeight):
+            return weight
+        if weight.base is None:
+            raise ValueError(
+                "A PiSSA adapter is written as an update of the original base, which the adapter half of `split` does not "
+                "have. Pass `combine(adapter, base)`."
+            )
+        return weight.without_residual()
+
+    growth = math.sqrt(2) if config.use_rslora else 2
+    plain = dataclasses.replace(
+        config,
+        init="kaiming",
+        rank=2 * config.rank,
+        alpha=growth * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return jax.tree.map(one, params, is_leaf=is_weight), plain
+
+
+def _trained_half(params: Params) -> Any:
+    return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
+
+
+def _lora_modules(paths: Mapping[str, Any]) -> set[str]:
+    """Modules with a low-rank update, among adapted leaves by per-layer path."""
+    return {module_path(path) for path, weight in paths.items() if isinstance(weight, LoraWeight)}
+
+
+def _is_conv1d(module: str) -> bool:
+    """Whether the module is GPT-2's Conv1D, which stores [in, out] as we do."""
+    return module.startswith("transformer.h.")
+
+
+def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str, tuple[str, bool]]:
+    """Trained child of one layer's leaf -> (name in the file, whether it is stored transposed).
+
+    Args:
+        modules: those with a low-rank update: PEFT keeps their own parameters under "base_layer".
+    """
+    module = PREFIX + module_path(path)
+    if isinstance(weight, FullWeight):
+        layer = f"{module}.base_layer" if module_path(path) in modules else module
+        kind = "bias" if path.endswith("/bias") else "weight"
+        return {"value": (f"{layer}.{kind}", path.endswith("/kernel") and not _is_conv1d(module_path(path)))}
+    if is_embedding(path):
+        names = {"lora_A": (f"{module}.lora_embedding_A", True), "lora_B": (f"{module}.lora_embedding_B", True)}
+    else:
+        names = {"lora_A": (f"{module}.lora_A.weight", True), "lora_B": (f"{module}.lora_B.weight", True)}
+    names["magnitude"] = (f"{module}.lora_magnitude_vector", False)
+    return {field: name for field, name in names.items() if getattr(weight, field) is not None}
+
+
+def check_config(params, config: LoraConfig) -> None:
+    modules = adapted_modules(_trained_half(params))
     if not modules:
         raise ValueError("`save_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
     wrong = [
@@ -79,11 +153,20 @@ def _check_config(params, modules: dict[str, LoraWeight], config: LoraConfig) ->
         for m, w in modules.items()
         if (w.rank, w.scaling) != (config.rank_of(m), config.scaling_of(m))
     ]
-    whole = all(leaf is not None for w in modules.values() for leaf in (w.base,))
-    if whole:
-        meant = set(select(remove_lora(params), config))
+    wrong += [
+        f"{m}: {'no ' if w.magnitude is None else ''}DoRA magnitude; the config says use_dora={config.use_dora}"
+        for m, w in modules.items()
+        if (w.magnitude is not None) != config.use_dora
+    ]
+    if all(leaf.base is not None for leaf in flatten(params).values() if isinstance(leaf, AdaptedWeight)):
+        base = remove_lora(params)
+        meant = set(select(base, config))
         if meant != set(modules):
             wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
+        whole = {path for path, w in adapted_leaves(_trained_half(params)).items() if isinstance(w, FullWeight)}
+        for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
+            has, says = ("is", "not") if path in whole else ("is not", "so")
+            wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
     if wrong:
         raise ValueError(
             "`config` is not the one these parameters were adapted with, and a reader would scale the adapter by it:\n  "
@@ -111,37 +194,89 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
             f"There is no {WEIGHTS} in {str(directory)!r}."
             + (" Convert adapter_model.bin: load it in PEFT and call `save_pretrained(directory)`." if legacy else "")
         )
-    # The initial factors are replaced below: the key is of no consequence.
-    adapted = add_lora(params, config, key=jax.random.key(0))
-    expected = {}
-    for path, leaf in flatten(adapted).items():
-        if isinstance(leaf, LoraWeight):
-            rank, d_in, d_out = leaf.rank, leaf.lora_A.shape[-2], leaf.lora_B.shape[-1]
-            for p in layer_paths(path, leaf.lora_A):
-                expected[f"{PREFIX}{module_path(p)}.lora_A.weight"] = (rank, d_in)
-                expected[f"{PREFIX}{module_path(p)}.lora_B.weight"] = (d_out, rank)
-
+    # What is trained is replaced below: the key is of no consequence.
+    adapted = add_lora(params, _without_idle_bias(config, params), key=jax.random.key(0))
+    stored = _Stored(adapted)
     file = Checkpoint(directory / WEIGHTS)
-    problems = mismatches(expected, file.shapes)
+    ignorable = [*stored.bases(), *stored.copies(file)]
+    problems = mismatches(stored.shapes(), file.shapes, ignorable) + stored.other_bases(file)
     if problems:
         raise ValueError(
             f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
             + "\n  ".join(problems)
             + "\nNothing was loaded. Check that it was trained on this base model."
         )
+    return map_with_path(lambda path, leaf: stored.read(file, path, leaf), adapted)
 
-    def fill(path, leaf):
-        if not isinstance(leaf, LoraWeight):
+
+def _without_idle_bias(config: LoraConfig, params: Params) -> LoraConfig:
+    """PEFT writes `bias` also where no module has one; `add_lora` takes that for a mistake."""
+    idle = not select_biases(params, config, select(params, config))
+    return dataclasses.replace(config, bias="none") if idle else config
+
+
+class _Stored:
+    """Where the trained children of an adapted tree lie in its file."""
+
+    def __init__(self, adapted: Params):
+        self.leaves = {path: leaf for path, leaf in flatten(adapted).items() if isinstance(leaf, AdaptedWeight)}
+        rows = {row: leaf for path, leaf in self.leaves.items() for row in layer_paths(path, leaf.lead)}
+        self.modules = _lora_modules(rows)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the file -> shape."""
+        shapes = {}
+        for path, leaf in self.leaves.items():
+            rows = layer_paths(path, leaf.lead)
+            for row in rows:
+                for field, (name, transposed) in _stored_as(row, leaf, self.modules).items():
+                    shape = getattr(leaf, field).shape[0 if rows == [path] else 1 :]
+                    shapes[name] = shape[::-1] if transposed else shape
+        return shapes
+
+    def bases(self) -> dict[str, str]:
+        """Name -> leaf path of the adapted embeddings and heads: PEFT writes their base too, in case it was resized."""
+        paths = {module_path(path): path for path in self.leaves if module_path(path) in self.modules}
+        return {
+            f"{PREFIX}{module}.base_layer.weight": path
+            for module, path in paths.items()
+            if is_embedding(path) or module in HEADS
+        }
+
+    def copies(self, file: Checkpoint) -> list[str]:
+        """Biases of `modules_to_save` that PEFT, with `bias` "all", wrote again from within its wrapper."""
+        shapes = self.shapes()
+        return [name for name in file.shapes if _WRAPPED_BIAS.search(name) and _WRAPPED_BIAS.sub(".", name) in shapes]
+
+    def other_bases(self, file: Checkpoint) -> list[str]:
+        """A line for each stored base that is not the tree's own."""
+        lines = []
+        for name, path in self.bases().items():
+            if name not in file.shapes:
+                continue
+            ours = np.asarray(self.leaves[path].origin(), np.float32)
+            theirs = file.read(name).astype(np.float32)
+            theirs = theirs if is_embedding(path) else theirs.T
+            # Either may have been rounded to bfloat16 on its way.
+            if ours.shape != theirs.shape or np.abs(ours - theirs).max() > np.abs(ours).max() / 128:
+                lines.append(
+                    f"other base: {name} {theirs.shape} differs from {path!r} {ours.shape} of these parameters"
+                )
+        return lines
+
+    def read(self, file: Checkpoint, path: str, leaf: Any) -> Any:
+        """The leaf with its trained children from the file."""
+        if not isinstance(leaf, AdaptedWeight):
             return leaf
+        rows = layer_paths(path, leaf.lead)
+        names = [_stored_as(row, leaf, self.modules) for row in rows]
 
-        def factor(name):
-            paths = layer_paths(path, leaf.lora_A)
-            rows = [file.read(f"{PREFIX}{module_path(p)}.{name}.weight").astype(np.float32).T for p in paths]
-            return jnp.asarray(np.stack(rows) if leaf.lora_A.ndim == 3 else rows[0])
+        def child(field):
+            arrays = [file.read(name).astype(np.float32) for name, _ in (of_row[field] for of_row in names)]
+            arrays = [array.T if names[0][field][1] else array for array in arrays]
+            return jnp.asarray(arrays[0] if rows == [path] else np.stack(arrays))
 
-        return dataclasses.replace(leaf, lora_A=factor("lora_A"), lora_B=factor("lora_B"))
-
-    return map_with_path(fill, adapted)
+        return dataclasses.replace(leaf, **{field: child(field) for field in names[0]})
 
 
 def base_model_of(directory: str | os.PathLike) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from jlora._modules import ALL_LINEAR
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "pissa")
+BIASES = ("none", "lora_only", "all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,29 @@ class LoraConfig:
     """The update is scaled by `alpha / rank` (`alpha / sqrt(rank)` with `use_rslora`)."""
     targets: str | Sequence[str] = ALL_LINEAR
     """"all-linear": every linear kernel but the output head; another string: a regular expression that matches a whole
-    module path; a list: module paths or their last parts ("q_proj", "self_attn.q_proj"), never regular expressions."""
+    module path; a list: module paths or their last parts ("q_proj", "embed_tokens"), never regular expressions. Embeddings
+    are adapted when they are named; an output head that is tied to one keeps the original, as in PEFT."""
     dropout: float = 0.0
     """Probability that an input element of the update is dropped during training."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(rank)`."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """lora_A from U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/rank); lora_B is zero."""
+    use_dora: bool = False
+    """DoRA: also train the norm of every column of the updated kernel (Liu et al. 2024, arXiv:2402.09353)."""
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """lora_A from U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/rank); lora_B is zero (in embeddings always: lora_A zero, lora_B from
+    N(0, 1)). "pissa": the largest singular values of the kernel, which is trained from their rest (dense kernels only;
+    Meng et al. 2024, arXiv:2404.02948); written to files as a plain update of twice the rank."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Rank by module path: the first key, a regular expression, that matches the path or its end wins."""
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Alpha by module path, as `rank_pattern`."""
     exclude: str | Sequence[str] = ()
     """Modules not to adapt, by the rules of `targets`."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases to train as they are: none, those of the adapted modules, or all there are."""
+    modules_to_save: Sequence[str] = ()
+    """Modules to train whole, such as "lm_head" or "embed_tokens" (an embedding that is also the output head is trained as
+    embedding only, as in PEFT). PEFT's rule: every module whose path ends with a name, "norm" thus "input_layernorm" too."""
     layers_to_transform: int | Sequence[int] | None = None
     """Adapt these layers only (not with a regular expression in `targets`: put the layer numbers into it). A target
     that is a whole module path is adapted whatever its layer, as in PEFT."""
@@ -59,6 +70,8 @@ class LoraConfig:
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value or ()))
+        saved = self.modules_to_save or ()
+        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         object.__setattr__(self, "layers_to_transform", self.layers())
@@ -79,6 +92,10 @@ class LoraConfig:
             yield f"`dropout` must be in [0, 1); got {self.dropout!r}. Use 0.05, or 0.0 for none."
         if self.init not in INITS:
             yield f"`init` must be one of {', '.join(map(repr, INITS))}; got {self.init!r}."
+        if self.bias not in BIASES:
+            yield f"`bias` must be one of {', '.join(map(repr, BIASES))}; got {self.bias!r}."
+        if not all(isinstance(name, str) and name for name in self.modules_to_save):
+            yield f"`modules_to_save` must hold module names such as 'lm_head'; got {self.modules_to_save!r}."
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             yield f"`targets` must name at least one module; got {self.targets!r}. Use 'all-linear' or ('q_proj', 'v_proj')."
         expressions = {f"{name}[{k!r}]": k for name in ("rank_pattern", "alpha_pattern") for k in getattr(self, name)}
@@ -157,7 +174,7 @@ class LoraConfig:
             raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
         unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
         init = fields.get("init_lora_weights", True)
-        if init not in (True, False, "gaussian"):
+        if init not in (True, False, "gaussian", "pissa"):
             unsupported["init_lora_weights"] = init
         if unsupported:
             listed = "\n  ".join(f"{k} = {v!r}" for k, v in sorted(unsupported.items()))
@@ -174,10 +191,13 @@ class LoraConfig:
             targets=_names(fields["target_modules"]),
             dropout=fields.get("lora_dropout", 0.0),
             use_rslora=fields.get("use_rslora", False),
-            init="gaussian" if init == "gaussian" else "kaiming",
+            use_dora=bool(fields.get("use_dora", False)),
+            init=init if isinstance(init, str) else "kaiming",
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
             exclude=_names(fields.get("exclude_modules") or ()),
+            bias=fields.get("bias") or "none",
+            modules_to_save=_names(fields.get("modules_to_save") or ()),
             layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
         )
 
@@ -191,10 +211,13 @@ class LoraConfig:
             "target_modules": _as_json(self.targets),
             "lora_dropout": self.dropout,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
             "init_lora_weights": True if self.init == "kaiming" else self.init,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "exclude_modules": _as_json(self.exclude) or None,
+            "bias": self.bias,
+            "modules_to_save": list(self.modules_to_save) or None,
             "layers_to_transform": None if (layers := self.layers()) is None else list(layers),
         }
 
@@ -202,10 +225,8 @@ class LoraConfig:
 # Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
 _OFF = (None, False, [], {})
 _NEUTRAL = {
-    "bias": ("none", None),
-    "use_dora": _OFF,
     "lora_bias": _OFF,
-    "modules_to_save": _OFF,
+    "ensure_weight_tying": _OFF,  # here a tied head keeps the base embedding
     "trainable_token_indices": _OFF,
     "target_parameters": _OFF,
     "layer_replication": _OFF,

@@ -1,13 +1,14 @@
 """Which kernels of a tree a `LoraConfig` means: PEFT's matching rules, and an error for every pattern that means none."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jlora._modules import (
     ALL_LINEAR,
     HEADS,
     describe,
+    embedding_tables,
     layer_paths,
     linear_kernels,
     module_path,
@@ -17,6 +18,7 @@ from jlora._modules import (
     spans,
 )
 from jlora._tree import flatten
+from jlora._weight import Weight
 from jlora.lora.config import LoraConfig, pattern_matches
 
 
@@ -27,13 +29,14 @@ def layer_index(module: str) -> int | None:
 
 
 def select(params: Any, config: LoraConfig) -> dict[str, str]:
-    """Module path -> leaf path of the kernels to adapt, in the tree's order.
+    """Module path -> leaf path of the kernels and embeddings to adapt.
 
     Raises:
         ValueError: when a pattern of the config matches nothing (all of them in one error, with the names there are), or
-            matches something that is not a linear kernel.
+            matches something that is neither a linear kernel nor an embedding.
     """
-    kernels = linear_kernels(params)
+    # "all-linear" means kernels alone, as in PEFT; embeddings are adapted by name.
+    kernels = linear_kernels(params) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
     problems = []
 
     def candidate(module):
@@ -46,13 +49,13 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
         dead = [] if targeted else [config.targets]
     else:
         dead = [name for name in config.targets if not any(name_matches(name, m) for m in kernels)]
-    others = {module_path(p) for path, leaf in flatten(params).items() for p in layer_paths(path, leaf)} - set(kernels)
+    others = {module_path(row) for row in _rows(params)} - set(kernels)
     for name in dead:
         hits = sorted(m for m in others if names_match(name if isinstance(config.targets, str) else (name,), m))
         if hits:
             problems.append(
-                f"`targets` {name!r} names {hits[0]!r}, which is not a linear kernel [in, out]. jlora adapts linear "
-                "kernels: take it out of `targets`."
+                f"`targets` {name!r} names {hits[0]!r}, which is not a linear kernel [in, out] or an embedding. jlora "
+                "adapts these: take it out of `targets`, or name it in `modules_to_save` to train it whole."
             )
         else:
             tied = " A head that is tied to the embedding has no kernel of its own." if name in HEADS else ""
@@ -92,6 +95,66 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
             + f"\nLinear kernels there are: {describe(kernels)}."
         )
     return {module: kernels[module] for module in chosen}
+
+
+def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+    """Per-layer paths of the leaves to train whole: the biases that `bias` means, and all of `modules_to_save`.
+
+    Args:
+        modules: the modules with a low-rank update, as `select` gave them.
+
+    Raises:
+        ValueError: when a name in `modules_to_save` matches nothing, or what is adapted or quantized.
+    """
+    modules = set(modules)
+    leaves = _rows(params)
+    whole = select_biases(params, config, modules)
+    problems = []
+    for name in config.modules_to_save:
+        rows = {row for row in leaves if any(m.endswith(name) for m in _and_parents(module_path(row)))}
+        problems += _problems_of_saving(name, rows, leaves, modules)
+        whole |= rows
+    if problems:
+        raise ValueError("The LoRA config does not fit these parameters:\n  " + "\n  ".join(problems))
+    return whole
+
+
+def _problems_of_saving(name: str, rows: set[str], leaves: dict[str, Any], modules: set[str]) -> Iterator[str]:
+    """What speaks against training `rows` whole, which are those of `leaves` that `name` in `modules_to_save` means."""
+    if not rows:
+        hint = nearest(name, {module_path(row) for row in leaves})
+        if name in HEADS:
+            hint = " This model has no head of its own: its embedding is the head."
+        yield f"`modules_to_save` {name!r} matches no module.{hint}"
+    twice = sorted({module_path(row) for row in rows} & modules)
+    packed = sorted(row for row in rows if isinstance(leaves[row], Weight))
+    if twice:
+        yield (
+            f"`modules_to_save` {name!r} and `targets` both name {twice[0]!r}: a module is trained whole or by a low-rank "
+            "update. Take it out of one of them, or add it to `exclude`."
+        )
+    elif packed:
+        yield (
+            f"`modules_to_save` {name!r} names {module_path(packed[0])!r}, which is quantized "
+            f"({type(leaves[packed[0]]).__name__}) and cannot be trained whole. Load it dense, or adapt it with `targets`."
+        )
+
+
+def select_biases(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+    """Per-layer paths of the biases that `bias` means; `modules` are those with a low-rank update."""
+    wanted = {"none": lambda _: False, "all": lambda _: True, "lora_only": set(modules).__contains__}[config.bias]
+    return {row for row in _rows(params) if row.rpartition("/")[2] == "bias" and wanted(module_path(row))}
+
+
+def _rows(params: Any) -> dict[str, Any]:
+    """Leaves by per-layer path: a stacked leaf once for each layer."""
+    return {row: leaf for path, leaf in flatten(params).items() for row in layer_paths(path, leaf)}
+
+
+def _and_parents(module: str) -> list[str]:
+    """ "a.b.c" -> "a.b.c", "a.b", "a"."""
+    parts = module.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _kind_hint(name: str, modules: Iterable[str], config: LoraConfig) -> str:

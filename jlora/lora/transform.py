@@ -1,6 +1,7 @@
 """The functional transform: parameters in, parameters out."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from typing import Any
@@ -8,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._modules import layer_paths, module_path
+from jlora._modules import is_embedding, layer_paths, module_path
 from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
 from jlora._weight import Weight
 from jlora.lora.config import LoraConfig
-from jlora.lora.targets import select
-from jlora.lora.weight import LoraWeight
+from jlora.lora.targets import select, select_biases, select_whole
+from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
 
 
 def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
@@ -23,19 +24,20 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
 
 
 def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict[str, Any]:
-    """Adapts the kernels that the config targets; every other leaf is the same object as before.
+    """Adapts what the config targets; every other leaf is the same object as before.
 
     Args:
         params: kernels [in, out], dense or quantized; per-layer or stacked (`stack_layers`).
         config: see `LoraConfig`.
         key: initializes lora_A (float32 [in, rank]); lora_B (float32 [rank, out]) is zero, so outputs do not change.
+            In an embedding it is the other way round. "pissa" draws nothing.
 
     Returns:
-        The same tree with `LoraWeight` leaves.
+        The same tree with `LoraWeight` leaves, and `FullWeight` leaves for `bias` and `modules_to_save`.
 
     Raises:
-        ValueError: when a pattern matches nothing, when the tree is adapted already, or when the layers of a
-            stacked tree would be adapted differently.
+        ValueError: when a pattern matches nothing, when there are no biases for `bias` to train, when the tree is adapted
+            already, or when the layers of a stacked tree would be adapted differently.
 
     Example:
         >>> params = {"proj": {"kernel": jnp.ones((4, 6))}}
@@ -43,7 +45,7 @@ def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict
         >>> adapted["proj"]["kernel"].lora_A.shape, adapted["proj"]["kernel"].lora_B.shape
         ((4, 2), (2, 6))
     """
-    adapted = [path for path, leaf in flatten(params).items() if isinstance(leaf, LoraWeight)]
+    adapted = [path for path, leaf in flatten(params).items() if isinstance(leaf, AdaptedWeight)]
     if adapted:
         raise ValueError(
             f"`add_lora` goes onto unadapted parameters; {adapted[0]!r} and {len(adapted) - 1} more are adapted already. "
@@ -51,13 +53,30 @@ def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict
         )
     chosen = select(params, config)
     targets = set(chosen.values())
+    whole = select_whole(params, config, chosen)
+    if config.bias != "none" and not select_biases(params, config, chosen):
+        raise ValueError(
+            f"`bias` {config.bias!r} finds no bias to train{' in the adapted modules' * (config.bias == 'lora_only')}. "
+            "Use bias='none'."
+        )
 
     def adapt(path, leaf):
-        if path not in targets:
-            return leaf
-        return _adapted(path, leaf, [p for p in layer_paths(path, leaf) if module_path(p) in chosen], config, key)
+        rows = layer_paths(path, leaf)
+        if path in targets:
+            return _adapted(path, leaf, [p for p in rows if module_path(p) in chosen], config, key)
+        taken = [p for p in rows if p in whole]
+        return _trained_whole(path, leaf, taken) if taken else leaf
 
     return map_with_path(adapt, params)
+
+
+def _trained_whole(path: str, leaf: Array, rows: list[str]) -> FullWeight:
+    if rows != [path] and len(rows) < leaf.shape[0]:
+        raise ValueError(
+            f"The {leaf.shape[0]} layers of the stacked leaf {path!r} must be trained alike; this config trains {len(rows)} of "
+            "them. Use the per-layer form for it: `unstack_layers(params)`, or load with `stack=False`."
+        )
+    return FullWeight(base=leaf, value=jnp.array(leaf, jnp.float32))  # a copy: it is trained, and perhaps donated
 
 
 def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConfig, key) -> LoraWeight:
@@ -71,49 +90,88 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
             "with `stack=False`."
         )
     ((rank, scaling),) = kinds
-    d_in, d_out = leaf.shape[-2:]
-    factors = [_init_a(path_key(key, p), d_in, rank, config.init) for p in paths]
+    base = leaf
+    if config.init == "pissa" and not is_embedding(path):
+        a, b = _principal(path, leaf, rank, scaling)
+        # The residual stays a value, so that the original is never copied. Copies: what is trained may be donated.
+        base = LoraWeight(base=leaf, lora_A=jnp.copy(a), lora_B=jnp.copy(b), scaling=-scaling)
+    else:
+        init = _init_embedding if is_embedding(path) else functools.partial(_init_kernel, init=config.init)
+        factors = [init(path_key(key, p), *leaf.shape[-2:], rank) for p in paths]
+        a, b = jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if stacked else factors[0]
     return LoraWeight(
-        base=leaf,
-        lora_A=jnp.stack(factors) if stacked else factors[0],
-        lora_B=jnp.zeros((*leaf.shape[:-2], rank, d_out), jnp.float32),
+        base=base,
+        lora_A=a,
+        lora_B=b,
         scaling=scaling,
         dropout=float(config.dropout),
+        magnitude=column_norms(leaf) if config.use_dora else None,
+        base_norm=column_norms(base) if config.use_dora else None,
     )
 
 
-def _init_a(key, d_in: int, rank: int, init: str) -> Array:
-    """PEFT's `reset_lora_parameters`: kaiming_uniform(a=sqrt(5)), which is U(-1/sqrt(in), 1/sqrt(in)), or N(0, 1/rank)."""
+def _init_kernel(key, d_in: int, d_out: int, rank: int, *, init: str) -> tuple[Array, Array]:
+    """PEFT's `reset_lora_parameters`: A by kaiming_uniform(a=sqrt(5)), which is U(-1/sqrt(in), 1/sqrt(in)), or N(0, 1/rank)."""
+    zero = jnp.zeros((rank, d_out), jnp.float32)
     if init == "gaussian":
-        return jax.random.normal(key, (d_in, rank), jnp.float32) / rank
+        return jax.random.normal(key, (d_in, rank), jnp.float32) / rank, zero
     bound = 1.0 / math.sqrt(d_in)
-    return jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound)
+    return jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound), zero
 
 
-def _map_lora(fn, params):
-    return jax.tree.map(lambda w: fn(w) if isinstance(w, LoraWeight) else w, params, is_leaf=is_weight)
+def _init_embedding(key, vocab: int, d_model: int, rank: int) -> tuple[Array, Array]:
+    """PEFT's initialization of embeddings, whatever that of kernels: A zero, B from N(0, 1)."""
+    return jnp.zeros((vocab, rank), jnp.float32), jax.random.normal(key, (rank, d_model), jnp.float32)
+
+
+def _principal(path: str, leaf: Array | Weight, rank: int, scaling: float) -> tuple[Array, Array]:
+    """PiSSA: factors of the `rank` largest singular values of each layer's kernel, divided by the scaling.
+
+    Reference: Meng et al., PiSSA, 2024, arXiv:2404.02948.
+    """
+    if isinstance(leaf, Weight):
+        raise ValueError(
+            f"`init` 'pissa' takes the singular values of dense kernels; {path!r} is a {type(leaf).__name__}, as PEFT refuses it "
+            "too. Use init='kaiming' on a quantized base."
+        )
+    if rank > min(leaf.shape[-2:]):
+        raise ValueError(
+            f"`init` 'pissa' needs a `rank` of at most the kernel's smaller side; got rank {rank} for {path!r} "
+            f"{tuple(leaf.shape)}. Use a smaller rank there (`rank_pattern`)."
+        )
+    return _singular_factors(leaf, rank, scaling)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "scaling"))
+def _singular_factors(w: Array, rank: int, scaling: float) -> tuple[Array, Array]:
+    if w.ndim > 2:
+        return jax.lax.map(lambda row: _singular_factors(row, rank, scaling), w)
+    u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+    root = jnp.sqrt(s[:rank] / scaling)
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def _map_adapted(fn, params, other=lambda leaf: leaf):
+    return jax.tree.map(lambda w: fn(w) if isinstance(w, AdaptedWeight) else other(w), params, is_leaf=is_weight)
 
 
 def split(params: Params) -> tuple[Any, Any]:
     """(adapter, base): two trees of the shape of `params`, None where the leaf went to the other.
 
-    `adapter` holds lora_A and lora_B, float32, and nothing else: differentiate and optimize with respect to it.
+    `adapter` holds what is trained (lora_A, lora_B and magnitude of `LoraWeight`, value of `FullWeight`), float32, and
+    nothing else: differentiate and optimize with respect to it.
 
     Raises:
         ValueError: when nothing in `params` is adapted.
     """
-    if not any(isinstance(leaf, LoraWeight) for leaf in flatten(params).values()):
+    if not any(isinstance(leaf, AdaptedWeight) for leaf in flatten(params).values()):
         raise ValueError(
             "`split` found no adapter in these parameters: there would be nothing to train. Call "
             "`add_lora(params, config, key=key)` first; to train every parameter, pass the whole tree as the adapter "
             "and None as the base."
         )
-    adapter = jax.tree.map(
-        lambda w: dataclasses.replace(w, base=None, key=None) if isinstance(w, LoraWeight) else None,
-        params,
-        is_leaf=is_weight,
-    )
-    return adapter, _map_lora(lambda w: dataclasses.replace(w, lora_A=None, lora_B=None), params)
+    adapter = _map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
+    return adapter, _map_adapted(lambda w: w.base_half(), params)
 
 
 def combine(adapter: Any, base: Any) -> Any:
@@ -126,10 +184,12 @@ def combine(adapter: Any, base: Any) -> Any:
         return adapter
 
     def one(path, a, b):
-        optional = getattr(path[-1], "name", None) == "key" if path else False
-        orphan = a is None and isinstance(b, LoraWeight)  # adapted in the base, without factors in the adapter
+        child = getattr(path[-1], "name", None) if path else None
+        optional = child in LoraWeight.OPTIONAL
+        # Adapted in the base, without factors in the adapter. (The base of a value may be one: PiSSA's residual.)
+        orphan = a is None and isinstance(b, AdaptedWeight) and child != "base"
         if orphan or ((a is None) == (b is None) and not (a is None and optional)):
-            where = path_string(path) + ("/lora_A" if orphan else "")
+            where = path_string(path) + (f"/{b.TRAINED[0]}" if orphan else "")
             raise ValueError(
                 f"`combine` takes the two halves that `split` made; {'neither half has' if a is None else 'both halves have'} "
                 f"{where!r}. Pass `combine(adapter, base)` with the results of one `split`."
@@ -140,25 +200,24 @@ def combine(adapter: Any, base: Any) -> Any:
 
 
 def remove_lora(params: Params) -> Any:
-    """The base as it was: every `LoraWeight` replaced by its base."""
-    return _map_lora(lambda w: w.base, params)
+    """The base as it was: every adapted weight replaced by its original."""
+    return _map_adapted(lambda w: w.origin(), params)
 
 
 def merge(params: Params) -> Any:
-    """Dense parameters with the updates added: `base + scaling * lora_A @ lora_B`, in float32 on the dequantized
-    base, then cast to the base's dtype. Unadapted quantized leaves are dequantized too."""
+    """Dense parameters with the adapter's effect: `base + scaling * lora_A @ lora_B` (with DoRA, its columns at their
+    magnitudes), in float32 on the dequantized base, then cast to the base's dtype. Unadapted quantized leaves are
+    dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged."""
     return jax.tree.map(lambda w: w.dense() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def adapter_mask(params: Params) -> Any:
-    """Booleans in the structure of `params`: True for lora_A and lora_B.
+    """Booleans in the structure of `params`: True for what `split` puts into the adapter.
 
     For optax over the whole tree: `optax.partition({True: tx, False: optax.set_to_zero()}, adapter_mask(params))`. Not
     `optax.masked` alone: it passes the raw gradients of the leaves it masks out on to the update.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "name", None) in ("lora_A", "lora_B"), params
-    )
+    return _map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
 
 
 def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
@@ -177,12 +236,16 @@ def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
     return map_with_path(one, params)
 
 
-def adapted_modules(params: Params) -> dict[str, LoraWeight]:
-    """Module path -> adapted weight, per layer: the layers of a stacked tree are taken apart."""
+def adapted_leaves(params: Params) -> dict[str, AdaptedWeight]:
+    """Per-layer path -> adapted weight: the layers of a stacked tree are taken apart."""
     found = {}
     for path, leaf in flatten(params).items():
-        if not isinstance(leaf, LoraWeight):
-            continue
-        for i, p in enumerate(layer_paths(path, leaf.lora_A)):
-            found[module_path(p)] = leaf if p == path else jax.tree.map(lambda x, i=i: x[i], leaf)
+        if isinstance(leaf, AdaptedWeight):
+            for i, p in enumerate(layer_paths(path, leaf.lead)):
+                found[p] = leaf if p == path else jax.tree.map(lambda x, i=i: x[i], leaf)
     return found
+
+
+def adapted_modules(params: Params) -> dict[str, LoraWeight]:
+    """Module path -> weight with a low-rank update, per layer: the layers of a stacked tree are taken apart."""
+    return {module_path(path): w for path, w in adapted_leaves(params).items() if isinstance(w, LoraWeight)}

@@ -43,6 +43,7 @@ class GPT2Config:
 
     model_type = "gpt2"
     layers_path = "transformer/h"
+    embedding_path = "transformer/wte/embedding"
     transposed_kernels = False  # Hugging Face's Conv1D stores [in, out], as we do
     tie_word_embeddings = True
 

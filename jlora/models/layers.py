@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._typing import Array, Bool, Float, Int
-from jlora._weight import Weight
-from jlora.lora import LoraWeight, embed, linear
+from jlora._weight import Weight, as_dense
+from jlora.lora import AdaptedWeight, embed, linear
 
 Remat = Literal["none", "layer"]
 
@@ -46,6 +46,11 @@ def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...])
     return module.param(name, init, shape, jnp.float32)
 
 
+def vector(module: nn.Module, name: str, init: Callable, size: int, dtype: Any) -> Float[Array, " size"]:
+    """A bias or a scale in `dtype`, whatever kind of value the parameter is."""
+    return as_dense(stored(module, name, init, (size,)), dtype)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` through the seam; kernel [in, out]."""
 
@@ -57,7 +62,7 @@ class Linear(nn.Module):
         kernel = stored(self, "kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
         y = linear(x, kernel)
         if self.use_bias:
-            y = y + stored(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+            y = y + vector(self, "bias", nn.initializers.zeros, self.features, y.dtype)
         return y
 
 
@@ -79,10 +84,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = stored(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        scale = vector(self, "scale", nn.initializers.ones, x.shape[-1], x.dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return scale.astype(x.dtype) * normed.astype(x.dtype)
+        return scale * normed.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -90,12 +95,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = stored(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = stored(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = vector(self, "scale", nn.initializers.ones, x.shape[-1], jnp.float32)
+        bias = vector(self, "bias", nn.initializers.zeros, x.shape[-1], jnp.float32)
         x32 = x.astype(jnp.float32)
         centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
-        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        return (normed * scale + bias).astype(x.dtype)
 
 
 class Llama3Scaling(NamedTuple):
@@ -300,5 +305,5 @@ def run_layers(
 
 
 def frozen_base(w: Any) -> Array | Weight:
-    """The weight without its update: a tied head multiplies by the embedding's base, as in PEFT."""
-    return w.base if isinstance(w, LoraWeight) else w
+    """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
+    return w.origin() if isinstance(w, AdaptedWeight) else w

@@ -67,6 +67,7 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     layers_path = "model/layers"
+    embedding_path = "model/embed_tokens/embedding"
     transposed_kernels = True  # torch's Linear stores [out, in]
 
     @classmethod
