@@ -490,6 +490,24 @@ def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_p
     assert moved == {f"{name}.weight" for name in names.split()}
 
 
+def test_pissa_is_an_update_of_the_original_base(loaded, tok, tmp_path):
+    """Twice the rank: what was trained, less what was taken out of the base."""
+    _, model, params = loaded("llama")
+    config = jlora.LoraConfig(rank=2, init="pissa", targets=["q_proj", "up_proj"])
+    params = adapted(params, config)
+    jlora.save_gguf(tmp_path / "merged.gguf", model, params, tokenizer=tok, dtype="f32")
+    jlora.save_gguf(tmp_path / "base.gguf", model, jlora.remove_lora(params), tokenizer=tok, dtype="f32")
+    jlora.save_gguf_adapter(tmp_path / "adapter.gguf", params, config=config, model=model)
+    base, merged = (read(tmp_path / f"{name}.gguf")[1] for name in ("base", "merged"))
+    fields, factors, _ = read(tmp_path / "adapter.gguf")
+    for name in {key.rpartition(".lora_")[0] for key in factors}:
+        a, b = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
+        assert b.shape[1] == 4
+        update = fields["adapter.lora.alpha"] / b.shape[1] * b @ a
+        assert np.abs(update).max() > 1e-3
+        np.testing.assert_allclose(base[name] + update, merged[name], atol=1e-5)
+
+
 def test_factors_that_need_no_folding_are_stored_as_they_are(loaded, tmp_path):
     """Where alpha / rank is the scaling already. Halves of `split` and stacked trees give the same file."""
     _, model, params = loaded("qwen2")

@@ -24,7 +24,7 @@ from jlora._typing import Params
 from jlora.io.files import refuse_existing, whole_file
 from jlora.io.hf import layer_rows
 from jlora.io.names import mismatches
-from jlora.io.peft import check_config
+from jlora.io.peft import check_config, without_residuals
 from jlora.io.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params
@@ -160,6 +160,9 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     if not modules:
         raise ValueError("`save_gguf_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
     check_config(params, config)
+    if config.init == "pissa":
+        params, config = without_residuals(params, config)
+        modules = adapted_modules(params)
     _check_adapter(model, params, modules)
     tensors = {}
     for module, weight in modules.items():

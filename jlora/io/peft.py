@@ -54,7 +54,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     """
     check_config(params, config)
     if config.init == "pissa":
-        params, config = _without_residuals(params, config)
+        params, config = without_residuals(params, config)
     leaves = adapted_leaves(_trained_half(params))
     modules = _lora_modules(leaves)
     tensors = {}
@@ -86,7 +86,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     (directory / "adapter_config.json").write_text(text + "\n")
 
 
-def _without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
+def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
     def one(weight):
@@ -276,7 +276,7 @@ class _Stored:
             arrays = [array.T if names[0][field][1] else array for array in arrays]
             return jnp.asarray(arrays[0] if rows == [path] else np.stack(arrays))
 
-        return dataclasses.replace(leaf, **{field: child(field) for field in names[0]})
+        return leaf.with_children(**{field: child(field) for field in names[0]})
 
 
 def base_model_of(directory: str | os.PathLike) -> str | None:

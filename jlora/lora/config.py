@@ -192,7 +192,7 @@ class LoraConfig:
             dropout=fields.get("lora_dropout", 0.0),
             use_rslora=fields.get("use_rslora", False),
             use_dora=bool(fields.get("use_dora", False)),
-            init=init if isinstance(init, str) else "kaiming",
+            init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
             exclude=_names(fields.get("exclude_modules") or ()),

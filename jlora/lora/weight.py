@@ -53,11 +53,15 @@ class AdaptedWeight(Weight):
     def lead(self) -> Array:
         """A trained child that every such value has: its leading axes are the stack's, in the adapter half too."""
 
+    def with_children(self, **children: Any) -> "AdaptedWeight":
+        """The same value with these children in place of its own."""
+        return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]: every subclass is a dataclass
+
     def adapter_half(self) -> "AdaptedWeight":
-        return dataclasses.replace(self, **dict.fromkeys(self.FROZEN))
+        return self.with_children(**dict.fromkeys(self.FROZEN))
 
     def base_half(self) -> "AdaptedWeight":
-        return dataclasses.replace(self, **dict.fromkeys(self.TRAINED))
+        return self.with_children(**dict.fromkeys(self.TRAINED))
 
     def mask(self) -> "AdaptedWeight":
         """The same structure holding booleans: True for what is trained."""
@@ -65,7 +69,7 @@ class AdaptedWeight(Weight):
             name: jax.tree.map(lambda _, name=name: name in self.TRAINED, getattr(self, name))
             for name in (*self.TRAINED, *self.FROZEN)
         }
-        return dataclasses.replace(self, **children)
+        return self.with_children(**children)
 
     def origin(self) -> Array | Weight:
         """The weight as it was before it was adapted."""
@@ -178,6 +182,7 @@ class LoraWeight(AdaptedWeight):
 
         |W + s A B|^2 = |W|^2 + 2 s sum((A^T W) * B) + s^2 sum((A^T A B) * B), column by column: no product is of W's size.
         """
+        assert self.magnitude is not None and self.base_norm is not None
         a, b, cross = jax.lax.stop_gradient((self.lora_A, self.lora_B, cross.astype(jnp.float32)))
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         change = 2.0 * cross + self.scaling * product(product(a.T, a), b)
@@ -210,7 +215,7 @@ class LoraWeight(AdaptedWeight):
         return self.key is None or self.dropout == 0.0
 
     def _drop(self, x):
-        if self._keeps_all:
+        if self.key is None or self.dropout == 0.0:
             return x
         kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
         return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
