@@ -59,7 +59,12 @@ class Candidate:
 
     @property
     def stored_bytes(self) -> int:
-        return jlora.nbytes(self.weight)
+        # Of qwix's 4-bit dtype an element is half a byte, whatever its `itemsize` says.
+        bits = (
+            x.size * (4 if x.dtype.name in ("int4", "uint4") else 8 * x.dtype.itemsize)
+            for x in jax.tree.leaves(self.weight)
+        )
+        return sum(bits) // 8
 
 
 def candidates(w: jax.Array, rows: int) -> dict[str, Candidate]:
