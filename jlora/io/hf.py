@@ -16,12 +16,10 @@ from jlora._tree import flatten, is_weight, nest, per_layer_paths, split_layer_p
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_sharded
 from jlora.io.bnb import STATE_SUFFIX, QuantState, quantization_config, to_tensors
-from jlora.io.names import checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches
+from jlora.io.names import FLOATS, checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches, wrong_dtypes
 from jlora.lora import AdaptedWeight, merge
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import NF4, NF4Tensor, QuantSpec, check_finite, quantizable, quantize_rows
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
@@ -121,14 +119,10 @@ def _check(directory, model, expected, names, states: Mapping[str, QuantState], 
             for part, (part_shape, dtype) in states[path].tensors(name).items():
                 shapes[part], dtypes[part] = part_shape, (dtype,)
         else:
-            shapes[name], dtypes[name] = shape[::-1] if is_transposed(path, model) else shape, _FLOATS
+            shapes[name], dtypes[name] = shape[::-1] if is_transposed(path, model) else shape, FLOATS
     ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model) or n.endswith(STATE_SUFFIX)]
     problems = mismatches(shapes, checkpoint.shapes, ignorable)
-    problems += [
-        f"dtype: {n} is {checkpoint.dtypes[n]}, should be {' or '.join(dtypes[n])}"
-        for n in shapes
-        if n in checkpoint.dtypes and checkpoint.dtypes[n] not in dtypes[n]
-    ]
+    problems += wrong_dtypes(dtypes, checkpoint.dtypes)
     if problems:
         raise ValueError(
             f"The tensors in {str(directory)!r} do not fit its config.json ({model.config.model_type}):\n  "

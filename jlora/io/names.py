@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from jlora.models import Model
 
@@ -55,3 +55,16 @@ def mismatches(
     lines += [f"unexpected: {name} {tuple(found[name])}" for name in extra]
     shown = 20
     return lines[:shown] + ([f"and {len(lines) - shown} more"] if len(lines) > shown else [])
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes that are read as weights."""
+
+
+def wrong_dtypes(accepted: Mapping[str, tuple[str, ...]], found: Mapping[str, str]) -> list[str]:
+    """Tensors whose dtype is none of the accepted ones, as lines for one error."""
+    return [
+        f"dtype: {name} is {found[name]}, should be {' or '.join(dtypes)}"
+        for name, dtypes in accepted.items()
+        if name in found and found[name] not in dtypes
+    ]

@@ -17,7 +17,7 @@ from jlora._modules import HEADS, describe, is_embedding, layer_paths, module_pa
 from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
-from jlora.io.names import mismatches
+from jlora.io.names import FLOATS, mismatches, wrong_dtypes
 from jlora.lora import (
     AdaptedWeight,
     FullWeight,
@@ -199,7 +199,9 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
     stored = _Stored(adapted)
     file = Checkpoint(directory / WEIGHTS)
     ignorable = [*stored.bases(), *stored.copies(file)]
-    problems = mismatches(stored.shapes(), file.shapes, ignorable) + stored.other_bases(file)
+    shapes = stored.shapes()
+    problems = mismatches(shapes, file.shapes, ignorable) + stored.other_bases(file)
+    problems += wrong_dtypes(dict.fromkeys(shapes, FLOATS), file.dtypes)
     if problems:
         raise ValueError(
             f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
