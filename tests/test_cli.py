@@ -249,7 +249,9 @@ def test_generate(finetuned, tmp_path, jlora_):
 
 def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
     output = tmp_path / "merged"
-    assert "merged checkpoint" in jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
+    shown = jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
+    assert "merged checkpoint" in shown
+    assert float(re.search(r"([\d.e+-]+) nats", shown)[1]) < 1e-6
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2_dir)
     adapted = peft.PeftModel.from_pretrained(base, str(finetuned / "adapter")).eval()
     merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
