@@ -251,7 +251,7 @@ def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
     output = tmp_path / "merged"
     shown = jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
     assert "merged checkpoint" in shown
-    assert float(re.search(r"([\d.e+-]+) nats", shown)[1]) < 1e-6
+    assert float(re.search(r"([\d.e+-]+)\s+nats", shown)[1]) < 1e-6
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2_dir)
     adapted = peft.PeftModel.from_pretrained(base, str(finetuned / "adapter")).eval()
     merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
