@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, VOCAB, make_torch_model
+from jaxprs import walk
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -285,16 +286,6 @@ def qlora(
     ids = np.arange(2 * length, dtype=np.int32).reshape(2, length)
     args = (jlora.train.init_state(adapter, tx), base, {"input_ids": ids, "labels": ids}, jax.random.key(0))
     return step, args
-
-
-def walk(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
 
 
 def packed(args):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import walk
 
 from jlora._weight import einsum
 from jlora.lora import LoraWeight, linear
@@ -51,17 +52,6 @@ def plain_loss(hidden, weight, targets, supervised, *, transpose):
     logits = linear(hidden, weight, transpose=transpose, out_dtype=jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     return -jnp.sum(jnp.where(supervised, picked, 0.0))
-
-
-def walk(jaxpr):
-    """Every equation, those of inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
 
 
 def dots(fn, *args):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import walk
 
 import jlora
 from jlora._tree import flatten
@@ -41,17 +42,6 @@ def make_batch(seed=0, share=0.6):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 113, (BATCH, SEQ)).astype(np.int32)
     return {"input_ids": ids, "labels": np.where(rng.random(ids.shape) < share, ids, -100).astype(np.int32)}
-
-
-def walk(jaxpr):
-    """Every equation, those of inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
 
 
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])

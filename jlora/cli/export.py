@@ -8,8 +8,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from jlora.cli.base import Weights, load_weights
+from jlora.formats.files import refuse_existing
 from jlora.io import save_gguf, save_gguf_adapter, save_pretrained, save_torch
-from jlora.io.files import refuse_existing
 from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
 from jlora.io.ollama import modelfile
 from jlora.lora import LoraConfig

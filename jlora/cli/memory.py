@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora._tree import count, nbytes
+from jlora.cli.base import row_length
 from jlora.finetuning import FinetuneConfig
+from jlora.finetuning.config import targets_of
 from jlora.io import find, read_config
 from jlora.lora import LoraConfig, split
 from jlora.models import model_from_config
@@ -62,13 +64,8 @@ class Memory:
 def run(options: Memory) -> None:
     console = Console(highlight=False)
     model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
-    if options.max_length > model.config.max_length:
-        raise ValueError(
-            f"`max_length` must be at most the model's {model.config.max_length} positions; got {options.max_length}."
-        )
-    lora = LoraConfig(
-        rank=options.rank, targets="all-linear" if options.targets == ("all-linear",) else options.targets
-    )
+    row_length(options.max_length, model)
+    lora = LoraConfig(rank=options.rank, targets=targets_of(options.targets))
     params = abstract_tree(
         model,
         lora,

@@ -151,7 +151,7 @@ class FinetuneConfig:
         return LoraConfig(
             rank=self.rank,
             alpha=self.alpha,
-            targets=_targets(self.targets),
+            targets=targets_of(self.targets),
             dropout=self.dropout,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -163,7 +163,7 @@ class FinetuneConfig:
         )
 
 
-def _targets(names: tuple[str, ...]) -> str | tuple[str, ...]:
+def targets_of(names: tuple[str, ...]) -> str | tuple[str, ...]:
     """One word that is "all-linear" or has characters no module name has is meant as PEFT's string form."""
     if len(names) == 1 and (names[0] == "all-linear" or re.search(r"[\\*+?()\[\]|^$]", names[0])):
         return names[0]

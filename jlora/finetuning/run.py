@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from jlora.finetuning.config import FinetuneConfig
+from jlora.formats.files import whole_file
 
 # Where a run is, how it is started and how much it says do not change its result.
 _FREE_TO_CHANGE = ("output", "resume", "quiet")
@@ -111,6 +112,5 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], what: str
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text)

@@ -12,6 +12,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jlora.formats.files import whole_file
+
 INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}  # transformers and PEFT refuse files without it
 
@@ -139,10 +141,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """One safetensors file, written whole or not at all. The bytes depend on the tensors alone."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    save_file(ordered, partial, metadata=_METADATA)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(ordered, partial, metadata=_METADATA)
 
 
 def save_sharded(

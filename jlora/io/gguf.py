@@ -21,7 +21,7 @@ import numpy as np
 from jlora._modules import module_path
 from jlora._tree import flatten, is_weight, per_layer_paths
 from jlora._typing import Params
-from jlora.io.files import refuse_existing, whole_file
+from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf import layer_rows
 from jlora.io.names import mismatches
 from jlora.io.peft import check_config, without_residuals

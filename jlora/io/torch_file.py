@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jlora._typing import Params
-from jlora.io.files import refuse_existing, whole_file
+from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf import merged_tensors
 from jlora.models import Model
 

@@ -82,7 +82,8 @@ def predict(
         model = replace(model, remat="none")
     saved = _saved(model, adapter, base, batch_size, length)
     # What a layer keeps without rematerialization is also what lives while it is computed again.
-    one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
+    plain = saved if model.remat == "none" else _saved(replace(model, remat="none"), adapter, base, batch_size, length)
+    one_layer = plain // model.config.depth
     # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
     if on_cpu and model.dtype == jnp.bfloat16 and is_stacked(params):
@@ -107,8 +108,7 @@ def _saved(model: Model, adapter: Any, base: Any, batch_size: int, length: int) 
     batch = abstract_batch(batch_size, length)
 
     def residuals(adapter, base, batch):
-        loss = lambda a: causal_lm_loss(model)(combine(a, base), batch, None)[0]  # noqa: E731
-        return jax.vjp(loss, adapter)[1]
+        return jax.vjp(lambda a: causal_lm_loss(model)(combine(a, base), batch, None)[0], adapter)[1]
 
     given: dict[tuple, int] = {}
     for leaf in jax.tree.leaves((adapter, base)):
