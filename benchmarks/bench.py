@@ -70,9 +70,10 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def alternate(
     calls: Mapping[str, Callable[[], Any]], *, seconds: float, least: int = 5, most: int = 200
 ) -> dict[str, list[float]]:
-    """Seconds of single calls of each function, taken in turns, so that a slow moment of the machine hits them all.
+    """Seconds of a call of each function, taken in turns, so that a slow moment of the machine hits them all.
 
-    Every call must return when its work is done. Each is called twice untimed first, which compiles it.
+    Every call must return when its work is done. Each is called twice untimed first, which compiles it. A turn is the median
+    of 50 ms of calls: after a single one the threads of the two sides' pools have not found their cores yet.
     """
     for call in calls.values():
         call(), call()
@@ -80,12 +81,19 @@ def alternate(
     deadline = time.perf_counter() + seconds * len(calls)
     for turn in range(most):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            found[name].append(time.perf_counter() - start)
+            found[name].append(_turn(call))
         if turn + 1 >= least and time.perf_counter() > deadline:
             break
     return found
+
+
+def _turn(call: Callable[[], Any], seconds: float = 0.05) -> float:
+    times = []
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def ratio(mine: list[float], peers: list[float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 from jlora._modules import module_path
 from jlora._tree import flatten, is_weight, per_layer_paths
 from jlora._typing import Params
+from jlora._weight import materialize
 from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf import layer_rows
 from jlora.io.names import mismatches
@@ -284,7 +285,7 @@ def _tensor_type(gguf: Any, name: str, shape: tuple[int, ...], wanted: Any) -> A
 
 def _float32(model: Model, path: str, leaf: Any) -> np.ndarray:
     """The dense tensor as the file orders it: kernels as [out, in]."""
-    array = np.asarray(leaf.dense(jnp.float32) if is_weight(leaf) else leaf).astype(np.float32)
+    array = np.asarray(materialize(leaf, jnp.dtype(jnp.float32)) if is_weight(leaf) else leaf).astype(np.float32)
     return _permuted(model, module_path(path), array.T if path.endswith("/kernel") else array)
 
 

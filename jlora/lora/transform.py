@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora._modules import is_embedding, layer_paths, module_path
 from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
-from jlora._weight import Weight
+from jlora._weight import Weight, materialize
 from jlora.lora.config import LoraConfig
 from jlora.lora.targets import select, select_biases, select_whole
 from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
@@ -208,7 +208,7 @@ def merge(params: Params) -> Any:
     """Dense parameters with the adapter's effect: `base + scaling * lora_A @ lora_B` (with DoRA, its columns at their
     magnitudes), in float32 on the dequantized base, then cast to the base's dtype. Unadapted quantized leaves are
     dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged."""
-    return jax.tree.map(lambda w: w.dense() if is_weight(w) else w, params, is_leaf=is_weight)
+    return jax.tree.map(lambda w: materialize(w) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
 def adapter_mask(params: Params) -> Any:

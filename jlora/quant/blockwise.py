@@ -4,7 +4,9 @@ Reference: bitsandbytes' `quantize_blockwise` and `dequantize_blockwise`, bit fo
 """
 
 import math
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -50,6 +52,27 @@ def pack(codes: Array) -> Array:
     return ((words << 4) | (words >> 8)).astype(jnp.uint8)
 
 
+def unpack_pairs(packed: Array) -> Array:
+    """The inverse of `pack`: [*, n / 2] bytes -> [*, n] codes."""
+    return jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def unpack_words(packed: Array) -> Array:
+    """The same by 32-bit words, eight codes each; the last axis is a multiple of 4.
+
+    XLA:CPU writes the two halves of a stack in two loops, each to every second element, one at a time. Eight shifts of one word
+    are a vector that is stored whole.
+    """
+    words = lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], -1, 4), jnp.uint32)[..., None]
+    # Little-endian: code k of a word is nibble k of it, but for the high nibble that comes first in each byte.
+    nibble = lax.broadcasted_iota(jnp.uint32, (1,) * packed.ndim + (8,), packed.ndim) ^ 1
+    return ((words >> (4 * nibble)) & 15).reshape(*packed.shape[:-1], -1)
+
+
+UNPACK: Mapping[str, Callable[[Array], Array]] = {"cpu": unpack_words}
+"""How 4-bit codes are unpacked, by backend; elsewhere `unpack_pairs`."""
+
+
 def decode(
     codes: Array, absmax: Float[Array, "*stack blocks"], size: int, format: Format, dtype: jnp.dtype
 ) -> Float[Array, "*stack n"]:
@@ -57,11 +80,10 @@ def decode(
     per_byte = 8 // format.bits
     count = codes.shape[-1] * per_byte
     blocks = in_blocks(codes, size // per_byte)
-    # Each nibble of all bytes by itself, then both interleaved: the first part vectorizes.
-    parts = [blocks] if per_byte == 1 else [blocks >> 4, blocks & 15]
-    scale = (absmax / format.unit)[..., None]
-    values = [(format.decode(part) * scale).astype(dtype) for part in parts]
-    return jnp.stack(values, axis=-1).reshape(*codes.shape[:-1], -1)[..., :count]
+    if per_byte == 2:
+        blocks = UNPACK.get(jax.default_backend(), unpack_pairs)(blocks)
+    values = format.decode(blocks) * (absmax / format.unit)[..., None]
+    return values.astype(dtype).reshape(*codes.shape[:-1], -1)[..., :count]
 
 
 def encode_absmax(absmax: Float[Array, "*stack blocks"]) -> tuple[Array, Array, Array]:

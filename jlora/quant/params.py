@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jlora._modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest
 from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Array, Float, Params
+from jlora._weight import materialize
 from jlora.quant.formats import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_rows
 
@@ -65,7 +66,7 @@ def _count_finite(w: Array) -> Array:
 
 def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "*stack d_in d_out"]:
     """The dense weight, decoded in float32 and cast to `dtype` (default: that of the weight that was quantized)."""
-    return q.dense(dtype)
+    return materialize(q, dtype)
 
 
 def quantizable(params: Params, targets: str | Sequence[str] = ALL_LINEAR) -> set[str]:
