@@ -8,6 +8,8 @@ from jlora.io.hf import load_tokenizer as load_tokenizer
 from jlora.io.hf import read_config as read_config
 from jlora.io.hf import save_pretrained as save_pretrained
 from jlora.io.hf import save_quantized as save_quantized
+from jlora.io.peft import adapter_directories as adapter_directories
 from jlora.io.peft import load_adapter as load_adapter
+from jlora.io.peft import load_adapters as load_adapters
 from jlora.io.peft import save_adapter as save_adapter
 from jlora.io.torch_file import save_torch as save_torch

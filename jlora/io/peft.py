@@ -27,12 +27,14 @@ from jlora.lora import (
     adapted_modules,
     add_lora,
     remove_lora,
+    stack_adapters,
 )
 from jlora.lora.config import ALL_LINEAR
 from jlora.lora.targets import select, select_biases, select_whole
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
 _WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(.*\.)?bias$)")
 
@@ -83,7 +85,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     save_tensors(directory / WEIGHTS, tensors)
     # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
     text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
-    (directory / "adapter_config.json").write_text(text + "\n")
+    (directory / CONFIG).write_text(text + "\n")
 
 
 def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
@@ -211,6 +213,33 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
     return map_with_path(lambda path, leaf: stored.read(file, path, leaf), adapted)
 
 
+def load_adapters(directory: str | os.PathLike, params: Params) -> Any:
+    """Unadapted parameters with all adapters of a directory on them, side by side: choose with `route(params, name)`.
+
+    Args:
+        directory: holds an adapter directory for each name, as PEFT's `save_pretrained` lays out a model with several; an
+            adapter in `directory` itself is called "default".
+        params: unadapted, per-layer or stacked.
+
+    Raises:
+        FileNotFoundError: when there is no adapter.
+        ValueError: as in `load_adapter` and `stack_adapters`.
+    """
+    found = adapter_directories(directory)
+    if not found:
+        raise FileNotFoundError(
+            f"There are no adapters in {os.fspath(directory)!r}: neither it nor a directory in it has an {CONFIG}."
+        )
+    return stack_adapters({name: load_adapter(path, params) for name, path in found.items()})
+
+
+def adapter_directories(directory: str | os.PathLike) -> dict[str, Path]:
+    """Name -> directory of every adapter in a directory; one in the directory itself is PEFT's "default"."""
+    directory = Path(directory)
+    found = {"default": directory} if (directory / CONFIG).is_file() else {}
+    return found | {path.parent.name: path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))}
+
+
 def _without_idle_bias(config: LoraConfig, params: Params) -> LoraConfig:
     """PEFT writes `bias` also where no module has one; `add_lora` takes that for a mistake."""
     idle = not select_biases(params, config, select(params, config))
@@ -283,7 +312,7 @@ class _Stored:
 
 def base_model_of(directory: str | os.PathLike) -> str | None:
     """The base model that an adapter's config names."""
-    path = Path(directory) / "adapter_config.json"
+    path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"There is no adapter_config.json in {os.fspath(directory)!r}.")
     return json.loads(path.read_text()).get("base_model_name_or_path")

@@ -1,6 +1,12 @@
 """Adapters as values in the parameter tree: the seam, the config, and the functions from tree to tree."""
 
 from jlora.lora.config import LoraConfig as LoraConfig
+from jlora.lora.routing import Choice as Choice
+from jlora.lora.routing import RoutedWeight as RoutedWeight
+from jlora.lora.routing import adapter_names as adapter_names
+from jlora.lora.routing import route as route
+from jlora.lora.routing import stack_adapters as stack_adapters
+from jlora.lora.routing import unstack_adapters as unstack_adapters
 from jlora.lora.seam import embed as embed
 from jlora.lora.seam import linear as linear
 from jlora.lora.stack import is_stacked as is_stacked

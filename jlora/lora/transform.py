@@ -14,6 +14,7 @@ from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
 from jlora._weight import Weight, materialize
 from jlora.lora.config import LoraConfig
+from jlora.lora.routing import RoutedWeight
 from jlora.lora.targets import select, select_biases, select_whole
 from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
 
@@ -185,7 +186,7 @@ def combine(adapter: Any, base: Any) -> Any:
 
     def one(path, a, b):
         child = getattr(path[-1], "name", None) if path else None
-        optional = child in LoraWeight.OPTIONAL
+        optional = child in (*LoraWeight.OPTIONAL, *RoutedWeight.OPTIONAL)
         # Adapted in the base, without factors in the adapter. (The base of a value may be one: PiSSA's residual.)
         orphan = a is None and isinstance(b, AdaptedWeight) and child != "base"
         if orphan or ((a is None) == (b is None) and not (a is None and optional)):
@@ -228,6 +229,11 @@ def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
     """
 
     def one(path, w):
+        if isinstance(w, RoutedWeight) and any(w.dropouts):
+            raise ValueError(
+                f"Adapters side by side are run without dropout; those at {path!r} have the rates {w.dropouts}. Train one at a "
+                "time, or give each `dropout=0.0`."
+            )
         if not isinstance(w, LoraWeight) or w.dropout == 0.0:
             return w
         keys = [path_key(key, p) for p in layer_paths(path, w.lora_A)]

@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
 from jlora._weight import Weight
-from jlora.lora import linear, with_dropout
+from jlora.lora import RoutedWeight, linear, route, with_dropout
 from jlora.models import Model
 
 LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
@@ -30,16 +30,24 @@ def causal_lm_loss(model: Model, *, chunk: int | None = None) -> LossFn:
     """The loss of a model: summed cross-entropy of the next token, and how many tokens were supervised.
 
     `batch["labels"]` are at the positions of `input_ids` and shifted here, as in transformers; -100 is not supervised, nor
-    is a label whose predecessor lies in another segment, nor padding (segment 0). `key` switches adapter dropout on; None
+    is a label whose predecessor lies in another segment, nor padding (segment 0). `batch["adapter_ids"]` (int32 [batch],
+    optional) sends each row through its own adapter (`route`). `key` switches adapter dropout on; None
     leaves it off. Ask for the sum, not the mean: sums add up over micro-batches. `chunk`: see `CHUNK`.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Array]:
         if key is not None:
             params = with_dropout(params, key)
+        if "adapter_ids" in batch:
+            params = route(params, batch["adapter_ids"])
         optional = {k: batch[k] for k in ("positions", "segment_ids") if k in batch}
         hidden = model.apply({"params": params}, batch["input_ids"], **optional, head=False)
         weight, transpose = model.output_head(params)
+        if isinstance(weight, RoutedWeight) and weight.per_row:
+            raise ValueError(
+                "The loss takes the tokens of all rows together, and cannot send them through a head that differs by row. Leave "
+                "`lm_head` out of the adapters' targets, or choose one adapter for the whole batch."
+            )
         targets, supervised = next_tokens(batch["labels"], batch.get("segment_ids"))
         flat = hidden.reshape(-1, hidden.shape[-1])
         size = chunk or CHUNK.get(jax.default_backend(), CHUNK["gpu"])
