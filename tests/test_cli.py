@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import peft
@@ -266,6 +267,37 @@ def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
     before = {p.name: p.read_bytes() for p in output.iterdir()}
     assert "choose another directory" in fails("merge", "--adapter", finetuned / "adapter", "--output", output)
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("fields", [{"targets": ["wte", "c_attn"]}, {"targets": ["c_fc"], "modules_to_save": ["wte"]}])
+def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_):
+    config = jlora.LoraConfig(rank=4, alpha=8.0, **fields)
+    model, params = jlora.load(gpt2_dir, dtype="float32")
+    adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(0)))
+    params = jlora.combine(jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size).reshape(x.shape)), adapter), base)
+    jlora.save_adapter(tmp_path / "adapter", params, config=config, base_model=gpt2_dir)
+    ids = np.arange(2, 22)[None]
+    expected = np.asarray(model.apply({"params": params}, ids))
+    assert np.abs(np.asarray(model.apply({"params": jlora.remove_lora(params)}, ids)) - expected).max() > 1e-2
+
+    said = jlora_("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert "tensor of its own (tie_word_embeddings: false)" in " ".join(said.split())
+    assert float(re.search(r"([\d.e+-]+)\s+nats", said)[1]) < 1e-6
+    outputs = {to: tmp_path / to for to in ("transformers", "torch", "gguf", "ollama")}
+    for to, path in outputs.items():
+        said = jlora_("export", "--to", to, "--adapter", tmp_path / "adapter", "--output", path, "--gguf-dtype", "f32")
+        assert said.count("tensor of its own") == 1
+    for directory in (tmp_path / "merged", outputs["transformers"]):
+        again = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        np.testing.assert_allclose(again(torch.tensor(ids)).logits.detach(), expected, atol=1e-4)
+    state = torch.load(outputs["torch"], weights_only=True)
+    head, table = (state[name].numpy() for name in ("lm_head.weight", "transformer.wte.weight"))
+    np.testing.assert_array_equal(head, jlora.remove_lora(params)["transformer"]["wte"]["embedding"])
+    for path in (outputs["gguf"], outputs["ollama"] / "ollama.gguf"):
+        written = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+        np.testing.assert_array_equal(written["output.weight"], head)
+        np.testing.assert_array_equal(written["token_embd.weight"], table)
+    assert np.abs(table - head).max() > 1e-2
 
 
 def test_inspect_data(gpt2_dir, records_file, jlora_):

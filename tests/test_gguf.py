@@ -32,13 +32,14 @@ IDS = np.array([[5, 300, 17, 256, 9, 44, 123, 8, 61, 7, 350, 2]])
 BIASED = {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 VARIANTS = {
     "gpt2": ("gpt2", {}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
     "llama": ("llama", {}),
     "llama-biased": ("llama", BIASED),
     "qwen2": ("qwen2", {}),
     "mistral": ("mistral", {}),
 }
 # transformers takes neither rope_freqs nor biases nor GPT-2's number of positions from a file; the others must do alone.
-NEEDS_CONFIG = ("gpt2", "llama", "llama-biased")
+NEEDS_CONFIG = ("gpt2", "gpt2-untied", "llama", "llama-biased")
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,10 @@ def test_a_tied_head_stays_what_it_is_beside_an_adapted_embedding(loaded, tok, t
     a, b = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((ROWS, 2), (2, 48))))
     wte = {"embedding": jlora.LoraWeight(base=table, lora_A=a, lora_B=b, scaling=2.0)}
     params = params | {"transformer": params["transformer"] | {"wte": wte}}
-    jlora.save_gguf(tmp_path / "model.gguf", model, params, tokenizer=tok, dtype="f32")
+    with pytest.raises(ValueError, match=re.escape("`model, params = jlora.untie(model, params)`")):
+        jlora.save_gguf(tmp_path / "model.gguf", model, params, tokenizer=tok, dtype="f32")
+    assert not list(tmp_path.iterdir())
+    jlora.save_gguf(tmp_path / "model.gguf", *jlora.untie(model, params), tokenizer=tok, dtype="f32")
     tensors = read(tmp_path / "model.gguf")[1]
     np.testing.assert_array_equal(tensors["output.weight"], table)
     np.testing.assert_allclose(tensors["token_embd.weight"], table + 2.0 * a @ b, atol=1e-5)
@@ -620,6 +624,20 @@ def test_state_dict(variant, dtype, loaded, tmp_path):
         assert state["lm_head.weight"].data_ptr() == embedding.data_ptr()
     with pytest.raises(FileExistsError):
         save_torch(tmp_path / "new" / "model.pt", model, params)
+
+
+def test_state_dict_of_an_untied_model(loaded, tmp_path):
+    theirs, model, params = loaded("gpt2")
+    params = jlora.add_lora(params, jlora.LoraConfig(rank=4, targets=["wte", "c_fc"]), key=jax.random.key(0))
+    adapter, base = jlora.split(params)
+    params = jlora.combine(jax.tree.map(lambda x: x + 0.05, adapter), base)
+    with pytest.raises(ValueError, match="one merged tensor cannot be both"):
+        save_torch(tmp_path / "model.pt", model, params)
+    save_torch(tmp_path / "model.pt", *jlora.untie(model, params))
+    config = transformers.GPT2Config.from_dict(theirs.config.to_dict() | {"tie_word_embeddings": False})
+    again = transformers.GPT2LMHeadModel(config).eval()
+    again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    np.testing.assert_allclose(logits_of(again), np.asarray(model.apply({"params": params}, IDS)), atol=1e-4)
 
 
 # Ollama

@@ -74,11 +74,12 @@ def loaded(checkpoints):
     return get
 
 
-def wrapped(family, *, noise=0.1, **fields):
-    """A PEFT model all of whose trained parameters have moved."""
+def wrapped(family, *, noise=0.1, tied=None, **fields):
+    """A PEFT model all of whose trained parameters have moved; `tied`: whether the head is the embedding."""
     torch.manual_seed(3)
     config = peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
-    model = peft.get_peft_model(make_torch_model(family), config).eval()
+    changes = {} if tied is None else {"tie_word_embeddings": tied}
+    model = peft.get_peft_model(make_torch_model(family, **changes), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -222,9 +223,9 @@ def test_the_tree_invariants(loaded, case):
     assert adapted_leaves(stacked).keys() == adapted_leaves(moved).keys()
     direct = jlora.add_lora(jlora.stack_layers(params), config, key=KEY)
     assert jax.tree.structure(direct) == jax.tree.structure(jlora.stack_layers(start))
-    if not any(isinstance(w, (FullWeight, LoraWeight)) and "wte" in path for path, w in adapted_leaves(moved).items()):
-        # GPT-2's head is its embedding: merged, that one would change with it.
-        np.testing.assert_allclose(our_logits(model, jlora.merge(moved)), logits, atol=1e-4)
+    # GPT-2's head is its embedding: merged, it would change with that.
+    untied, moved_untied = jlora.untie(model, moved)
+    np.testing.assert_allclose(our_logits(untied, jlora.merge(moved_untied)), logits, atol=1e-4)
 
     small = jlora.cast(moved, jnp.bfloat16)
     assert same_bits(jlora.split(small)[0], jlora.split(moved)[0])
@@ -461,12 +462,80 @@ def test_a_stack_is_trained_alike(loaded):
         jlora.add_lora(params, config, key=KEY)
 
 
-def test_an_adapted_embedding_that_is_the_head_is_not_merged(loaded, tmp_path):
-    for fields in ({"targets": ["embed_tokens"]}, {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}):
-        model, params = loaded("qwen2")
-        adapted = jlora.add_lora(params, LoraConfig(**fields), key=KEY)
-        with pytest.raises(ValueError, match="one merged tensor cannot be both"):
-            jlora.save_pretrained(tmp_path / "merged", model, adapted)
+TIES = {
+    "embedding-gpt2": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
+    "embedding-llama": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding-dora": ("qwen2", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+    "save-gpt2": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+    "save-qwen2": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("case", TIES)
+def test_an_adapted_embedding_that_is_the_head_is_merged_untied(case, stack, tmp_path):
+    """PEFT's logits with the adapter on. Its own `merge_and_unload` changes the head with a LoRA on the embedding (it
+    warns when the adapter is made), and gives them only for `modules_to_save`."""
+    family, fields = TIES[case]
+    theirs = wrapped(family, tied=True, **fields)
+    theirs.save_pretrained(tmp_path / "adapter")
+    make_torch_model(family, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    expected = torch_logits(theirs)
+    model, params = jlora.load(tmp_path / "base", dtype=jnp.float32, stack=stack)
+    adapted = jlora.load_adapter(tmp_path / "adapter", params)
+    merged = theirs.merge_and_unload()
+    follows = np.abs(torch_logits(merged) - expected).max() < 1e-4
+    assert follows == case.startswith("save"), "PEFT merges otherwise than it did"
+
+    with pytest.raises(ValueError, match=re.escape("`model, params = jlora.untie(model, params)`")):
+        jlora.save_pretrained(tmp_path / "merged", model, adapted)
+    assert not (tmp_path / "merged").exists()
+    jlora.save_pretrained(tmp_path / "merged", *jlora.untie(model, adapted))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    head = load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(head, flatten(params)[model.config.embedding_path])
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    np.testing.assert_allclose(torch_logits(again.eval()), expected, atol=1e-4)
+    back = jlora.load(tmp_path / "merged", dtype=jnp.float32, stack=stack)
+    np.testing.assert_allclose(our_logits(*back), expected, atol=1e-4)
+
+    if follows:
+        merged.save_pretrained(tmp_path / "theirs")
+        back = jlora.load(tmp_path / "theirs", dtype=jnp.float32, stack=stack)
+        np.testing.assert_allclose(our_logits(*back), expected, atol=1e-4)
+
+
+def test_untying(loaded):
+    model, params = loaded("gpt2")
+    untied, whole = jlora.untie(model, params)
+    assert same_bits({name: whole[name] for name in params}, params)
+    np.testing.assert_allclose(our_logits(untied, whole), our_logits(model, params), atol=1e-5)
+    assert jlora.untie(untied, whole) == (untied, whole)
+    adapter, base = jlora.split(jlora.add_lora(params, LoraConfig(targets=["wte"]), key=KEY))
+    with pytest.raises(ValueError, match=r"these parameters lack\. Pass `combine\(adapter, base\)`"):
+        jlora.untie(model, adapter)
+    # A head of its own can be adapted as a head of its own.
+    head = jlora.add_lora(whole, LoraConfig(rank=2, targets=["lm_head"]), key=KEY)
+    assert list(adapted_modules(head)) == ["lm_head"]
+
+
+def test_an_adapter_on_an_untied_gpt2_goes_both_ways(tmp_path):
+    """torch's Linear among Conv1Ds."""
+    make_torch_model("gpt2", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    model, params = jlora.load(tmp_path / "base", dtype=jnp.float32)
+    fields = {"target_modules": ["lm_head", "wte", "c_attn"], "use_dora": True}
+    theirs = wrapped("gpt2", tied=False, **fields)
+    theirs.save_pretrained(tmp_path / "peft")
+    adapted = jlora.load_adapter(tmp_path / "peft", params)
+    np.testing.assert_allclose(our_logits(model, adapted), torch_logits(theirs), atol=1e-4)
+    jlora.save_adapter(tmp_path / "ours", adapted, config=LoraConfig.load(tmp_path / "peft"), base_model="b")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    np.testing.assert_allclose(torch_logits(back), torch_logits(theirs), atol=1e-4)
+
+
+def test_an_adapted_embedding_beside_another_head_is_merged(loaded, tmp_path):
     model, params = loaded("llama")
     adapted = perturbed(jlora.add_lora(params, LoraConfig(targets=["embed_tokens"]), key=KEY))
     jlora.save_pretrained(tmp_path / "untied", model, adapted)

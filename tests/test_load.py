@@ -132,12 +132,28 @@ def test_buffers_under_the_prefix_are_ignored(checkpoints, tmp_path):
         assert_equal(jlora.load(copy)[1], jlora.load(directory)[1])
 
 
+TABLES = {"gpt2": "transformer.wte.weight", "qwen2": "model.embed_tokens.weight"}
+
+
 @pytest.mark.parametrize("tied", ["gpt2", "qwen2"])
 def test_the_copy_of_a_tied_head_is_ignored(checkpoints, tmp_path, tied):
     directory, _ = checkpoints[tied]
     copy = copy_of(directory, tmp_path)
-    edit_tensors(copy, lambda tensors: tensors.update({"lm_head.weight": np.zeros((VOCAB, 48), np.float32)}))
+    table = load_file(copy / WEIGHTS)[TABLES[tied]]
+    edit_tensors(copy, lambda tensors: tensors.update({"lm_head.weight": table}))
     assert_equal(jlora.load(copy)[1], jlora.load(directory)[1])
+
+
+@pytest.mark.parametrize("tied", ["gpt2", "qwen2"])
+def test_another_head_beside_a_tied_embedding_is_not_ignored(checkpoints, tmp_path, tied):
+    copy = copy_of(checkpoints[tied][0], tmp_path)
+    other = load_file(copy / WEIGHTS)[TABLES[tied]] + np.eye(VOCAB, 48, dtype=np.float32)
+    edit_tensors(copy, lambda tensors: tensors.update({"lm_head.weight": other}))
+    said = load_error(copy)
+    assert f"'lm_head.weight' of other values than '{TABLES[tied]}'" in said and '"tie_word_embeddings": false' in said
+    edit_json(copy / "config.json", lambda fields: fields.update({"tie_word_embeddings": False}))
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(copy).eval()
+    assert np.abs(torch_logits(oracle) - logits(*jlora.load(copy, dtype=jnp.float32))).max() <= 1e-4
 
 
 def test_an_untied_head_is_needed(checkpoints, tmp_path):
@@ -442,6 +458,7 @@ def test_save_and_load_again_gives_the_same_bits(checkpoint, tmp_path, dtype, st
 
 SAVED = {
     "gpt2": {},
+    "gpt2 untied": {"tie_word_embeddings": False},
     "llama": {},
     "llama biases": {"attention_bias": True, "mlp_bias": True},
     "llama tied": {"tie_word_embeddings": True},

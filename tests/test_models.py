@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = {
     "gpt2": ("gpt2", {}),
     "gpt2 narrow MLP": ("gpt2", {"n_inner": 56}),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}),
     "llama GQA, llama3 rope": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -135,7 +136,7 @@ REFUSED = {
     "activation": ({"model_type": "gpt2", "activation_function": "relu"}, "`activation_function` = 'relu'"),
     "attention scale": ({"model_type": "gpt2", "scale_attn_weights": False}, "`scale_attn_weights` = False"),
     "layer scale": ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    "untied gpt2": ({"model_type": "gpt2", "tie_word_embeddings": False}, "tie_word_embeddings"),
+    "tied gpt2": ({"model_type": "gpt2", "tie_word_embeddings": 1}, "tie_word_embeddings"),
     "heads": ({"model_type": "gpt2", "n_embd": 48, "n_head": 5}, "`n_head` in config.json must divide `n_embd` = 48"),
     "integer": ({"model_type": "gpt2", "n_layer": "two"}, "`n_layer`"),
     "number": (LLAMA | {"rms_norm_eps": 0}, "`rms_norm_eps`"),

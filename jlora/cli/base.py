@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from jlora.data import InstructDataset, TextDataset, load_data
 from jlora.io import load, load_adapter, load_tokenizer
 from jlora.io.peft import base_model_of
+from jlora.models import has_adapted_tie, untie
 from jlora.quant import SPECS
 
 Split = Literal["validation", "train", "all"]
@@ -54,6 +56,17 @@ def load_weights(weights: Weights) -> tuple[Any, Any, Any]:
     if weights.adapter is not None:
         params = load_adapter(weights.adapter, params)
     return model, params, load_tokenizer(name)
+
+
+def mergeable(model: Any, params: Any, console: Console) -> tuple[Any, Any]:
+    """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
+    if not has_adapted_tie(model, params):
+        return model, params
+    console.print(
+        "The adapter changes the embedding, which is the output head too; the head keeps the base's values, as a tensor of its "
+        "own (tie_word_embeddings: false)."
+    )
+    return untie(model, params)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights
+from jlora.cli.base import Weights, load_weights, mergeable
 from jlora.formats.files import refuse_existing
 from jlora.io import save_gguf, save_gguf_adapter, save_pretrained, save_torch
 from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
@@ -34,8 +34,10 @@ def run(options: Export) -> None:
     if options.to != "transformers":  # that one writes into an existing directory, too
         refuse_existing(options.output)
     model, params, tokenizer = load_weights(options)
-    said = _WRITERS[options.to](options, model, params, tokenizer)
     console = Console(highlight=False, soft_wrap=True)
+    if options.to != "gguf-adapter":
+        model, params = mergeable(model, params, console)
+    said = _WRITERS[options.to](options, model, params, tokenizer)
     console.print(f"[bold]{options.output}[/]: {said}")
 
 

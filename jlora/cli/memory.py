@@ -23,7 +23,7 @@ from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
 
 _MEANING = {
     "weights": "frozen parameters as stored",
-    "adapter": "lora_A and lora_B, float32",
+    "adapter": "what is trained, float32",
     "optimizer": "AdamW's two moments",
     "gradients": "of the adapter",
     "activations": "kept from the forward for the backward pass",
@@ -41,6 +41,14 @@ class Memory:
     """Rank of the update."""
     targets: tuple[str, ...] = FinetuneConfig.targets
     """Module names to adapt."""
+    bias: Literal["none", "lora_only", "all"] = FinetuneConfig.bias
+    """Biases to train as they are: none, those of the adapted modules, or all."""
+    modules_to_save: tuple[str, ...] = FinetuneConfig.modules_to_save
+    """Modules to train whole, such as lm_head."""
+    use_dora: bool = FinetuneConfig.use_dora
+    """Also train the norm of every column of the updated kernels (DoRA)."""
+    init: Literal["kaiming", "gaussian", "pissa"] = FinetuneConfig.init
+    """Initialization of the factors; pissa keeps a second, frozen pair of them."""
     batch_size: int = FinetuneConfig.batch_size
     """Rows in a micro-batch."""
     accumulate: int = FinetuneConfig.accumulate
@@ -65,7 +73,14 @@ def run(options: Memory) -> None:
     console = Console(highlight=False)
     model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
     row_length(options.max_length, model)
-    lora = LoraConfig(rank=options.rank, targets=targets_of(options.targets))
+    lora = LoraConfig(
+        rank=options.rank,
+        targets=targets_of(options.targets),
+        bias=options.bias,
+        modules_to_save=options.modules_to_save,
+        use_dora=options.use_dora,
+        init=options.init,
+    )
     params = abstract_tree(
         model,
         lora,

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights
+from jlora.cli.base import Weights, load_weights, mergeable
 from jlora.io import load, save_pretrained
 from jlora.report import next_token_distance
 
@@ -23,14 +23,16 @@ class Merge(Weights):
 def run(options: Merge) -> None:
     if options.adapter is None:
         raise ValueError("There is nothing to merge without --adapter OUTPUT/adapter.")
+    console = Console(highlight=False)
     model, params, tokenizer = load_weights(options)
     ids = jax.random.randint(jax.random.key(0), (1, min(PROBE, model.config.max_length)), 0, model.config.vocab_size)
     before = model.apply({"params": params}, ids)
+    model, params = mergeable(model, params, console)
     save_pretrained(options.output, model, params, tokenizer=tokenizer)
     del params  # one model at a time
-    _, merged = load(options.output, dtype=model.dtype)
+    model, merged = load(options.output, dtype=model.dtype)
     kl = jax.vmap(next_token_distance)(model.apply({"params": merged}, ids)[0], before[0])[0]
-    Console(highlight=False).print(
+    console.print(
         f"merged checkpoint: [bold]{options.output}[/] (loads in transformers); read back, its next-token distributions are "
         f"{float(kl.mean()):.1e} nats (KL, mean of {kl.size} positions) from those with the adapter"
     )

@@ -28,8 +28,8 @@ from jlora.io.names import mismatches
 from jlora.io.peft import check_config, without_residuals
 from jlora.io.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
-from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params
-from jlora.models.layers import frozen_base, rope_frequencies
+from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
+from jlora.models.layers import rope_frequencies
 from jlora.quant import QuantizedTensor
 
 GGUFDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
@@ -104,7 +104,8 @@ def save_gguf(
         ImportError: without the package gguf.
         FileExistsError: when `path` exists.
         ValueError: for another `dtype`, parameters that are not the model's, values that are not finite or too large for
-            f16, and tokenizers that GGUF does not represent. Nothing is left behind.
+            f16, an adapted embedding that is also the output head (`jlora.untie` the model first), and tokenizers that
+            GGUF does not represent. Nothing is left behind.
     """
     gguf = _import_gguf()
     if dtype not in FILE_TYPES:
@@ -114,6 +115,7 @@ def save_gguf(
         )
     path = refuse_existing(path)
     _check_params(model, params)
+    refuse_adapted_tie(model, params)
     vocabulary = Vocabulary.of(tokenizer, model.config)
     wanted = gguf.GGMLQuantizationType[dtype.upper()]
     types = {}
@@ -266,9 +268,6 @@ def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
     for path, leaf in layer_rows(model, params):
         name = tensor_name(module_path(path))
         yield f"{name}.{'bias' if path.endswith('/bias') else 'weight'}", path, leaf
-        # A tied head is the embedding without its update, so an adapted embedding leaves a head of its own behind.
-        if name == "token_embd" and config.tie_word_embeddings and frozen_base(leaf) is not leaf:
-            yield "output.weight", path, frozen_base(leaf)
     if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
         plain, scaled = (
             rope_frequencies(config.head_dim, config.rope_theta, scaling) for scaling in (None, config.rope_scaling)

@@ -16,9 +16,18 @@ from jlora._tree import flatten, is_weight, nest, per_layer_paths, split_layer_p
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_sharded
 from jlora.io.bnb import STATE_SUFFIX, QuantState, quantization_config, to_tensors
-from jlora.io.names import FLOATS, checkpoint_names, hf_name, is_ignorable, is_transposed, mismatches, wrong_dtypes
-from jlora.lora import AdaptedWeight, merge
-from jlora.models import Model, abstract_params, model_from_config
+from jlora.io.names import (
+    FLOATS,
+    HEAD,
+    checkpoint_names,
+    hf_name,
+    is_ignorable,
+    is_transposed,
+    mismatches,
+    wrong_dtypes,
+)
+from jlora.lora import merge
+from jlora.models import Model, abstract_params, model_from_config, refuse_adapted_tie
 from jlora.quant import NF4, NF4Tensor, QuantSpec, check_finite, quantizable, quantize_rows
 
 
@@ -129,6 +138,20 @@ def _check(directory, model, expected, names, states: Mapping[str, QuantState], 
             + "\n  ".join(problems)
             + "\nNothing was loaded. Check that config.json and the weights are of the same checkpoint."
         )
+    _check_tie(directory, model, names, checkpoint)
+
+
+def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """A tied head may be stored a second time; with other values it is a head of its own, and transformers 5 uses it."""
+    embedding = names[model.config.embedding_path]
+    if not model.config.tie_word_embeddings or HEAD not in checkpoint.shapes:
+        return
+    if not np.array_equal(checkpoint.read(HEAD), checkpoint.read(embedding)):
+        raise ValueError(
+            f"config.json in {str(directory)!r} ties the output head to the embedding, and the file holds a {HEAD!r} of other "
+            f"values than {embedding!r}: transformers 5 uses that head, transformers 4 does not. Nothing was loaded. Set "
+            '"tie_word_embeddings": false in config.json to use it, or remove the tensor.'
+        )
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -214,7 +237,8 @@ def save_pretrained(
 
     Raises:
         FileExistsError: when the directory holds weights already.
-        ValueError: when a merged tensor is not finite, or an adapted embedding is also the output head.
+        ValueError: when a merged tensor is not finite, or an adapted embedding is also the output head: `jlora.untie` the
+            model first, which makes two tensors of them.
     """
     directory = Path(directory)
     _refuse_existing(directory)
@@ -227,9 +251,9 @@ def merged_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
     """The tensors of a dense checkpoint, under transformers' names and in its layout, adapters merged.
 
     Raises:
-        ValueError: when one is not finite.
+        ValueError: when one is not finite, or an adapted embedding is also the output head.
     """
-    _refuse_adapted_tie(model, params)
+    refuse_adapted_tie(model, params)
     tensors = {}
     for path, leaf in layer_rows(model, params):
         array = np.asarray(merge(leaf))
@@ -299,15 +323,6 @@ def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
         paths = per_layer_paths(path, depth)
         for i, row_path in enumerate(paths):
             yield row_path, leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
-
-
-def _refuse_adapted_tie(model: Model, params: Params) -> None:
-    path = model.config.embedding_path
-    if model.config.tie_word_embeddings and isinstance(flatten(params).get(path), AdaptedWeight):
-        raise ValueError(
-            f"{path!r} is adapted, and the output head, which is tied to it, goes on using the original (as in PEFT): one merged "
-            "tensor cannot be both. Save the adapter beside the base with `save_adapter`."
-        )
 
 
 def _refuse_existing(directory: Path) -> None:

@@ -4,12 +4,15 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+from jlora._modules import HEADS, module_path
 from jlora.models import Model
 
 # Buffers that old checkpoints carry and that hold no parameters: causal masks and rotary frequencies.
 _BUFFERS = re.compile(
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
+
+HEAD = "lm_head.weight"
 
 
 def hf_name(path: str) -> str:
@@ -20,23 +23,22 @@ def hf_name(path: str) -> str:
 
 def is_transposed(path: str, model: Model) -> bool:
     """Whether the checkpoint stores this leaf as [out, in]."""
-    return path.endswith("/kernel") and model.config.transposed_kernels
+    # The head is torch's Linear also in GPT-2, whose other kernels are Conv1Ds.
+    return path.endswith("/kernel") and (model.config.transposed_kernels or module_path(path) in HEADS)
 
 
 def checkpoint_names(paths: Iterable[str], present: Iterable[str]) -> dict[str, str]:
     """Tree path -> name in a checkpoint that has the names `present`; the hub's GPT-2 files lack the "transformer." prefix."""
     names = {path: hf_name(path) for path in paths}
     present = list(present)
-    if all(n.startswith("transformer.") for n in names.values()) and not any(
-        n.startswith("transformer.") for n in present
-    ):
+    if not any(n.startswith("transformer.") for n in present):
         names = {path: n.removeprefix("transformer.") for path, n in names.items()}
     return names
 
 
 def is_ignorable(name: str, model: Model) -> bool:
     """Whether a tensor that no parameter asks for may be left out: a known buffer, or the copy of a tied head."""
-    return bool(_BUFFERS.fullmatch(name)) or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    return bool(_BUFFERS.fullmatch(name)) or (name == HEAD and model.config.tie_word_embeddings)
 
 
 def mismatches(

@@ -8,9 +8,8 @@ import numpy as np
 from jlora._typing import Params
 from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf import merged_tensors
+from jlora.io.names import HEAD, hf_name
 from jlora.models import Model
-
-HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 
 
 def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
@@ -22,7 +21,7 @@ def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
     Raises:
         ImportError: without torch.
         FileExistsError: when `path` exists.
-        ValueError: when a merged tensor is not finite.
+        ValueError: when a merged tensor is not finite, or an adapted embedding is also the output head (`jlora.untie` it).
     """
     try:
         import torch
@@ -35,8 +34,7 @@ def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
     path = refuse_existing(path)
     state = {name: _tensor(torch, array) for name, array in merged_tensors(model, params).items()}
     if model.config.tie_word_embeddings:
-        (embedding,) = (name for name in state if name.endswith(EMBEDDINGS))
-        state[HEAD] = state[embedding]
+        state[HEAD] = state[hf_name(model.config.embedding_path)]
     with whole_file(path) as partial:
         torch.save(state, partial)
 

@@ -208,7 +208,8 @@ def remove_lora(params: Params) -> Any:
 def merge(params: Params) -> Any:
     """Dense parameters with the adapter's effect: `base + scaling * lora_A @ lora_B` (with DoRA, its columns at their
     magnitudes), in float32 on the dequantized base, then cast to the base's dtype. Unadapted quantized leaves are
-    dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged."""
+    dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged:
+    `jlora.untie` the model first, and the merged one computes the same."""
     return jax.tree.map(lambda w: materialize(w) if is_weight(w) else w, params, is_leaf=is_weight)
 
 

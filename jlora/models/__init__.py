@@ -13,6 +13,9 @@ from jlora.models.gpt2 import GPT2Config as GPT2Config
 from jlora.models.layers import KVCache as KVCache
 from jlora.models.llama import Llama as Llama
 from jlora.models.llama import LlamaConfig as LlamaConfig
+from jlora.models.tied import has_adapted_tie as has_adapted_tie
+from jlora.models.tied import refuse_adapted_tie as refuse_adapted_tie
+from jlora.models.tied import untie as untie
 
 Model: TypeAlias = GPT2 | Llama
 ModelConfig: TypeAlias = GPT2Config | LlamaConfig

@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm before, learned positions, one fused query-key-value projection, tanh GELU, tied head.
+"""GPT-2: LayerNorm before, learned positions, one fused query-key-value projection, tanh GELU.
 
 Reference: Radford et al., Language Models are Unsupervised Multitask Learners, 2019; names as in Hugging Face's checkpoints.
 """
@@ -16,6 +16,7 @@ from jlora.lora import linear
 from jlora.models.config import ConfigReader
 from jlora.models.layers import (
     Embed,
+    Head,
     KVCache,
     LayerNorm,
     Linear,
@@ -38,6 +39,7 @@ class GPT2Config:
     n_head: int
     n_inner: int
     layer_norm_epsilon: float
+    tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
@@ -45,7 +47,6 @@ class GPT2Config:
     layers_path = "transformer/h"
     embedding_path = "transformer/wte/embedding"
     transposed_kernels = False  # Hugging Face's Conv1D stores [in, out], as we do
-    tie_word_embeddings = True
 
     @classmethod
     def from_hf(cls, reader: ConfigReader) -> "GPT2Config":
@@ -53,7 +54,6 @@ class GPT2Config:
         reader.require("scale_attn_weights", True, (True,))
         reader.require("scale_attn_by_inverse_layer_idx", False, (False,))
         reader.require("add_cross_attention", False, (False,))
-        reader.require("tie_word_embeddings", True, (True,))
         width = reader.integer("n_embd", 768)
         return cls(
             vocab_size=reader.integer("vocab_size", 50257),
@@ -63,6 +63,7 @@ class GPT2Config:
             n_head=reader.divisor("n_head", 12, of=width, of_name="n_embd"),
             n_inner=reader.integer("n_inner", 4 * width),
             layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
+            tie_word_embeddings=reader.flag("tie_word_embeddings", True),
             bos_token_id=reader.token_id("bos_token_id"),
             eos_token_id=reader.token_ids("eos_token_id"),
         )
@@ -74,7 +75,6 @@ class GPT2Config:
             "activation_function": "gelu_new",
             **dataclasses.asdict(self),
             "n_ctx": self.n_positions,  # llama.cpp's converter reads it; transformers 5 no longer writes it
-            "tie_word_embeddings": True,
         }
 
     @property
@@ -173,10 +173,14 @@ class GPT2(nn.Module):
         transformer = Transformer(self.config, self.dtype, self.remat, name="transformer")
         out, new_cache = transformer(input_ids, context, cache)
         if head:
+            if not self.config.tie_word_embeddings:
+                Head((self.config.n_embd, self.config.vocab_size), name="lm_head")()
             weight, transpose = self.output_head(self.variables["params"])
             out = linear(out, weight, transpose=transpose, out_dtype=jnp.float32)
         return out if cache is None else (out, new_cache)
 
     def output_head(self, params: Params) -> tuple[Array | Weight, bool]:
         """(weight, transpose) of the product that makes logits of hidden states."""
-        return frozen_base(params["transformer"]["wte"]["embedding"]), True
+        if self.config.tie_word_embeddings:
+            return frozen_base(params["transformer"]["wte"]["embedding"]), True
+        return params["lm_head"]["kernel"], False

@@ -79,6 +79,16 @@ class Embed(nn.Module):
         return embed(ids, table).astype(self.dtype)
 
 
+class Head(nn.Module):
+    """Holds an untied head's kernel [d_model, vocab]."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self):
+        return stored(self, "kernel", nn.initializers.normal(INIT_STD), self.shape)
+
+
 class RMSNorm(nn.Module):
     eps: float
 

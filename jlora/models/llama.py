@@ -18,6 +18,7 @@ from jlora.lora import linear
 from jlora.models.config import ConfigReader
 from jlora.models.layers import (
     Embed,
+    Head,
     KVCache,
     Linear,
     Llama3Scaling,
@@ -30,7 +31,6 @@ from jlora.models.layers import (
     rope_frequencies,
     rotate,
     run_layers,
-    stored,
 )
 
 _DEFAULTS: Mapping[str, Mapping[str, int]] = {
@@ -237,16 +237,6 @@ class Model(nn.Module):
         depth = config.num_hidden_layers
         x, cache = run_layers(self, "layers", Block, depth, self.remat, x, cache, context, config=config)
         return RMSNorm(config.rms_norm_eps, name="norm")(x), cache
-
-
-class Head(nn.Module):
-    """Holds an untied head's kernel [d_model, vocab]."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self):
-        return stored(self, "kernel", nn.initializers.normal(0.02), self.shape)
 
 
 class Llama(nn.Module):

@@ -22,7 +22,7 @@ class Memory:
     weights: int
     """The frozen parameters, packed ones as packed."""
     adapter: int
-    """lora_A and lora_B, float32."""
+    """What is trained, float32: factors, magnitudes, biases, whole modules."""
     optimizer: int
     """The optimizer's state, two float32 moments of the adapter for AdamW."""
     gradients: int
