@@ -10,7 +10,7 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest
 
-slow: .venv/installed-test
+slow: .venv/installed-slow
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-test
@@ -36,6 +36,10 @@ bench: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+.venv/installed-slow: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,mlx]'
 	@touch $@
 
 clean:

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 from test_malformed import edit_json, header, raw, refused, text
 
 import jlora
-from jlora._tree import flatten
 from jlora.cli import main
 from jlora.cli.inspect import adapter_table
 from jlora.formats.mlx import MlxConfig, mlx_module
@@ -178,33 +177,42 @@ def test_one_rank_and_scale_for_all(loaded, tmp_path):
 # There and back
 
 
-@pytest.mark.parametrize("stack", [False, True], ids=["per-layer", "stacked"])
-@pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case, stack, family, loaded, tmp_path):
-    model, params = loaded(family)
+@pytest.mark.parametrize(
+    ("family", "case"), [*(("llama", case) for case in CASES), ("gpt2", "uneven layers"), ("qwen2", "dora")]
+)
+def test_there_and_back(family, case, loaded, tmp_path):
+    model, onto = loaded(family)
     config = config_of(family, case)
-    params = adapted(params, config)
+    params = adapted(onto, config)
     jlora.save_mlx_adapter(tmp_path, params, config=config, model=model)
-    onto = jlora.remove_lora(params)
-    uneven = case in ("last layer", "first layer", "uneven layers")
-    again = jlora.load_adapter(tmp_path, jlora.stack_layers(onto) if stack and not uneven else onto)
-    back = jlora.LoraConfig.load(tmp_path)
-    # The config that comes out is the one of what was loaded: every writer checks it.
-    jlora.save_adapter(tmp_path / "peft", again, config=back, base_model="base")
-    from_peft = jlora.load_adapter(tmp_path / "peft", onto)
-    assert same(arrays(from_peft), arrays(again))
-    jlora.save_mlx_adapter(tmp_path / "again", again, config=back, model=model)
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
-    assert (tmp_path / "again" / CONFIG).read_bytes() == (tmp_path / CONFIG).read_bytes()
+    again, back = jlora.load_adapter(tmp_path, onto), jlora.LoraConfig.load(tmp_path)
     folded = "pattern" in case or case == "pissa"
     if not folded:
         assert same(arrays(again), arrays(params))
         assert (back.rank, back.dropout, back.use_dora) == (config.rank, config.dropout, config.use_dora)
         assert math.isclose(back.alpha / back.rank, config.scaling_of(""), rel_tol=1e-15)
-    ours, theirs = logits(model, params), logits(model, again)
+    ours = logits(model, params)
     # float32: folding rounds lora_b once, PiSSA's plain form adds and subtracts the initial update.
-    np.testing.assert_allclose(theirs, ours, atol=1e-4 if folded or stack or case == "rslora" else 1e-6)
+    np.testing.assert_allclose(logits(model, again), ours, atol=1e-4 if folded else 1e-5)
     assert np.abs(ours - logits(model, onto)).max() > 1e-2, "the adapter must show"
+    # The config that comes out is the one of what was loaded: every writer checks it.
+    jlora.save_mlx_adapter(tmp_path / "again", again, config=back, model=model)
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    jlora.save_adapter(tmp_path / "peft", again, config=back, base_model="base")
+    assert same(arrays(jlora.load_adapter(tmp_path / "peft", onto)), arrays(again))
+
+
+@pytest.mark.parametrize("case", ["two targets", "dora"])
+def test_the_stacked_form_reads_and_writes_the_same_file(case, loaded, tmp_path):
+    model, onto = loaded("llama")
+    config = config_of("llama", case)
+    params = adapted(onto, config)
+    jlora.save_mlx_adapter(tmp_path / "one", params, config=config, model=model)
+    stacked = jlora.load_adapter(tmp_path / "one", jlora.stack_layers(onto))
+    assert same(arrays(stacked), arrays(params))
+    jlora.save_mlx_adapter(tmp_path / "two", stacked, config=jlora.LoraConfig.load(tmp_path / "one"), model=model)
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("alpha", [8, 16.0, 3.7, 0.1])
@@ -448,22 +456,20 @@ def mlx():
 
 
 @pytest.fixture(scope="module")
-def mlx_checkpoint(checkpoints, tmp_path_factory):
-    """family -> directory that mlx-lm loads."""
+def mlx_checkpoint(loaded, tmp_path_factory):
+    """family -> directory that mlx-lm loads. Ours, as transformers 5 writes no `rope_theta`, without which mlx-lm takes its
+    own default and computes something else."""
     made = {}
 
     def get(family):
         if family not in made:
-            directory = tmp_path_factory.mktemp(f"mlx-{family}")
-            shutil.copytree(checkpoints[family][0], directory, dirs_exist_ok=True)
+            directory = made[family] = tmp_path_factory.mktemp(f"mlx-{family}")
+            jlora.save_pretrained(directory, *loaded(family))
             if family == "gpt2":
-                # mlx-lm knows the hub's names only, which have no "transformer." before them.
+                # mlx-lm knows the names of the hub's files only, which have no "transformer." before them.
                 tensors = load_file(directory / "model.safetensors")
-                tensors = {
-                    name.removeprefix("transformer."): x for name, x in tensors.items() if name != "lm_head.weight"
-                }
+                tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
                 save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-            made[family] = directory
         return made[family]
 
     return get
@@ -484,8 +490,8 @@ def mlx_logits(mlx, model, ids=IDS):
     return np.array(model(mlx.array(ids)).astype(mlx.float32))
 
 
-# Both compute in float32, in another order: logits are up to 20, and two units of float32's last place there are 4e-6.
-ATOL = 2e-4
+# Both compute in float32, in another order. Logits are up to 6; the largest difference seen is 9e-6.
+ATOL = 5e-5
 
 
 @pytest.mark.slow
@@ -527,9 +533,8 @@ def test_mlx_lm_adapts_a_tied_head_with_its_embedding(loaded, mlx, mlx_checkpoin
     model, params = loaded("qwen2")
     config = jlora.LoraConfig(rank=4, targets=["embed_tokens"])
     params = adapted(params, config)
-    tensors = {
-        f"model.embed_tokens.{n}": x for n, x in zip(("lora_a", "lora_b"), next(iter(arrays(params).values())).values())
-    }
+    (factors,) = arrays(params).values()
+    tensors = {f"model.embed_tokens.{name.lower()}": x for name, x in factors.items()}
     save_file(tensors, tmp_path / WEIGHTS)
     keys = ["model.embed_tokens"]
     fields = {"num_layers": -1, "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0, "keys": keys}}

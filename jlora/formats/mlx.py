@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 SUFFIXES: Mapping[str, str] = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 """Trained child -> what follows the module's path and a dot."""
@@ -186,5 +186,5 @@ def _problems(fields: Mapping[str, Any]):
         yield f"lora_parameters has {', '.join(unknown)}, which jlora does not represent."
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
