@@ -9,7 +9,9 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 from conftest import make_torch_model
 from safetensors.numpy import load_file, save_file
 from test_malformed import edit_json, header, raw, refused, text
@@ -593,9 +595,6 @@ def test_what_mlx_lm_writes_is_read(case, family, loaded, mlx, mlx_checkpoint, t
     config = jlora.LoraConfig.load(tmp_path)
     assert (config.rank, config.scaling_of("")) == (3, 1.7)
     jlora.save_adapter(tmp_path / "peft", ours, config=config, base_model="base")
-    import peft
-    import torch
-
     back = peft.PeftModel.from_pretrained(make_torch_model(family), tmp_path / "peft").eval()
     with torch.no_grad():
         np.testing.assert_allclose(back(torch.tensor(IDS)).logits.numpy(), logits(model, ours), atol=ATOL)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,10 +15,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
+import jax
 import pytest
 import tiny
 import yaml
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from test_cli import fails, run  # noqa: F401
 
 import jlora
@@ -104,12 +107,6 @@ class Handler(BaseHTTPRequestHandler):
         branches.setdefault(name, dict(branches["main"]))
         self.answer(409 if there else 200, {})
 
-    def resolve(self, data, repo, branch, path):
-        files = self.server.files(repo, branch)
-        if path not in files:
-            return self.answer(404, X_Error_Code="EntryNotFound")
-        self.answer(200, files[path], ETag='"0"', X_Repo_Commit="0" * 40)
-
     def validate(self, data):
         front = json.loads(data)["content"].split("---\n")[1]
         good = isinstance(yaml.safe_load(front), dict)
@@ -162,7 +159,6 @@ ROUTES = {
     r"POST /api/repos/create": Handler.create,
     rf"GET /api/models/{NAME}": Handler.info,
     rf"POST /api/models/{NAME}/branch/(.+)": Handler.branch,
-    rf"HEAD /{NAME}/resolve/([^/]+)/(.+)": Handler.resolve,
     r"POST /api/validate-yaml": Handler.validate,
     rf"POST /api/models/{NAME}/preupload/(.+)": Handler.preupload,
     rf"POST /{NAME}\.git/info/lfs/objects/batch": Handler.batch,
@@ -182,7 +178,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    disable_progress_bars()  # they go to stderr, where the tests read the error
     yield server
+    enable_progress_bars()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -230,7 +228,9 @@ def test_a_run_arrives_whole_and_nothing_else(hub, finetuned, capsys):
     assert files["loss.png"].startswith(b"\x89PNG")
     assert snapshot(finetuned) == before
     assert hub.repos[REPO]["commits"] == [("main", "Upload LoRA adapter with jlora", sorted(files))]
-    assert hub.url + "/" + REPO in said and "notes.txt" in said and ".env" in said and "stays here" in said
+    assert hub.url + "/" + REPO in said
+    for left in (".env", "notes.txt", "checkpoints/", "data/", "config.yaml", "metrics.jsonl"):
+        assert re.search(rf"^{re.escape(left)} +stays here", said, re.MULTILINE), left
     everything = b"".join(files.values())
     assert b"hf_secret" not in everything and str(finetuned).encode() not in everything
 
@@ -257,8 +257,6 @@ def test_what_is_asked_for_goes_up_too(hub, finetuned):
 def test_an_adapter_without_a_run(hub, gpt2_dir, tmp_path):
     _, params = jlora.load(gpt2_dir, dtype="float32")
     config = jlora.LoraConfig(rank=2, targets=["c_attn"], use_dora=True)
-    import jax
-
     params = jlora.add_lora(params, config, key=jax.random.key(0))
     model, _ = jlora.load(gpt2_dir, dtype="float32")
     jlora.save_adapter(tmp_path / "peft", params, config=config, base_model="gpt2")
@@ -336,8 +334,6 @@ def test_a_second_push_updates_and_keeps_a_card_that_is_there(hub, finetuned, ca
 
 
 def test_a_card_beside_the_adapter_is_the_users(hub, finetuned, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\nMy own words.")
     assert run("push", tmp_path / "mine", REPO) == 0
@@ -403,7 +399,9 @@ def test_the_card_says_how_the_adapter_came_to_be(finetuned):
     assert ModelCard(card).data.base_model == "somebody/tiny-gpt2"
     # Nothing is invented: no license and no base without a flag, as this base is a path.
     plain = front_matter(model_card(publication, REPO))
-    assert not {"license", "base_model", "datasets"} & set(plain)
+    assert not {"license", "base_model", "base_model_relation", "datasets"} & set(plain)
+    # A directory called "gpt2" is not the hub's gpt2.
+    assert 'from_pretrained("path/to/gpt2")' in model_card(publication, REPO)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +441,6 @@ def test_only_data_of_the_hub_are_named_as_such(data, shards, named, finetuned, 
         ("/commit/", 403, "the token may not write there"),
         ("/commit/", 500, "A push is one commit: the repository is there, its files are as they were."),
         ("/commit/", 413, "(status 413)"),
-        ("/tree/", 500, "The files were sent, but not looked at again."),
     ],
 )
 def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkeypatch):  # noqa: F811
@@ -455,15 +452,19 @@ def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkey
     said = fails("push", finetuned, REPO)
     assert says in said and "The files here are untouched." in said and "JLORA_TRACEBACK" not in said
     assert snapshot(finetuned) == before
-    if where != "/tree/":
-        assert not hub.repos.get(REPO, {}).get("commits")
+    assert not hub.repos.get(REPO, {}).get("commits")
     hub.failures = {}
     assert run("push", finetuned, REPO) == 0, "and once it is mended, the same command does it"
 
 
-def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):  # noqa: F811
-    import shutil
+def test_a_hub_that_fails_after_the_commit(hub, finetuned, fails, monkeypatch):  # noqa: F811
+    hub.failures = {"/tree/": (500, {"error": "no"})}
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    said = fails("push", finetuned, REPO, "--overwrite-card")
+    assert "The files were sent, but not looked at again." in said and "tokenizer.json" in hub.files()
 
+
+def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):  # noqa: F811
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\n- a\n- list\n---\n")
     said = fails("push", tmp_path / "mine", REPO)
@@ -527,8 +528,6 @@ def test_what_is_not_there_is_not_pushed(make, says, hub, fails, tmp_path):  # n
 
 
 def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):  # noqa: F811
-    import shutil
-
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     assert "`--include` means files of a run" in fails("push", tmp_path / "mine", REPO, "--include", "metrics")
 

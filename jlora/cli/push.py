@@ -128,11 +128,11 @@ def _plan(options: Push, files: Mapping[str, Content], publication: Publication)
     table = Table(box=None, pad_edge=False, header_style="dim", title=f"to {where}", title_justify="left")
     table.add_column("file")
     table.add_column("bytes", justify="right")
-    table.add_column("from", style="dim")
+    table.add_column("from", style="dim", overflow="fold")
     for name, content in sorted(files.items()):
         source = "written for this" if isinstance(content, bytes) or name == CURVE else str(content)
         table.add_row(name, f"{size_of(content):,}", source)
     table.add_row("total", f"{sum(map(size_of, files.values())):,}", "")
-    for name in publication.left_behind():
+    for name in publication.left_behind(files):
         table.add_row(name, "stays here", "", style="dim")
     return table

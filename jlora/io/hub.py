@@ -81,20 +81,26 @@ def push_files(
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        kept = tuple(name for name in keep if name in files and api.file_exists(repo, name, revision=revision))
+        before = _sizes(api, repo, revision) if keep else {}
+        kept = tuple(name for name in keep if name in files and name in before)
     chosen = {name: content for name, content in files.items() if name not in kept}
     with _explained(repo, "A push is one commit: the repository is there, its files are as they were."):
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=c) for name, c in chosen.items()]
         api.create_commit(repo, operations, commit_message=message, revision=revision)
     with _explained(repo, "The files were sent, but not looked at again."):
-        entries: Any = api.list_repo_tree(repo, recursive=True, revision=revision)
-        there = {entry.path: getattr(entry, "size", None) for entry in entries}
+        there = _sizes(api, repo, revision)
     missing = [name for name, content in chosen.items() if there.get(name) != size_of(content)]
     if missing:
         raise HubError(
             f"{repo!r} did not take {', '.join(missing)} (does it have a .gitignore that names them?); the other files are there."
         )
     return Pushed(str(url), kept)
+
+
+def _sizes(api: Any, repo: str, revision: str | None) -> dict[str, int]:
+    """Path -> bytes of the files of a repository."""
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,10 +75,16 @@ class RunRecord:
         return [(e["step"], e["eval_loss"]) for e in self.history if "eval_loss" in e]
 
     @property
+    def is_text(self) -> bool:
+        """Whether the data were raw text, which leaves its shards in the run."""
+        shards = self.directory / "data"
+        return shards.is_dir() and any(shards.iterdir())
+
+    @property
     def data_set(self) -> str | None:
-        """The hub id of the data, where they came from the hub; raw text leaves its shards in the run."""
-        name, shards = str(self.config.get("data", "")), self.directory / "data"
-        return name if is_hub_data(name) and not (shards.is_dir() and any(shards.iterdir())) else None
+        """The hub id of the data, where they came from the hub."""
+        name = str(self.config.get("data", ""))
+        return name if is_hub_data(name) and not self.is_text else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +104,15 @@ class Publication:
         found = (path for pattern in self.kind.patterns for path in sorted(self.root.glob(pattern)))
         return {path.relative_to(self.root).as_posix(): path for path in found if path.is_file()}
 
-    def left_behind(self) -> list[str]:
-        """What lies beside these files and does not go up; directories with a slash."""
+    def left_behind(self, files: Iterable[str]) -> list[str]:
+        """What lies in the directory, and in its run, and is not among `files`; directories with a slash."""
         if self.root.is_file():
             return []
-        taken = {name.split("/")[0] for name in self.files()} | {CARD}
-        return sorted(p.name + "/" * p.is_dir() for p in self.root.iterdir() if p.name not in taken)
+        beside = list(self.root.iterdir())
+        if self.run is not None and self.root.parent == self.run.directory:
+            beside += [path for path in self.run.directory.iterdir() if path != self.root]
+        taken = {name.split("/")[0] for name in files}
+        return sorted(path.name + "/" * path.is_dir() for path in beside if path.name not in taken)
 
 
 def read_publication(directory: str | os.PathLike, *, run: str | os.PathLike | None = None) -> Publication:
@@ -166,13 +175,14 @@ def model_card(
     quantized = bool(run and run.config.get("quantize"))
     metadata = {
         "base_model": base,
-        **kind.metadata,
+        **{name: value for name, value in kind.metadata.items() if base or name != "base_model_relation"},
         "tags": [*kind.metadata.get("tags", ()), *(["qlora"] if quantized else []), "jlora"],
         "datasets": [run.data_set] if run and run.data_set else None,
         "license": license,
     }
     front = yaml.safe_dump({k: v for k, v in metadata.items() if v}, sort_keys=False, allow_unicode=True)
-    origin = f"[{base}](https://huggingface.co/{base})" if base else _last_name(publication.base)
+    local = f"a local checkpoint named {_last_name(publication.base)}" if publication.base else ""
+    origin = f"[{base}](https://huggingface.co/{base})" if base else local
     lines = ["---", front.rstrip(), "---", "", f"# {repo.rpartition('/')[2]}", ""]
     lines += [
         f"{kind.name[0].upper()}{kind.name[1:]}{f' of {origin}' if origin else ''}, made with jlora (LoRA for JAX).",
@@ -208,7 +218,9 @@ _SHOWN = (
 def _hyperparameters(run: RunRecord) -> Iterator[tuple[str, str]]:
     for name in _SHOWN:
         value = run.config.get(name)
-        if value not in (None, [], False, "none") or (name in ("dropout", "seed") and value is not None):
+        if name == "template" and run.is_text:
+            continue
+        if value not in (None, [], False, "none", "auto") or (name in ("dropout", "seed") and value is not None):
             yield name.replace("_", " "), _plain(value)
     if run.losses:
         yield "steps", str(run.losses[-1][0])
@@ -265,8 +277,9 @@ def _use_in_jlora(publication: Publication, repo: str) -> Iterator[str]:
 
 
 def _base(publication: Publication) -> str:
-    name = publication.base or "BASE"
-    return f'"{name if is_hub_id(name) else Path(name).name}"'
+    """The base in a line of code; never the last name of a path alone, which might be another model's on the hub."""
+    name = publication.base or "./base"
+    return f'"{name if is_hub_id(name) else f"path/to/{Path(name).name}"}"'
 
 
 def _use_peft(publication: Publication, repo: str) -> Iterator[str]:
