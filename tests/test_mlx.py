@@ -239,6 +239,14 @@ def test_embeddings_and_head(untied, tmp_path):
     assert adapter_table(str(tmp_path)).row_count == 4
 
 
+def test_the_adapter_of_a_quantized_base(loaded, tmp_path):
+    model, params = loaded("llama")
+    config = jlora.LoraConfig(rank=4, use_dora=True)
+    params = adapted(jlora.quantize_params(params, jlora.NF4()), config)
+    jlora.save_mlx_adapter(tmp_path, params, config=config, model=model)
+    assert same(arrays(jlora.load_adapter(tmp_path, jlora.remove_lora(params))), arrays(params))
+
+
 def test_the_half_of_split_is_enough(loaded, tmp_path):
     model, params = loaded("qwen2")
     config = jlora.LoraConfig(rank=2)
@@ -520,13 +528,17 @@ def test_mlx_lm_reads_what_we_write(case, family, loaded, mlx, mlx_checkpoint, t
 
 
 @pytest.mark.slow
-def test_mlx_lm_reads_adapted_embeddings(untied, mlx, mlx_checkpoint, tmp_path):
-    model, params = untied
-    config = jlora.LoraConfig(rank=4, targets=["embed_tokens", "lm_head", "v_proj"])
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["embed_tokens", "lm_head", "v_proj"]), ("gpt2", ["wpe", "c_attn"])]
+)
+def test_mlx_lm_reads_adapted_embeddings(family, targets, loaded, mlx, mlx_checkpoint, tmp_path):
+    model, params = loaded(family)
+    config = jlora.LoraConfig(rank=4, targets=targets)
     params = adapted(params, config)
     jlora.save_mlx_adapter(tmp_path, params, config=config, model=model)
-    theirs = mlx_logits(mlx, mlx_model(mlx_checkpoint("llama"), tmp_path))
+    theirs = mlx_logits(mlx, mlx_model(mlx_checkpoint(family), tmp_path))
     np.testing.assert_allclose(theirs, logits(model, params), atol=ATOL)
+    assert same(arrays(jlora.load_adapter(tmp_path, jlora.remove_lora(params))), arrays(params))
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def size_of(content: Content) -> int:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's name is one of the hub's, and no directory here."""
+    """Whether a model's name can be one of the hub's: it has the form of one, and is no path here."""
     return not (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1)
 
 
