@@ -42,7 +42,7 @@ bench: .venv/installed-test
 # For any CPU and without its image models. A native build crashes on q8_0 files where the CPU has AMX.
 .venv/installed-slow: .venv/installed-test
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
-		$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,llama-cpp]'
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,llama-cpp,mlx]'
 	@touch $@
 
 clean:

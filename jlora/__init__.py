@@ -16,6 +16,7 @@ from jlora.io import load_tokenizer as load_tokenizer
 from jlora.io import save_adapter as save_adapter
 from jlora.io import save_gguf as save_gguf
 from jlora.io import save_gguf_adapter as save_gguf_adapter
+from jlora.io import save_mlx_adapter as save_mlx_adapter
 from jlora.io import save_pretrained as save_pretrained
 from jlora.io import save_quantized as save_quantized
 from jlora.lora import FullWeight as FullWeight

@@ -23,7 +23,8 @@ from jlora import cli
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-COMMANDS = "finetune evaluate compare generate merge export quantize inspect memory prepare".split()
+COMMANDS = "finetune evaluate compare generate merge export push quantize inspect memory prepare".split()
+PLACES = {"directory": "DIR", "repo": "REPO"}  # what is given without a flag, as help calls it
 # As scripts give them; design.md promises these names.
 FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "
@@ -100,10 +101,12 @@ def test_help_of_a_command_explains_every_flag(name, jlora_, monkeypatch):
     assert "--config FILE.yaml" in said
     # A flag and its values, then the explanation, then the default.
     lines = [line.strip("│| ") for line in said.splitlines()]
-    starts = [i for i, line in enumerate(lines) if line.startswith("--") and not line.startswith("--config")]
+    places = {field: metavar for field, metavar in PLACES.items() if field in cli.positional(options)}
+    begins = ("--", *(f"{metavar} " for metavar in places.values()))
+    starts = [i for i, line in enumerate(lines) if line.startswith(begins) and not line.startswith("--config")]
     texts = {" ".join(lines[i:end]) for i, end in zip(starts, [*starts[1:], len(lines)], strict=True)}
     for field in dataclasses.fields(options):
-        flag = f"--{field.name.replace('_', '-')}"
+        flag = places.get(field.name, f"--{field.name.replace('_', '-')}")
         (text,) = [text for text in texts if re.match(f"{flag}[ ,]", text)]
         explained, rest = re.split(r"\((?=default: |required)", text, maxsplit=1)
         words = re.findall(r"(?<![-\w{|,])[A-Za-z][a-z]+\b", explained.replace(f"--no-{flag[2:]}", ""))

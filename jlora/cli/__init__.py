@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _WRITTEN_FOR_USERS = (ValueError, FileNotFoundError, FileExistsError, ImportErro
 
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
     """Name -> (dataclass of its flags, what runs it)."""
-    from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, quantize
+    from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
     from jlora.finetuning import FinetuneConfig, finetune
 
     return {
@@ -29,6 +30,7 @@ def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
         "generate": (generate.Generate, generate.run),
         "merge": (merge.Merge, merge.run),
         "export": (export.Export, export.run),
+        "push": (push.Push, push.run),
         "quantize": (quantize.Quantize, quantize.run),
         "inspect": (inspect.Inspect, inspect.run),
         "memory": (memory.Memory, memory.run),
@@ -145,6 +147,8 @@ def _flags_of(options: type, path: Path) -> list[str]:
             raise ValueError(
                 f"{str(path)!r} sets {key!r}, which is no flag" + (f"; did you mean {close[0]!r}?" if close else ".")
             )
+        if name in positional(options):
+            raise ValueError(f"{str(path)!r} sets {key!r}, which is given on the command line, without a flag.")
         flag = name.replace("_", "-")
         if value is None or value == []:
             continue
@@ -153,3 +157,12 @@ def _flags_of(options: type, path: Path) -> list[str]:
         else:
             flags += [f"--{flag}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
+
+
+def positional(options: type) -> set[str]:
+    """The fields that are given by their place on the command line, without a flag."""
+    from tyro.conf import Positional
+
+    (marker,) = Positional[str].__metadata__
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}

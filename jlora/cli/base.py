@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jlora.data import InstructDataset, TextDataset, load_data
-from jlora.io import load, load_adapter, load_tokenizer
-from jlora.io.peft import base_model_of
+from jlora.io import base_model_of, load, load_adapter, load_tokenizer
 from jlora.models import has_adapted_tie, untie
 from jlora.quant import SPECS
 
@@ -26,7 +25,7 @@ class Weights:
     model: str | None = None
     """Hugging Face directory or hub id; default: the base that --adapter names."""
     adapter: str | None = None
-    """Directory of a PEFT adapter, such as OUTPUT/adapter."""
+    """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's."""
     quantize: Literal["nf4", "int8", "int4"] | None = None
     """Pack the base's linear kernels, as `jlora finetune --quantize` did."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights, mergeable
+from jlora.cli.base import Weights, load_weights, mergeable, resolve_model
 from jlora.formats.files import refuse_existing
-from jlora.io import save_gguf, save_gguf_adapter, save_pretrained, save_torch
+from jlora.io import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
 from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
 from jlora.io.ollama import modelfile
 from jlora.lora import LoraConfig
@@ -17,11 +17,12 @@ from jlora.lora import LoraConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Weights):
-    """Write the model, with the adapter merged in, for transformers, PyTorch, llama.cpp or Ollama."""
+    """Write the model with the adapter merged in, or the adapter alone, for transformers, PyTorch, llama.cpp, Ollama, MLX."""
 
-    to: Literal["transformers", "torch", "gguf", "gguf-adapter", "ollama"]
+    to: Literal["transformers", "torch", "gguf", "gguf-adapter", "ollama", "mlx", "peft"]
     """transformers: a directory with safetensors; torch: a state dict; gguf: a model for llama.cpp; gguf-adapter: the
-    adapter alone for llama.cpp's --lora; ollama: a directory with the GGUF model and a Modelfile."""
+    adapter alone for llama.cpp's --lora; ollama: a directory with the GGUF model and a Modelfile; mlx, peft: the adapter
+    alone, a directory for mlx-lm's --adapter-path or for PEFT."""
     output: str
     """File or directory to write; it must not be there yet."""
     gguf_dtype: GGUFDtype = DEFAULT_DTYPE
@@ -29,7 +30,7 @@ class Export(Weights):
 
 
 def run(options: Export) -> None:
-    if options.to == "gguf-adapter" and options.adapter is None:
+    if options.to in _OF_ADAPTERS and options.adapter is None:
         raise ValueError("There is no adapter to export without --adapter OUTPUT/adapter.")
     if options.to != "transformers":  # that one writes into an existing directory, too
         refuse_existing(options.output)
@@ -73,10 +74,28 @@ def _ollama(options: Export, model, params, tokenizer) -> str:
     return f"a {options.gguf_dtype} model and its Modelfile (ollama create NAME -f Modelfile){note}"
 
 
+def _mlx(options: Export, model, params, tokenizer) -> str:
+    base = resolve_model(options)
+    config = LoraConfig.load(str(options.adapter))
+    save_mlx_adapter(options.output, params, config=config, model=model, base_model=base)
+    return f"an adapter for mlx-lm (mlx_lm.generate --model {base} --adapter-path DIR)"
+
+
+def _peft(options: Export, model, params, tokenizer) -> str:
+    save_adapter(
+        options.output, params, config=LoraConfig.load(str(options.adapter)), base_model=resolve_model(options)
+    )
+    return "an adapter for PEFT (PeftModel.from_pretrained(base, DIR))"
+
+
+_OF_ADAPTERS = ("gguf-adapter", "mlx", "peft")
+
 _WRITERS: Mapping[str, Callable[[Export, Any, Any, Any], str]] = {
     "transformers": _transformers,
     "torch": _torch,
     "gguf": _gguf,
     "gguf-adapter": _gguf_adapter,
     "ollama": _ollama,
+    "mlx": _mlx,
+    "peft": _peft,
 }

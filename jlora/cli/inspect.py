@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,8 +14,11 @@ from jlora._tree import flatten
 from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
+from jlora.formats.adapters import PEFT, open_adapter
+from jlora.formats.mlx import checkpoint_module
 from jlora.io import find, load_tokenizer, read_config
-from jlora.io.peft import PREFIX, WEIGHTS, base_model_of
+from jlora.io.adapters import factor_names
+from jlora.io.peft import PREFIX
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 
@@ -78,30 +82,25 @@ def kernel_table(name: str) -> Table:
     return table
 
 
-_ZERO_AT_FIRST = ("B.weight", "embedding_A")
-"""After "lora_": the factor of a kernel, and of an embedding, that starts at zero."""
-
-
 def adapter_table(directory: str) -> Table:
-    """An adapter's config, and the norm of each update's B (of an embedding's: A), which is 0 where nothing was learned."""
-    config = LoraConfig.load(directory)
+    """An adapter's config, and the norm of each update's B (of a PEFT embedding's: A), 0 where nothing was learned."""
+    found, config = open_adapter(directory), LoraConfig.load(directory)
     fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
-    title = f"{directory}: base {base_model_of(directory)}\n{json.dumps(fields)}"
+    title = f"{directory} ({found.layout.name}): base {found.base_model}\n{json.dumps(fields)}"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in ("module", "rank", "scaling", "norm of B"):
         table.add_column(column)
-    file = Checkpoint(find(directory) / WEIGHTS)
+    file = Checkpoint(found.weights)
+    for name, tensors in factor_names(sorted(file.shapes)).items():
+        module = checkpoint_module(name)
+        norms = {factor: float(np.linalg.norm(file.read(t).astype(np.float32))) for factor, t in tensors.items()}
+        # An update is zero when one of its factors is.
+        last = "A" if "lora_embedding" in tensors.get("A", "") else "B"
+        shown = f"{norms[last]:.4f}" if last in norms and all(norms.values()) else "0 (untrained)"
+        shown = shown if len(norms) == 2 else f"lora_{'B' if 'A' in norms else 'A'} is missing"
+        table.add_row(module, str(config.rank_of(module)), f"{config.scaling_of(module):g}", shown)
     for name in sorted(file.shapes):
-        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
-        if not part:
-            if not name.endswith(".base_layer.weight"):  # the original of an adapted embedding, which PEFT writes too
-                table.add_row(module, "whole", "", "")
-        elif part in _ZERO_AT_FIRST:
-            norm = float(jnp.linalg.norm(jnp.asarray(file.read(name), jnp.float32)))
-            table.add_row(
-                module,
-                str(config.rank_of(module)),
-                f"{config.scaling_of(module):g}",
-                f"{norm:.4f}" if norm else "0 (untrained)",
-            )
+        # The original of an adapted embedding, which PEFT writes too, is not trained.
+        if found.layout == PEFT and ".lora_" not in name and not name.endswith(".base_layer.weight"):
+            table.add_row(name.removeprefix(PREFIX), "whole", "", "")
     return table

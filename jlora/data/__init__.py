@@ -13,6 +13,7 @@ from jlora.data.preview import preview as preview
 from jlora.data.preview import summary as summary
 from jlora.data.records import read_records as read_records
 from jlora.data.sources import EVAL_FRACTION as EVAL_FRACTION
+from jlora.data.sources import is_hub_data as is_hub_data
 from jlora.data.sources import kind_of as kind_of
 from jlora.data.sources import load_data as load_data
 from jlora.data.sources import split_records as split_records

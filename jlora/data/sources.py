@@ -123,6 +123,12 @@ def kind_of(source: Source) -> str:
     return "records"
 
 
+def is_hub_data(name: str) -> bool:
+    """Whether a name can only be the id of a hub data set: it has the form of one, no file's ending, and is no file here."""
+    suffix = Path(name).suffix.lower()
+    return bool(_HUB_ID.fullmatch(name)) and suffix not in (*_KINDS, *_FOREIGN) and not Path(name).exists()
+
+
 def split_records(
     records: list[tuple[str, Record]], *, eval_fraction: float, seed: int
 ) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:

@@ -8,7 +8,6 @@ Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/
 `src/llama-adapter.cpp`.
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -26,11 +25,11 @@ from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf import layer_rows
 from jlora.io.names import mismatches
 from jlora.io.peft import check_config, without_residuals
+from jlora.io.updates import check_shapes, kernel_shapes, more_than_updates
 from jlora.io.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
 from jlora.models.layers import rope_frequencies
-from jlora.quant import QuantizedTensor
 
 GGUFDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 DEFAULT_DTYPE: GGUFDtype = "q8_0"
@@ -233,33 +232,14 @@ def _check_params(model: Model, params: Params) -> None:
 
 def _check_adapter(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
     """Refuses what llama.cpp's adapters do not hold."""
-    other = [
-        path
-        for path, leaf in flatten(params).items()
-        if is_weight(leaf) and not isinstance(leaf, LoraWeight | QuantizedTensor)
-    ]
-    other += [module for module, weight in modules.items() if _is_more_than_lora(weight)]
-    kernels = {module_path(p): x for p, x in flatten(abstract_params(model)).items() if p.endswith("/kernel")}
-    other += [module for module in modules if module not in kernels]
+    kernels = kernel_shapes(model)
+    other = more_than_updates(params, modules) + [module for module in modules if module not in kernels]
     if other:
         raise ValueError(
             "A GGUF adapter holds low-rank updates of the checkpoint's linear kernels and nothing else; this one has more: "
             f"{', '.join(dict.fromkeys(other[:5]))}. Write the merged model with `save_gguf`."
         )
-    shapes = {module: (w.lora_A.shape[0], w.lora_B.shape[1]) for module, w in modules.items()}
-    problems = mismatches({module: kernels[module].shape for module in modules}, shapes)
-    if problems:
-        raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
-
-
-_LORA_FIELDS = {"base", "lora_A", "lora_B", "scaling", "dropout", "key"}
-
-
-def _is_more_than_lora(weight: LoraWeight) -> bool:
-    """Whether the value has a child that a plain LoRA lacks, or a base that is not a kernel of the checkpoint."""
-    extra = [field.name for field in dataclasses.fields(weight) if field.name not in _LORA_FIELDS]
-    nested = is_weight(weight.base) and not isinstance(weight.base, QuantizedTensor)
-    return nested or any(getattr(weight, name) is not None for name in extra)
+    check_shapes(modules, kernels)
 
 
 def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:

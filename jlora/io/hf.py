@@ -16,6 +16,7 @@ from jlora._tree import flatten, is_weight, nest, per_layer_paths, split_layer_p
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_sharded
 from jlora.io.bnb import STATE_SUFFIX, QuantState, quantization_config, to_tensors
+from jlora.io.hub import is_hub_id
 from jlora.io.names import (
     FLOATS,
     HEAD,
@@ -160,7 +161,7 @@ def find(name: str | os.PathLike) -> Path:
     if directory.is_dir():
         return directory
     text = os.fspath(name)
-    if directory.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if not is_hub_id(text):
         raise FileNotFoundError(
             f"{text!r} is not a directory. Pass a Hugging Face model directory, or a hub id such as 'gpt2'."
         )

@@ -5,19 +5,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora._modules import HEADS, describe, is_embedding, layer_paths, module_path
-from jlora._tree import flatten, is_weight, map_with_path
+from jlora._modules import HEADS, describe, is_embedding, module_path
+from jlora._tree import flatten, is_weight
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
-from jlora.io.names import FLOATS, mismatches, wrong_dtypes
+from jlora.formats.adapters import CONFIG, PEFT, AdapterDirectory, refuse_other_layout
+from jlora.io.stored import StoredAdapter, lora_modules
 from jlora.lora import (
     AdaptedWeight,
     FullWeight,
@@ -27,14 +26,11 @@ from jlora.lora import (
     adapted_modules,
     add_lora,
     remove_lora,
-    stack_adapters,
 )
 from jlora.lora.config import ALL_LINEAR
 from jlora.lora.targets import select, select_biases, select_whole
 
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
 _WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(.*\.)?bias$)")
 
@@ -52,13 +48,15 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         base_model: hub id or directory of the base, for `base_model_name_or_path`.
 
     Raises:
+        FileExistsError: when the directory holds an adapter in mlx-lm's layout.
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
+    refuse_other_layout(directory, PEFT)
     check_config(params, config)
     if config.init == "pissa":
         params, config = without_residuals(params, config)
     leaves = adapted_leaves(_trained_half(params))
-    modules = _lora_modules(leaves)
+    modules = lora_modules(leaves)
     tensors = {}
     for path, weight in leaves.items():
         for field, (name, transposed) in _stored_as(path, weight, modules).items():
@@ -82,7 +80,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(directory / WEIGHTS, tensors)
+    save_tensors(directory / PEFT.weights, tensors)
     # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
     text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
     (directory / CONFIG).write_text(text + "\n")
@@ -115,11 +113,6 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConf
 
 def _trained_half(params: Params) -> Any:
     return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
-
-
-def _lora_modules(paths: Mapping[str, Any]) -> set[str]:
-    """Modules with a low-rank update, among adapted leaves by per-layer path."""
-    return {module_path(path) for path, weight in paths.items() if isinstance(weight, LoraWeight)}
 
 
 def _is_conv1d(module: str) -> bool:
@@ -176,68 +169,14 @@ def check_config(params, config: LoraConfig) -> None:
         )
 
 
-def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]:
-    """Unadapted parameters with the adapter of a PEFT directory on them.
-
-    Args:
-        directory: holds `adapter_config.json` and `adapter_model.safetensors`, written by `save_adapter` or by PEFT.
-        params: unadapted, per-layer or stacked.
-
-    Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: for features that are not represented, and for missing, unexpected or mis-shaped tensors, all in
-            one error: an adapter that loads in part would silently give other outputs.
-    """
-    directory = Path(directory)
-    config = LoraConfig.load(directory)
-    if not (directory / WEIGHTS).is_file():
-        legacy = (directory / "adapter_model.bin").is_file()
-        raise FileNotFoundError(
-            f"There is no {WEIGHTS} in {str(directory)!r}."
-            + (" Convert adapter_model.bin: load it in PEFT and call `save_pretrained(directory)`." if legacy else "")
-        )
+def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
+    """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
+    config, file = LoraConfig.from_peft(found.fields), Checkpoint(found.weights)
     # What is trained is replaced below: the key is of no consequence.
-    adapted = add_lora(params, _without_idle_bias(config, params), key=jax.random.key(0))
-    stored = _Stored(adapted)
-    file = Checkpoint(directory / WEIGHTS)
-    ignorable = [*stored.bases(), *stored.copies(file)]
-    shapes = stored.shapes()
-    problems = mismatches(shapes, file.shapes, ignorable) + stored.other_bases(file)
-    problems += wrong_dtypes(dict.fromkeys(shapes, FLOATS), file.dtypes)
-    if problems:
-        raise ValueError(
-            f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
-            + "\n  ".join(problems)
-            + "\nNothing was loaded. Check that it was trained on this base model."
-        )
-    return map_with_path(lambda path, leaf: stored.read(file, path, leaf), adapted)
-
-
-def load_adapters(directory: str | os.PathLike, params: Params) -> Any:
-    """Unadapted parameters with all adapters of a directory on them, side by side: choose with `route(params, name)`.
-
-    Args:
-        directory: holds an adapter directory for each name, as PEFT's `save_pretrained` lays out a model with several; an
-            adapter in `directory` itself is called "default".
-        params: unadapted, per-layer or stacked.
-
-    Raises:
-        FileNotFoundError: when there is no adapter.
-        ValueError: as in `load_adapter` and `stack_adapters`.
-    """
-    found = adapter_directories(directory)
-    if not found:
-        raise FileNotFoundError(
-            f"There are no adapters in {os.fspath(directory)!r}: neither it nor a directory in it has an {CONFIG}."
-        )
-    return stack_adapters({name: load_adapter(path, params) for name, path in found.items()})
-
-
-def adapter_directories(directory: str | os.PathLike) -> dict[str, Path]:
-    """Name -> directory of every adapter in a directory; one in the directory itself is PEFT's "default"."""
-    directory = Path(directory)
-    found = {"default": directory} if (directory / CONFIG).is_file() else {}
-    return found | {path.parent.name: path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))}
+    stored = _PeftAdapter(add_lora(params, _without_idle_bias(config, params), key=jax.random.key(0)))
+    return stored.read(
+        file, found.path, ignorable=[*stored.bases(), *stored.copies(file)], also=stored.other_bases(file)
+    )
 
 
 def _without_idle_bias(config: LoraConfig, params: Params) -> LoraConfig:
@@ -246,24 +185,11 @@ def _without_idle_bias(config: LoraConfig, params: Params) -> LoraConfig:
     return dataclasses.replace(config, bias="none") if idle else config
 
 
-class _Stored:
-    """Where the trained children of an adapted tree lie in its file."""
+class _PeftAdapter(StoredAdapter):
+    """A PEFT adapter, and what PEFT writes beside it."""
 
-    def __init__(self, adapted: Params):
-        self.leaves = {path: leaf for path, leaf in flatten(adapted).items() if isinstance(leaf, AdaptedWeight)}
-        rows = {row: leaf for path, leaf in self.leaves.items() for row in layer_paths(path, leaf.lead)}
-        self.modules = _lora_modules(rows)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the file -> shape."""
-        shapes = {}
-        for path, leaf in self.leaves.items():
-            rows = layer_paths(path, leaf.lead)
-            for row in rows:
-                for field, (name, transposed) in _stored_as(row, leaf, self.modules).items():
-                    shape = getattr(leaf, field).shape[0 if rows == [path] else 1 :]
-                    shapes[name] = shape[::-1] if transposed else shape
-        return shapes
+    def stored_as(self, path, weight):
+        return _stored_as(path, weight, self.modules)
 
     def bases(self) -> dict[str, str]:
         """Name -> leaf path of the adapted embeddings and heads: PEFT writes their base too, in case it was resized."""
@@ -294,25 +220,3 @@ class _Stored:
                     f"other base: {name} {theirs.shape} differs from {path!r} {ours.shape} of these parameters"
                 )
         return lines
-
-    def read(self, file: Checkpoint, path: str, leaf: Any) -> Any:
-        """The leaf with its trained children from the file."""
-        if not isinstance(leaf, AdaptedWeight):
-            return leaf
-        rows = layer_paths(path, leaf.lead)
-        names = [_stored_as(row, leaf, self.modules) for row in rows]
-
-        def child(field):
-            arrays = [file.read(name).astype(np.float32) for name, _ in (of_row[field] for of_row in names)]
-            arrays = [array.T if names[0][field][1] else array for array in arrays]
-            return jnp.asarray(arrays[0] if rows == [path] else np.stack(arrays))
-
-        return leaf.with_children(**{field: child(field) for field in names[0]})
-
-
-def base_model_of(directory: str | os.PathLike) -> str | None:
-    """The base model that an adapter's config names."""
-    path = Path(directory) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no adapter_config.json in {os.fspath(directory)!r}.")
-    return json.loads(path.read_text()).get("base_model_name_or_path")

@@ -1,15 +1,16 @@
 """`LoraConfig`: which kernels are adapted, and how; PEFT's fields under PEFT's meaning."""
 
 import dataclasses
-import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jlora._modules import ALL_LINEAR
+from jlora.formats import Checkpoint
+from jlora.formats.adapters import MLX, open_adapter
+from jlora.formats.mlx import MlxConfig, updated_modules
 
 INITS = ("kaiming", "gaussian", "pissa")
 BIASES = ("none", "lora_only", "all")
@@ -146,26 +147,35 @@ class LoraConfig:
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "LoraConfig":
-        """The config of a saved adapter, from its `adapter_config.json`.
+        """The config of a saved adapter, PEFT's or mlx-lm's, from its `adapter_config.json`.
+
+        mlx-lm's names modules by the number of blocks from the end, so what it means is read from the names of its tensors.
 
         Raises:
             FileNotFoundError: when there is none.
             ValueError: for a file that is not a JSON object, and for a feature that jlora does not represent, by its
-                PEFT name.
+                PEFT or mlx-lm name.
         """
-        path = Path(directory) / "adapter_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"No adapter at {str(directory)!r}: there is no adapter_config.json. Pass the directory that "
-                "`jlora.save_adapter` or PEFT's `save_pretrained` wrote (after `jlora finetune`: OUTPUT/adapter)."
-            )
-        try:
-            fields = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Write or download it again.") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
-        return cls.from_peft(fields)
+        found = open_adapter(directory)
+        if found.layout == MLX:
+            return cls.from_mlx(found.fields, Checkpoint(found.weights).shapes)
+        return cls.from_peft(found.fields)
+
+    @classmethod
+    def from_mlx(cls, fields: Mapping[str, Any], tensors: Iterable[str]) -> "LoraConfig":
+        """From the fields of an mlx-lm `adapter_config.json` and the names of the adapter's tensors."""
+        config = MlxConfig.from_json(fields)
+        targets, layers = config.targets(updated_modules(tensors))
+        if not targets:
+            raise ValueError(f"{MLX.weights} holds no `lora_a`: there is no adapter in it. Write or download it again.")
+        return cls(
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=targets,
+            dropout=config.dropout,
+            use_dora=config.use_dora,
+            layers_to_transform=layers,
+        )
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
