@@ -251,6 +251,32 @@ def test_generate(finetuned, tmp_path, jlora_):
     assert "The tide" in said and "Old [bold]rope[/bold]" in said
 
 
+def test_several_adapters(finetuned, gpt2_dir, tmp_path, jlora_, fails):
+    """A directory of adapters: each continues each prompt as it does alone; other commands ask which one."""
+    _, params = jlora.load(gpt2_dir)
+    for name, seed in (("gull", 1), ("tide", 2)):
+        config = jlora.LoraConfig(rank=2 * seed, targets=["c_attn"])
+        adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(seed)))
+        tree = jlora.combine(
+            jax.tree.map(lambda x: x + 0.3 * np.sin(np.arange(x.size).reshape(x.shape)), adapter), base
+        )
+        jlora.save_adapter(tmp_path / "voices" / name, tree, config=config, base_model=gpt2_dir)
+    flags = ["--prompts", "The keeper", "--temperature", 0, "--max-new-tokens", 6]
+    together = jlora_("generate", "--adapter", tmp_path / "voices", *flags)
+    alone = {name: jlora_("generate", "--adapter", tmp_path / "voices" / name, *flags) for name in ("gull", "tide")}
+    assert together == "".join(f"{name}: {said}" for name, said in alone.items())
+    assert alone["gull"] != alone["tide"]
+    assert jlora_("inspect", "--adapter", tmp_path / "voices").count("(PEFT): base") == 2
+    said = fails("merge", "--adapter", tmp_path / "voices", "--output", tmp_path / "merged")
+    assert "one of the adapters in it" in said and "gull" in said and "tide" in said
+    config = json.loads((tmp_path / "voices" / "tide" / "adapter_config.json").read_text())
+    (tmp_path / "voices" / "tide" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "another"})
+    )
+    said = fails("generate", "--adapter", tmp_path / "voices", *flags)
+    assert "name different base models" in said and "another" in said
+
+
 def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
     output = tmp_path / "merged"
     shown = jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
@@ -364,7 +390,7 @@ def test_resume_with_other_flags(finetuned, fails):
         ("evaluate --model {gpt2}", "Give --data"),
         ("evaluate --data {text}", "Give --model, or an --adapter"),
         ("evaluate --model {llama} --adapter {adapter} --data {text}", "c_attn"),
-        ("evaluate --adapter {gpt2} --data {text}", "There is no adapter_config.json"),
+        ("evaluate --adapter {gpt2} --data {text}", "there is no adapter_config.json"),
         ("generate --model {gpt2}", "Give at least one prompt"),
         ("generate --model {gpt2} --prompts-file nowhere", "There is no prompts file 'nowhere'"),
         ("compare --model {gpt2} --prompts a", "give --adapter"),

@@ -25,7 +25,7 @@ class Weights:
     model: str | None = None
     """Hugging Face directory or hub id; default: the base that --adapter names."""
     adapter: str | None = None
-    """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's."""
+    """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's. (`jlora generate`: or of several of them.)"""
     quantize: Literal["nf4", "int8", "int4"] | None = None
     """Pack the base's linear kernels, as `jlora finetune --quantize` did."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -1,28 +1,35 @@
 """`jlora generate`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from jlora.cli.base import Weights, load_weights
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
+from jlora.formats.adapters import adapter_directories
 from jlora.generation import generate
+from jlora.io import base_model_of, load_adapters
+from jlora.lora import route
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Prompts, Weights):
-    """Continue prompts, with or without an adapter."""
+    """Continue prompts, with or without an adapter; with each of them where --adapter DIR holds several."""
 
 
 def run(options: Generate) -> None:
     found = read_prompts(options)
-    model, params, tokenizer = load_weights(options)
+    model, params, tokenizer, names = load_choices(options)
     prompts = encode_prompts(found, options, tokenizer)
+    jobs = [(text, ids, name) for text, ids in prompts for name in names or ("",)]
+    if names:
+        params = route(params, [name for _, _, name in jobs])
     rows = generate(
         model,
         params,
-        [ids for _, ids in prompts],
+        [ids for _, ids, _ in jobs],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -30,6 +37,28 @@ def run(options: Generate) -> None:
         key=jax.random.key(options.seed),
     )
     console = Console(highlight=False, markup=False)
-    for (text, _), row in zip(prompts, rows, strict=True):
+    for (text, _, name), row in zip(jobs, rows, strict=True):
+        if name:
+            console.print(f"{name}: ", style="bold", end="")
         console.print(text, style="dim", end="" if options.template == "none" else "\n")
         console.print(tokenizer.decode(row, skip_special_tokens=True) + "\n", soft_wrap=True)
+
+
+def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:
+    """(model, parameters, tokenizer, names of the adapters in them to choose from: none where there is one or none).
+
+    Raises:
+        ValueError: when the adapters name different bases and no model is given.
+    """
+    found = adapter_directories(weights.adapter) if weights.adapter else {}
+    if set(found) <= {"default"}:
+        return *load_weights(weights), ()
+    bases = {base_model_of(path) for path in found.values()}
+    if weights.model is None and len(bases) > 1:
+        raise ValueError(
+            f"The adapters in {weights.adapter!r} name different base models: {', '.join(sorted(map(str, bases)))}. Give the one "
+            "they are to share with --model, or one of the adapters."
+        )
+    base = dataclasses.replace(weights, model=weights.model or bases.pop(), adapter=None)
+    model, params, tokenizer = load_weights(base)
+    return model, load_adapters(str(weights.adapter), params), tokenizer, tuple(found)

@@ -14,7 +14,7 @@ from jlora._tree import flatten
 from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
-from jlora.formats.adapters import PEFT, open_adapter
+from jlora.formats.adapters import PEFT, adapter_directories, open_adapter
 from jlora.formats.mlx import checkpoint_module
 from jlora.io import find, load_tokenizer, read_config
 from jlora.io.adapters import factor_names
@@ -36,7 +36,8 @@ class Inspect(EvaluationData, Weights):
 def run(options: Inspect) -> None:
     console = Console(highlight=False)
     if options.adapter is not None:
-        console.print(adapter_table(options.adapter))
+        for directory in adapter_directories(options.adapter).values() or (options.adapter,):
+            console.print(adapter_table(str(directory)))
     if options.data is not None:
         show_data(options, console)
     elif options.adapter is None:

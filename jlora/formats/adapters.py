@@ -68,9 +68,15 @@ def open_adapter(directory: str | os.PathLike) -> AdapterDirectory:
     directory = Path(directory)
     path = directory / CONFIG
     if not path.is_file():
+        inside = [str(path) for path in adapter_directories(directory).values()]
         raise FileNotFoundError(
-            f"No adapter at {str(directory)!r}: there is no adapter_config.json. Pass the directory that "
-            "`jlora.save_adapter`, PEFT's `save_pretrained` or mlx-lm wrote (after `jlora finetune`: OUTPUT/adapter)."
+            f"No adapter at {str(directory)!r}: there is no adapter_config.json. "
+            + (
+                f"Pass one of the adapters in it: {', '.join(inside)}."
+                if inside
+                else "Pass the directory that `jlora.save_adapter`, PEFT's `save_pretrained` or mlx-lm wrote (after `jlora "
+                "finetune`: OUTPUT/adapter)."
+            )
         )
     try:
         fields = json.loads(path.read_text())
