@@ -332,7 +332,7 @@ def test_resume_with_other_flags(finetuned, fails):
         ("evaluate --model {gpt2}", "Give --data"),
         ("evaluate --data {text}", "Give --model, or an --adapter"),
         ("evaluate --model {llama} --adapter {adapter} --data {text}", "c_attn"),
-        ("evaluate --adapter {gpt2} --data {text}", "There is no adapter_config.json"),
+        ("evaluate --adapter {gpt2} --data {text}", "there is no adapter_config.json"),
         ("generate --model {gpt2}", "Give at least one prompt"),
         ("generate --model {gpt2} --prompts-file nowhere", "There is no prompts file 'nowhere'"),
         ("compare --model {gpt2} --prompts a", "give --adapter"),
