@@ -486,6 +486,9 @@ def test_a_wrong_token(hub, finetuned, fails, monkeypatch):  # noqa: F811
 def test_nobody_answers(hub, finetuned, fails, monkeypatch):  # noqa: F811
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "Check the repository's name, the network and HF_ENDPOINT" in fails("push", finetuned, REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said = fails("push", finetuned, REPO)
+    assert "OfflineModeIsEnabled" in said and "offline mode" in said and ".." not in said
 
 
 def test_a_name_that_is_none(hub, finetuned, fails):  # noqa: F811

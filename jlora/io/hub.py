@@ -111,7 +111,7 @@ def _explained(repo: str, state: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:  # the client raises dozens of unrelated types; which ones depends on its version
-        status, said = _status(error), " ".join(str(error).split())[:400]
+        status, said = _status(error), " ".join(str(error).split())[:400].rstrip(".")
         if status is None:
             why = f"{type(error).__name__}: {said}. Check the repository's name, the network and HF_ENDPOINT."
         elif status in _ADVICE:
