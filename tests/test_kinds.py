@@ -573,6 +573,21 @@ def test_a_config_of_another_kind_is_not_written(loaded, tmp_path):
     assert (fields["r"], fields["lora_alpha"], fields["init_lora_weights"]) == (4, 32.0, True)
 
 
+def test_a_residual_that_peft_draws_anew_is_refused_with_the_reason(tmp_path):
+    theirs = wrapped("llama", target_modules=["q_proj"], init_lora_weights="pissa_niter_1")
+    theirs.save_pretrained(tmp_path)
+    loads = []
+    for seed in (0, 1):
+        base = make_torch_model("llama")
+        torch.manual_seed(seed)
+        loads.append(torch_logits(peft.PeftModel.from_pretrained(base, tmp_path).eval()))
+    assert np.abs(loads[0] - loads[1]).max() > 1e-2, "then its residual can be computed again"
+    with pytest.raises(
+        ValueError, match=r"(?s)init_lora_weights = 'pissa_niter_1'.*random projection, anew at every load"
+    ):
+        LoraConfig.load(tmp_path)
+
+
 def test_a_tied_adapter_of_peft_is_refused_by_name():
     fields = {"peft_type": "LORA", "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     with pytest.raises(ValueError, match="ensure_weight_tying = True"):

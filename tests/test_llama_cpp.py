@@ -158,10 +158,10 @@ def test_scaled_rotary_frequencies_are_read(loaded, tmp_path):
     assert np.abs(scaled - unscaled).max() > 1e-1
 
 
-@pytest.mark.parametrize(("dtype", "nats"), [("f16", 1e-6), ("bf16", 1e-3), ("q8_0", 1e-3)])
+@pytest.mark.parametrize(("dtype", "nats"), [("f16", 1e-6), ("bf16", 2e-4), ("q8_0", 1e-3)])
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_smaller_weights_keep_the_distributions(name, dtype, nats, loaded, tmp_path):
-    """The embedded models are stored in float16. llama.cpp rounds activations to the weights' type before each product."""
+    """Measured 4e-7, 5e-5 and 4e-4 nats. llama.cpp rounds activations to the weights' type before each product."""
     model, params, tokenizer = loaded(name)
     ids = tokenizer(PROMPT)["input_ids"]
     logits, _ = read(written(tmp_path / "model.gguf", model, params, tokenizer, dtype), ids)

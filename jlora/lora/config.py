@@ -188,9 +188,11 @@ class LoraConfig:
             unsupported["init_lora_weights"] = init
         if unsupported:
             listed = "\n  ".join(f"{k} = {v!r}" for k, v in sorted(unsupported.items()))
+            reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
             raise ValueError(
                 f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
                 "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
+                f"{reason}"
             )
         if fields.get("target_modules") is None:
             raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
@@ -249,6 +251,12 @@ _NEUTRAL = {
     "monteclora_config": _OFF,
     "velora_config": _OFF,
 }
+
+_RANDOM_RESIDUAL = (
+    " (The base that a 'pissa_niter_N' adapter goes onto is a residual that PEFT takes from a random projection, anew at every "
+    "load: only the process that trained it has the right one. Merge there, or write plain LoRA with `save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…)`.)"
+)
 
 
 def _names(value):
