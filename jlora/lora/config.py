@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jlora._modules import ALL_LINEAR
+from jlora._modules import ALL_LINEAR, pattern_matches
 
 INITS = ("kaiming", "gaussian", "pissa")
 BIASES = ("none", "lora_only", "all")
@@ -254,8 +254,3 @@ def _first_match(pattern: Mapping[str, Any], module: str, default):
         if pattern_matches(key, module):
             return value
     return default
-
-
-def pattern_matches(key: str, module: str) -> bool:
-    """PEFT's rule for `rank_pattern` keys: a regular expression for the module path or its dotted end."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
