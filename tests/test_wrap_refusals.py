@@ -60,7 +60,7 @@ def _callback(x, w):
 HARD = {
     "sum": lambda x, w: jnp.sum(w) * x,
     "weight norm": lambda x, w: x @ (w / jnp.linalg.norm(w, axis=0)),
-    "spectral norm": lambda x, w: x @ w / jnp.linalg.norm(w @ (w.T @ jnp.ones(D))),
+    "spectral norm": lambda x, w: x @ w / jnp.linalg.svd(w, compute_uv=False)[0],
     "two weights": lambda x, w: x @ (w @ w),
     "changing carry": lambda x, w: lax.scan(lambda c, _: ((c[0] @ c[1], c[1] * 0.5), None), (x, w), None, length=2)[0][0],
     "changing carry of while": lambda x, w: lax.fori_loop(0, jnp.int32(2), lambda i, c: (c[0] @ c[1], c[1] * 0.5), (x, w))[0],

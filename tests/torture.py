@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxprs import walk
 
 import jlora
 from jlora import LoraConfig
@@ -39,6 +42,8 @@ class Program:
     """Whether a quantized base is for this program."""
     differentiable: bool = True
     """Whether reverse mode goes through it, and through the same program on dense weights."""
+    maps: bool = True
+    """Whether JAX maps it."""
 
 
 PROGRAMS: dict[str, Program] = {}
@@ -370,8 +375,49 @@ _add(
     one(lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3], jnp.int32))),
     {"w": ((L, D, E), "bio")},
     quantized=False,
+    maps=False,  # a ragged_dot over unmapped groups is not implemented
 )
 
+# Those that `make test` runs with quantized bases too; `make slow` runs all.
+BOTH = frozenset(
+    (
+        "matmul",
+        "transpose",
+        "astype",
+        "traced_scalar",
+        "heads_permuted_and_merged",
+        "kernel_iio",
+        "kernel_oi",
+        "einsum do,td->ot",
+    )
+    + (
+        "dot_general batch",
+        "subset of outputs",
+        "inner jit cached",
+        "remat default",
+        "scan",
+        "scan remat",
+        "scan reverse",
+    )
+    + (
+        "nested scan",
+        "traced index of a stack",
+        "vmap over weights",
+        "cond",
+        "fori carry",
+        "take fill",
+        "tied head",
+        "conv strided",
+    )
+    + (
+        "fused, split",
+        "traced slice",
+        "concatenated outputs",
+        "list of mixed ranks",
+        "stacks joined",
+        "cast outside, scan inside",
+    )
+)
 KINDS = ("lora", "lora on nf4", "nf4")
 DTYPES = ("float32", "bfloat16")
 
@@ -397,3 +443,92 @@ def make(program: Program, kind: str, dtype: str) -> tuple[dict[str, Any], jax.A
             for n, w in params.items()
         }
     return params, jax.random.normal(next(keys), program.x).astype(dtype)
+
+
+# Relative to the norm. float32: sums in another order. bfloat16: the merged weight is rounded to 8 bits, while base and
+# update are not rounded to each other; gradients likewise, and a relu's gate may fall to the other side.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
+
+
+def rows(loops: bool):
+    """The list as pytest parameters: every program with every kind of weight and dtype, most of it slow."""
+    for name, program in PROGRAMS.items():
+        for kind in KINDS if program.quantized else ("lora",):
+            for dtype in DTYPES:
+                if program.loops == loops:
+                    quick = (
+                        (kind, dtype) == ("lora", "float32")
+                        or (kind, dtype) == ("lora on nf4", "bfloat16")
+                        and name in BOTH
+                    )
+                    yield pytest.param(
+                        name, kind, dtype, id=f"{name}-{kind}-{dtype}", marks=() if quick else pytest.mark.slow
+                    )
+
+
+def assert_close(mine, theirs, tolerance):
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape and np.isfinite(a).all()
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error <= tolerance, f"{error:.2e} of the norm"
+
+
+def assert_factored(jaxpr, program, kind):
+    """No product of the size of a kernel, and in loops no dense stack of a quantized base."""
+    shapes = [shape for shape, _ in program.weights.values()]
+    # Of a stack also a row of it.
+    kernels = [sorted(shape[roles.count("b") if roles else 0 :]) for shape, roles in program.weights.values()]
+    stacks = [math.prod(shape) for shape, roles in program.weights.values() if roles and roles[0] == "b"]
+    for eqn in walk(jaxpr.jaxpr):
+        for var in eqn.outvars:
+            shape = var.aval.shape
+            if eqn.primitive.name == "dot_general":
+                assert sorted(shape) not in [*map(sorted, shapes), *kernels], f"a product {shape}: {eqn}"
+            if program.loops and "nf4" in kind and jnp.issubdtype(var.aval.dtype, jnp.floating):
+                assert math.prod(shape) not in stacks, f"a dense stack {shape}: {eqn.primitive}"
+
+
+def check(name: str, kind: str, dtype: str) -> None:
+    """What a program must show: factored, equal to the merged function, with its gradients, and other than the base."""
+    program = PROGRAMS[name]
+    params, x = make(program, kind, dtype)
+    wrapped = jlora.wrap(program.fn)
+    report = wrapped.check(params, x)
+    assert report.ok and not report.materialized and report.totals()["factored"] >= len(params), str(report)
+
+    adapted = "lora" in kind
+    train, frozen = jlora.split(params) if adapted else (None, params)
+
+    def of(fn, prepare):
+        """Value, the same under vmap, and the gradients of x and the adapter of a fixed functional of the value."""
+
+        def run(train, x):
+            return fn(prepare(jlora.combine(train, frozen) if adapted else frozen), x)
+
+        def functional(train, x):
+            y = run(train, x).astype(jnp.float32)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+        def everything(train, x):
+            grads = jax.grad(functional, (0, 1) if adapted else (1,))(train, x) if program.differentiable else ()
+            mapped = jax.vmap(run, (None, 0))(train, x[None])[0] if program.maps else run(train, x)
+            return run(train, x), mapped, grads
+
+        return everything
+
+    mine, theirs = of(wrapped, lambda p: p), of(program.fn, jlora.merge)
+    jaxpr = jax.make_jaxpr(mine)(train, x)
+    assert_factored(jaxpr, program, kind)
+
+    @jax.jit
+    def compared(train, x):
+        base = wrapped(jlora.remove_lora(params), x) if adapted else None
+        return mine(train, x), theirs(train, x), base
+
+    (y, y_vmapped, grads), (y_merged, _, grads_merged), base = compared(train, x)
+    tolerance = TOLERANCE["bfloat16" if "bf16[" in str(jaxpr) else "float32"]
+    assert_close((y, y_vmapped), (y_merged, y_merged), tolerance)
+    assert_close(grads, grads_merged, tolerance)
+    if adapted:
+        assert float(jnp.abs(base.astype(jnp.float32) - y.astype(jnp.float32)).max()) > 1e-3

@@ -16,7 +16,7 @@ from jlora.lora import AdaptedWeight
 from jlora.wrapping.interpreter import Context, Recorder, policy_of
 from jlora.wrapping.liveness import needed
 from jlora.wrapping.report import RETURNED, UNUSED, Report, Use
-from jlora.wrapping.values import factored, is_value
+from jlora.wrapping.values import check_kind, factored, is_value
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,6 +127,8 @@ class Wrapped(Generic[P, R]):
         leaves = [leaf for _, leaf in found]
         traced = [k for k, leaf in enumerate(leaves) if _is_traced(leaf)]
         paths = {k: _path(self._fn, key_path) for k, (key_path, leaf) in enumerate(found) if is_weight(leaf)}
+        for k, path in paths.items():
+            check_kind(leaves[k], path)
         shapes = {}
 
         def flat(*arrays):

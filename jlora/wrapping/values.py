@@ -382,27 +382,33 @@ def _seen(lead: int, roles: str) -> tuple[int, ...]:
     return (*range(lead), *(lead + places[axis] for axis in range(len(roles))))
 
 
-KINDS = {LoraWeight: _from_lora, NF4Tensor: _from_quantized, QuantizedTensor: _from_quantized}
+KINDS = {
+    LoraWeight: _from_lora,
+    FullWeight: lambda w, path: w.dense(),
+    NF4Tensor: _from_quantized,
+    QuantizedTensor: _from_quantized,
+}
 """What each kind of weight is to the interpreter; a `FullWeight` is the array that is trained. Other kinds are refused."""
 
 
-def factored(w: Weight, path: str) -> Any:
-    """What stands for an argument.
-
-    Raises:
-        TypeError: for a kind of weight that is in no table here, and for the half of one that `split` made.
+def check_kind(w: Weight, path: str) -> None:
+    """Raises:
+    TypeError: for a kind of weight that is in no table here, and for the half of one that `split` made.
     """
     if any(getattr(w, name, 0) is None for name in ("base", "lora_A", "lora_B", "value")):
         raise TypeError(
             f"{path!r} is one half of a {type(w).__name__}: the other went elsewhere in `split`. Pass "
             "`combine(adapter, base)` to the wrapped function."
         )
-    if isinstance(w, FullWeight):
-        return w.dense()
     if type(w) not in KINDS:
-        known = ", ".join(kind.__name__ for kind in (*KINDS, FullWeight))
         raise TypeError(
-            f"`jlora.wrap` does not know how a {type(w).__name__} is used, the weight at {path!r}. It knows {known}; use this "
-            "one through `jlora.linear` and `jlora.embed`, or make it dense with `jlora.merge`."
+            f"`jlora.wrap` does not know how a {type(w).__name__} is used, the weight at {path!r}. It knows "
+            f"{', '.join(kind.__name__ for kind in KINDS)}; use this one through `jlora.linear` and `jlora.embed`, or make it "
+            "dense with `jlora.merge`."
         )
+
+
+def factored(w: Weight, path: str) -> Any:
+    """What stands for an argument."""
+    check_kind(w, path)
     return KINDS[type(w)](w, path)
