@@ -15,7 +15,7 @@ from jlora._typing import Array
 from jlora._weight import einsum
 from jlora.lora import embed, linear
 from jlora.wrapping.sides import SideOp
-from jlora.wrapping.values import Factored, Packed, Split, Unhandled, is_value
+from jlora.wrapping.values import Factored, Packed, Split, Unhandled, is_value, varying_alike
 from jlora.wrapping.views import Rule, cut
 
 CONSUMERS: dict[str, Rule] = {}
@@ -76,6 +76,7 @@ def multiply(ctx: Any, eqn: Any, x: Array, weight: Any, dims: Dims, precision: A
     if not isinstance(weight, Factored):  # a plain part of a `Split`
         y = jnp.einsum(_letters(x, weight.ndim, dims).spec(), x, weight, precision=precision)
         return y.astype(dtype)
+    x, weight = varying_alike(x, weight)
     side = _side(weight, dims)
     ctx.used(eqn, weight, FACTORED if side == "i" else TRANSPOSED)
     if _is_plain(weight, dims, side, precision):
@@ -294,6 +295,7 @@ def _convolution(ctx, eqn, values):
     if weight.magnitude is not None:
         raise Unhandled("DoRA is known for products with a whole kernel [in, out] alone")
     ctx.used(eqn, weight, FACTORED)
+    x, weight = varying_alike(x, weight)
     # The output axis is stored last, where a factor A has its rank: the same convolution takes both.
     convolve = _Convolution(eqn.primitive, tuple(eqn.params.items()), weight.axes)
     y = weight.times_base(convolve, x)
@@ -314,6 +316,7 @@ def _gather(ctx, eqn, values):
     weight, indices = values
     if is_value(indices) or not isinstance(weight, Factored):
         raise Unhandled("a lookup in concatenated weights")
+    indices, weight = varying_alike(indices, weight)
     axis = _looked_up(weight, eqn.params)
     ids, places = indices[..., 0], eqn.params["dimension_numbers"].offset_dims
     fill = _fill(weight, ids, axis, eqn)

@@ -314,6 +314,30 @@ class Split:
         return Split(tuple(fn(part) for part in self.parts), self.axis if axis is None else axis)
 
 
+def varying_alike(x: Array, weight: Factored) -> tuple[Array, Factored]:
+    """Inside `shard_map`: the operands of a product varying over the same mesh axes, which a `custom_vjp` insists on.
+
+    Their cotangents are summed over the axes along which they did not vary, as they are for JAX's own products.
+    """
+    leaves, treedef = jax.tree.flatten((x, weight))
+    axes = frozenset().union(*map(_varying, leaves))
+    return jax.tree.unflatten(treedef, [_vary(leaf, axes - _varying(leaf)) for leaf in leaves])
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The manual mesh axes along which an array differs from device to device."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)  # `vma` before jax 0.10
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    if not axes:
+        return x
+    names = tuple(sorted(axes))
+    return jax.lax.pcast(x, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, names)
+
+
 def is_value(x: Any) -> bool:
     return isinstance(x, Factored | Split)
 
