@@ -73,7 +73,7 @@ def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
     """
     stated, used = {}, set()
     for path, leaf in flatten(params).items():
-        modules = [module_path(p) for p in layer_paths(path, leaf)] if is_array(leaf) and leaf.ndim > 1 else []
+        modules = [module_path(p) for p in layer_paths(path, leaf)] if _may_be_kernel(path, leaf) else []
         pattern = next((p for p in patterns if any(pattern_matches(p, m) for m in modules)), None)
         if pattern is None:
             continue
@@ -87,12 +87,17 @@ def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
         stated[path] = roles
     dead = sorted(set(patterns) - used)
     if dead:
-        names = [module_path(p) for p, leaf in flatten(params).items() if is_array(leaf) and leaf.ndim > 1]
+        names = [module_path(p) for p, leaf in flatten(params).items() if _may_be_kernel(p, leaf)]
         raise ValueError(
             f"`roles` {dead[0]!r} matches no leaf with two axes or more.{nearest(dead[0], names)} Those there are: "
             f"{describe(names)}."
         )
     return stated
+
+
+def _may_be_kernel(path: str, leaf: Any) -> bool:
+    """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
+    return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
 
 
 def pattern_matches(key: str, module: str) -> bool:
