@@ -27,6 +27,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/quantize.py --output benchmarks/results/quantize_cpu.json
 	$(BIN)/python benchmarks/quantized_matmul.py --output benchmarks/results/quantized_matmul_cpu.json
 	$(BIN)/python benchmarks/large_model.py --output benchmarks/results/large_model_cpu.json
+	$(BIN)/python benchmarks/wrap_overhead.py --output benchmarks/results/wrap_overhead_cpu.json
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

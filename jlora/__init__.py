@@ -49,5 +49,6 @@ from jlora.quant import quantize as quantize
 from jlora.quant import quantize_params as quantize_params
 from jlora.report import compare as compare
 from jlora.train import evaluate as evaluate
+from jlora.wrapping import wrap as wrap
 
 __version__ = "0.1.0"

@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jlora._roles import check_roles
 from jlora._tree import flatten, layer_path, per_layer_paths, split_layer_path
 
 ALL_LINEAR = "all-linear"
@@ -22,26 +23,86 @@ def module_path(path: str) -> str:
 def layer_paths(path: str, leaf: Any) -> list[str]:
     """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
-    if layer_path(path, 0) is None or (path.endswith("/kernel") and leaf.ndim < 3):
+    if layer_path(path, 0) is None or not is_array(leaf) or (path.endswith("/kernel") and leaf.ndim < 3):
         return [path]
     return per_layer_paths(path, leaf.shape[0])
 
 
-def linear_kernels(params: Any) -> dict[str, str]:
+def is_array(leaf: Any) -> bool:
+    """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def linear_kernels(params: Any, roles: Mapping[str, str] | None = None) -> dict[str, str]:
     """Module path -> leaf path in `params` of every linear kernel, one entry for each layer of a stacked kernel.
 
-    A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked).
+    A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked);
+    and every leaf whose axes are stated in `roles`, by leaf path.
     """
-    leaves = flatten(params)
-    named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
     found = {}
-    for path, leaf in leaves.items():
-        if named and path.rpartition("/")[2] != "kernel":
-            continue
+    for path, leaf in _kernel_leaves(params, roles or {}).items():
         paths = layer_paths(path, leaf)
-        if leaf.ndim == 2 + (paths != [path]):
+        if path in (roles or {}) or leaf.ndim == 2 + (paths != [path]):
             found |= {module_path(p): path for p in paths}
     return found
+
+
+def unclear_kernels(params: Any, roles: Mapping[str, str]) -> dict[str, str]:
+    """Module path -> leaf path of what would be a linear kernel, but for axes that nobody has said the purpose of."""
+    found = {}
+    for path, leaf in _kernel_leaves(params, roles).items():
+        paths = layer_paths(path, leaf)
+        if path not in roles and leaf.ndim > 2 + (paths != [path]):
+            found |= {module_path(p): path for p in paths}
+    return found
+
+
+def _kernel_leaves(params: Any, roles: Mapping[str, str]) -> dict[str, Any]:
+    leaves = {path: leaf for path, leaf in flatten(params).items() if is_array(leaf)}
+    named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
+    return {
+        path: leaf for path, leaf in leaves.items() if not named or path in roles or path.rpartition("/")[2] == "kernel"
+    }
+
+
+def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
+    """Leaf path -> roles of its trailing axes, from module patterns (those of `rank_pattern`; the first match wins).
+
+    Raises:
+        ValueError: for roles that cannot be, do not fit a leaf's axes, or match no leaf.
+    """
+    stated, used = {}, set()
+    for path, leaf in flatten(params).items():
+        modules = [module_path(p) for p in layer_paths(path, leaf)] if _may_be_kernel(path, leaf) else []
+        pattern = next((p for p in patterns if any(pattern_matches(p, m) for m in modules)), None)
+        if pattern is None:
+            continue
+        used.add(pattern)
+        roles, stack = check_roles(patterns[pattern]), len(modules) > 1 or modules != [module_path(path)]
+        if leaf.ndim != len(roles) + stack:
+            raise ValueError(
+                f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {leaf.ndim - stack}"
+                f"{' besides the layers' * stack}: {tuple(leaf.shape)}. Give every axis one letter."
+            )
+        stated[path] = roles
+    dead = sorted(set(patterns) - used)
+    if dead:
+        names = [module_path(p) for p, leaf in flatten(params).items() if _may_be_kernel(p, leaf)]
+        raise ValueError(
+            f"`roles` {dead[0]!r} matches no leaf with two axes or more.{nearest(dead[0], names)} Those there are: "
+            f"{describe(names)}."
+        )
+    return stated
+
+
+def _may_be_kernel(path: str, leaf: Any) -> bool:
+    """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
+    return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
+
+
+def pattern_matches(key: str, module: str) -> bool:
+    """PEFT's rule for `rank_pattern` keys: a regular expression for the module path or its dotted end."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def is_embedding(path: str) -> bool:
@@ -51,7 +112,11 @@ def is_embedding(path: str) -> bool:
 
 def embedding_tables(params: Any) -> dict[str, str]:
     """Module path -> leaf path of every embedding table."""
-    return {module_path(path): path for path, leaf in flatten(params).items() if is_embedding(path) and leaf.ndim == 2}
+    return {
+        module_path(path): path
+        for path, leaf in flatten(params).items()
+        if is_embedding(path) and is_array(leaf) and leaf.ndim == 2
+    }
 
 
 def names_match(names: str | Sequence[str], module: str) -> bool:

@@ -60,8 +60,9 @@ class Weight(abc.ABC):
     def __jax_array__(self, *args, **kwargs):  # NumPy passes `dtype` and `copy` to `__array__`
         raise TypeError(
             f"A `{type(self).__name__}` of shape {self.shape} was used as an array, which would form the dense weight. "
-            "Multiply by it with `jlora.linear(x, w)`, look rows up with `jlora.embed(ids, w)`, "
-            "or ask for the dense array with `jlora.merge(params)`."
+            "Multiply by it with `jlora.linear(x, w)`, look rows up with `jlora.embed(ids, w)`, call a function that was written "
+            "for arrays through `jlora.wrap(fn)` with the weight among its arguments, or ask for the dense array with "
+            "`jlora.merge(params)`."
         )
 
     __array__ = __jax_array__

@@ -9,10 +9,10 @@ import jlora
 
 PACKAGE = Path(jlora.__file__).parent
 FLOORS = [
-    {"_typing", "_weight", "_tree", "_modules"},
+    {"_typing", "_roles", "_weight", "_tree", "_modules"},
     {"quant", "formats"},
     {"lora"},
-    {"wrap", "models"},
+    {"wrapping", "models"},
     {"io", "data", "train", "generation"},
     {"finetuning", "report"},
     {"cli"},
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within the lowest floor: the tree functions know values, values know the vocabulary.
-GROUND = ["_typing", "_weight", "_tree", "_modules"]
+GROUND = ["_typing", "_roles", "_weight", "_tree", "_modules"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 

@@ -216,9 +216,10 @@ def test_a_kernel_with_more_axes_is_not_guessed_at():
         "d": {"kernel": jnp.eye(4)},
     }
     for name in ("conv", "heads"):
-        with pytest.raises(ValueError, match=f"'{name}' names '{name}', which is not a linear kernel"):
+        with pytest.raises(ValueError, match=rf"'{name}' \(.*never guessed. State it: `add_lora\(…, roles="):
             jlora.add_lora(params, LoraConfig(targets=[name]), key=KEY)
-    adapted = jlora.add_lora(params, LoraConfig(), key=KEY)
+    with pytest.warns(UserWarning, match="'all-linear' leaves out .*: conv, heads"):
+        adapted = jlora.add_lora(params, LoraConfig(), key=KEY)
     assert [isinstance(adapted[name]["kernel"], LoraWeight) for name in ("conv", "heads", "d")] == [False, False, True]
 
 
@@ -413,7 +414,7 @@ def test_lists_and_tuples_are_paths_too():
 def test_a_kernel_with_two_axes_is_one_kernel_whatever_its_parent_is_called():
     for parent in ("h", "layers"):
         params = {parent: {"kernel": jnp.ones((4, 6))}, "other": {"kernel": jnp.ones((3, 6, 2))}}
-        adapted = jlora.add_lora(params, LoraConfig(rank=2, dropout=0.5), key=KEY)
+        adapted = jlora.add_lora(params, LoraConfig(rank=2, dropout=0.5, exclude=["other"]), key=KEY)
         assert list(jlora.lora.adapted_modules(adapted)) == [parent]
         assert adapted[parent]["kernel"].lora_A.shape == (4, 2)
         assert jlora.with_dropout(adapted, KEY)[parent]["kernel"].key.shape == ()

@@ -14,8 +14,19 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def _python(title):
+    section = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return code
+
+
+def test_your_own_model_runs():
+    run = subprocess.run([sys.executable, "-c", _python("Your own model")], check=True, capture_output=True, text=True)
+    assert "2 leaves, 2 factored uses, 0 materialized" in run.stdout
+
+
 def test_the_ten_lines_run(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = _python("The library in ten lines")
     os.symlink(ROOT / "examples", tmp_path / "examples")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -241,6 +241,11 @@ def refuse_kind(**fields):
     return stack
 
 
+def refuse_roles(params):
+    tree, config = {"q": jnp.ones((4, 2, 3))}, LoraConfig(rank=2, targets=["q"])
+    jlora.stack_adapters({"heads": jlora.add_lora(tree, config, key=jax.random.key(0), roles={"q": "ioo"})})
+
+
 def refuse_other_base(params):
     other = jax.tree.map(lambda x: x + 1, params)
     jlora.stack_adapters({"keeper": two(params)["keeper"], "poet": two(other)["poet"]})
@@ -263,6 +268,7 @@ REFUSED = {
     "DoRA": (refuse_kind(use_dora=True), "'third' has a DoRA magnitude"),
     "whole modules": (refuse_kind(modules_to_save=["norm"]), "'third' has a FullWeight"),
     "dropout": (refuse_dropout, "without dropout"),
+    "other axes": (refuse_roles, "'heads' has a kernel of roles 'ioo'"),
 }
 
 
@@ -290,3 +296,10 @@ def test_a_directory_without_adapters(checkpoints, tmp_path):
     _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
     with pytest.raises(FileNotFoundError, match="no adapters in"):
         jlora.load_adapters(tmp_path, params)
+
+
+def test_wrapped_functions_refuse_it_by_name(checkpoints):
+    _, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)
+    tree = jlora.route(jlora.stack_adapters(two(params)), "poet")
+    with pytest.raises(TypeError, match="does not know how a RoutedWeight is used"):
+        jlora.wrap(lambda p, x: x @ p["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"])(tree, jnp.ones((2, 48)))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jlora._modules import HEADS, describe, is_embedding, module_path
+from jlora._roles import LINEAR
 from jlora._tree import flatten, is_weight
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
@@ -143,6 +144,12 @@ def check_config(params, config: LoraConfig) -> None:
     modules = adapted_modules(_trained_half(params))
     if not modules:
         raise ValueError("`save_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
+    unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
+    if unlike:
+        raise ValueError(
+            f"PEFT's files hold adapters of kernels [in, out] alone; these have other roles: {', '.join(unlike[:4])}. Save the "
+            "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
+        )
     wrong = [
         f"{m}: rank {w.rank}, scaling {w.scaling:g}; the config says rank {config.rank_of(m)}, scaling {config.scaling_of(m):g}"
         for m, w in modules.items()

@@ -11,7 +11,7 @@ from jlora.lora import LoraWeight
 from jlora.models import Model, abstract_params
 from jlora.quant import QuantizedTensor
 
-_LORA_FIELDS = frozenset({"base", "lora_A", "lora_B", "scaling", "dropout", "key"})
+_LORA_FIELDS = frozenset({"base", "lora_A", "lora_B", "scaling", "dropout", "key", "roles"})
 DORA_FIELDS = frozenset({"magnitude", "base_norm"})
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from jlora._modules import ALL_LINEAR
+from jlora._modules import ALL_LINEAR, pattern_matches
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import MLX, open_adapter
 from jlora.formats.mlx import MlxConfig, updated_modules
@@ -272,8 +272,3 @@ def _first_match(pattern: Mapping[str, Any], module: str, default):
         if pattern_matches(key, module):
             return value
     return default
-
-
-def pattern_matches(key: str, module: str) -> bool:
-    """PEFT's rule for `rank_pattern` keys: a regular expression for the module path or its dotted end."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._modules import nearest
+from jlora._roles import LINEAR
 from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Array, Float, Int, Params
 from jlora._weight import Weight, as_dense, einsum
@@ -162,8 +163,8 @@ def stack_adapters(trees: Mapping[str, Params]) -> Any:
 
 def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
     for name, leaf in leaves.items():
-        if isinstance(leaf, AdaptedWeight) and (not isinstance(leaf, LoraWeight) or leaf.magnitude is not None):
-            kind = "a DoRA magnitude" if isinstance(leaf, LoraWeight) else f"a {type(leaf).__name__}"
+        kind = _other_kind(leaf)
+        if kind:
             raise ValueError(
                 f"The adapter {name!r} has {kind} at {path!r}; side by side stand plain low-rank updates only. Load that "
                 "adapter by itself."
@@ -191,6 +192,17 @@ def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
         scalings=tuple(w.scaling if isinstance(w, LoraWeight) else 0.0 for w in plain.values()),
         dropouts=tuple(w.dropout if isinstance(w, LoraWeight) else 0.0 for w in plain.values()),
     )
+
+
+def _other_kind(leaf: Any) -> str:
+    """What a leaf is beside a dense or quantized weight or its low-rank update, or ""."""
+    if not isinstance(leaf, AdaptedWeight):
+        return ""
+    if not isinstance(leaf, LoraWeight):
+        return f"a {type(leaf).__name__}"
+    if leaf.roles != LINEAR:
+        return f"a kernel of roles {leaf.roles!r}"
+    return "" if leaf.magnitude is None else "a DoRA magnitude"
 
 
 def _is_residual(w: Any) -> bool:

@@ -1,7 +1,8 @@
 """Which kernels of a tree a `LoraConfig` means: PEFT's matching rules, and an error for every pattern that means none."""
 
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jlora._modules import (
@@ -15,11 +16,13 @@ from jlora._modules import (
     name_matches,
     names_match,
     nearest,
+    pattern_matches,
     spans,
+    unclear_kernels,
 )
 from jlora._tree import flatten
 from jlora._weight import Weight
-from jlora.lora.config import LoraConfig, pattern_matches
+from jlora.lora.config import LoraConfig
 
 
 def layer_index(module: str) -> int | None:
@@ -28,15 +31,16 @@ def layer_index(module: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def select(params: Any, config: LoraConfig) -> dict[str, str]:
-    """Module path -> leaf path of the kernels and embeddings to adapt.
+def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Module path -> leaf path of the kernels and embeddings to adapt. `roles`: those stated, by leaf path.
 
     Raises:
-        ValueError: when a pattern of the config matches nothing (all of them in one error, with the names there are), or
-            matches something that is neither a linear kernel nor an embedding.
+        ValueError: when a pattern of the config matches nothing (all of them in one error, with the names there are),
+            matches something that is neither a linear kernel nor an embedding, or a kernel with axes that `roles` says
+            nothing about.
     """
     # "all-linear" means kernels alone, as in PEFT; embeddings are adapted by name.
-    kernels = linear_kernels(params) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
+    kernels = linear_kernels(params, roles) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
     problems = []
 
     def candidate(module):
@@ -45,17 +49,23 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
         return names_match(config.targets, module)
 
     targeted = [m for m in kernels if candidate(m)]
-    if isinstance(config.targets, str):
-        dead = [] if targeted else [config.targets]
+    unclear = {m: path for m, path in unclear_kernels(params, roles or {}).items() if candidate(m)}
+    if config.targets == ALL_LINEAR:
+        _warn_of_unclear(unclear, config)
     else:
-        dead = [name for name in config.targets if not any(name_matches(name, m) for m in kernels)]
+        problems += _problems_of_roles(params, config, unclear)
+    if isinstance(config.targets, str):
+        dead = [] if targeted or unclear else [config.targets]
+    else:
+        dead = [name for name in config.targets if not any(name_matches(name, m) for m in (*kernels, *unclear))]
     others = {module_path(row) for row in _rows(params)} - set(kernels)
     for name in dead:
         hits = sorted(m for m in others if names_match(name if isinstance(config.targets, str) else (name,), m))
         if hits:
             problems.append(
                 f"`targets` {name!r} names {hits[0]!r}, which is not a linear kernel [in, out] or an embedding. jlora "
-                "adapts these: take it out of `targets`, or name it in `modules_to_save` to train it whole."
+                "adapts these: take it out of `targets`, or name it in `modules_to_save` to train it whole. If it is a kernel by "
+                f'another name, say so: `add_lora(…, roles={{{name!r}: "io"}})`, or the roles of all its axes.'
             )
         else:
             tied = " A head that is tied to the embedding has no kernel of its own." if name in HEADS else ""
@@ -79,7 +89,7 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
     excludes = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
     for name in excludes:
         rule = name if isinstance(config.exclude, str) else (name,)
-        if targeted and not any(names_match(rule, m) for m in targeted):
+        if targeted and not any(names_match(rule, m) for m in (*targeted, *unclear)):
             problems.append(f"`exclude` {name!r} excludes none of the targets.{nearest(name, targeted)}")
     chosen = [m for m in targeted if not (config.exclude and names_match(config.exclude, m))]
     if targeted and not chosen:
@@ -95,6 +105,33 @@ def select(params: Any, config: LoraConfig) -> dict[str, str]:
             + f"\nLinear kernels there are: {describe(kernels)}."
         )
     return {module: kernels[module] for module in chosen}
+
+
+def _problems_of_roles(params: Any, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
+    """What speaks against adapting targets with more axes than two, whose purpose nobody has stated."""
+    leaves = flatten(params)
+    for module, path in unclear.items():
+        if config.exclude and names_match(config.exclude, module):
+            continue
+        shape = tuple(leaves[path].shape)
+        name = module.rpartition(".")[2]
+        yield (
+            f"{module!r} {shape} has more axes than [in, out], and which are which is never guessed. State it: "
+            f"`add_lora(…, roles={{{name!r}: …}})` with one letter for each axis (i in, o out, b stack), such as "
+            f'"ioo" for (d_model, heads, head_dim); or name {name!r} in `exclude`.'
+        )
+
+
+def _warn_of_unclear(unclear: Mapping[str, str], config: LoraConfig) -> None:
+    """Convolutions are no linear kernels, for "all-linear" as for PEFT; but a kernel for heads would be missed."""
+    left = [m for m, path in unclear.items() if path.rpartition("/")[2] == "kernel"]
+    left = [m for m in left if not (config.exclude and names_match(config.exclude, m))]
+    if left:
+        warnings.warn(
+            f"'all-linear' leaves out the kernels with more axes than [in, out]: {describe(left)}. To adapt them, state what "
+            f"each axis is for, `add_lora(…, roles={{{left[0].rpartition('.')[2]!r}: …}})`; to be silent, name them in `exclude`.",
+            stacklevel=4,
+        )
 
 
 def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:

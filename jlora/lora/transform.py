@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._modules import is_embedding, layer_paths, module_path
+from jlora._modules import is_embedding, layer_paths, module_path, stated_roles
+from jlora._roles import LINEAR, sizes
 from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
 from jlora._weight import Weight, materialize
@@ -17,6 +19,7 @@ from jlora.lora.config import LoraConfig
 from jlora.lora.routing import RoutedWeight
 from jlora.lora.targets import select, select_biases, select_whole
 from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
+from jlora.quant import QuantizedTensor
 
 
 def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
@@ -24,7 +27,9 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict[str, Any]:
+def add_lora(
+    params: Params, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Adapts what the config targets; every other leaf is the same object as before.
 
     Args:
@@ -32,13 +37,20 @@ def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict
         config: see `LoraConfig`.
         key: initializes lora_A (float32 [in, rank]); lora_B (float32 [rank, out]) is zero, so outputs do not change.
             In an embedding it is the other way round. "pissa" draws nothing.
+        roles: module pattern (as in `rank_pattern`) -> what each axis of the kernel is for, one letter an axis: "i" in, "o"
+            out, "b" a leading stack axis. Kernels with more axes than two are adapted only where theirs are stated:
+            {"query": "ioo"} for (d_model, heads, head_dim), {"conv": "iiio"} for HWIO. lora_A is then [*stack, *in, rank],
+            lora_B [*stack, rank, *out], and the functions that use them are called through `jlora.wrap`. A leaf whose
+            roles are stated counts as a kernel whatever it is called. Axes in front that the layers were stacked along
+            (`stack_layers`) have no letter.
 
     Returns:
         The same tree with `LoraWeight` leaves, and `FullWeight` leaves for `bias` and `modules_to_save`.
 
     Raises:
         ValueError: when a pattern matches nothing, when there are no biases for `bias` to train, when the tree is adapted
-            already, or when the layers of a stacked tree would be adapted differently.
+            already, when the layers of a stacked tree would be adapted differently, or when a kernel has axes that `roles`
+            says nothing about.
 
     Example:
         >>> params = {"proj": {"kernel": jnp.ones((4, 6))}}
@@ -52,7 +64,8 @@ def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict
             f"`add_lora` goes onto unadapted parameters; {adapted[0]!r} and {len(adapted) - 1} more are adapted already. "
             "Call `remove_lora` (drops the adapter) or `merge` (keeps its effect) first."
         )
-    chosen = select(params, config)
+    stated = _roles_of(params, roles or {})
+    chosen = select(params, config, stated)
     targets = set(chosen.values())
     whole = select_whole(params, config, chosen)
     if config.bias != "none" and not select_biases(params, config, chosen):
@@ -64,11 +77,29 @@ def add_lora(params: Params, config: LoraConfig, *, key: Key[Array, ""]) -> dict
     def adapt(path, leaf):
         rows = layer_paths(path, leaf)
         if path in targets:
-            return _adapted(path, leaf, [p for p in rows if module_path(p) in chosen], config, key)
+            paths = [p for p in rows if module_path(p) in chosen]
+            return _adapted(path, leaf, paths, config, key, stated.get(path, LINEAR))
         taken = [p for p in rows if p in whole]
         return _trained_whole(path, leaf, taken) if taken else leaf
 
     return map_with_path(adapt, params)
+
+
+def _roles_of(params: Params, patterns: Mapping[str, str]) -> dict[str, str]:
+    """Leaf path -> roles, where they are stated: by `add_lora`, or before it by `quantize_params`."""
+    packed = {
+        path: leaf.roles
+        for path, leaf in flatten(params).items()
+        if isinstance(leaf, QuantizedTensor) and leaf.axes is not None
+    }
+    stated = stated_roles(params, patterns)
+    for path in packed.keys() & stated.keys():
+        if stated[path].lstrip("b") != packed[path]:
+            raise ValueError(
+                f"`roles` {stated[path]!r} for {path!r} differ from {packed[path]!r}, under which it was quantized. State the "
+                "same, or leave it out: a quantized kernel knows its own."
+            )
+    return packed | stated
 
 
 def _trained_whole(path: str, leaf: Array, rows: list[str]) -> FullWeight:
@@ -80,9 +111,9 @@ def _trained_whole(path: str, leaf: Array, rows: list[str]) -> FullWeight:
     return FullWeight(base=leaf, value=jnp.array(leaf, jnp.float32))  # a copy: it is trained, and perhaps donated
 
 
-def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConfig, key) -> LoraWeight:
+def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConfig, key, roles: str) -> LoraWeight:
     modules = [module_path(p) for p in paths]
-    stacked = leaf.ndim == 3
+    stacked = leaf.ndim > len(roles)
     kinds = {(config.rank_of(m), config.scaling_of(m)) for m in modules}
     if stacked and (len(paths) < leaf.shape[0] or len(kinds) > 1):
         raise ValueError(
@@ -92,13 +123,20 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
         )
     ((rank, scaling),) = kinds
     base = leaf
+    plain = roles == LINEAR
+    if not plain and (config.use_dora or config.init == "pissa"):
+        raise ValueError(
+            f"{'`use_dora`' if config.use_dora else '`init` {!r}'.format('pissa')} adapts kernels [in, out]; {path!r} has the "
+            f"roles {roles!r}. Use plain LoRA there."
+        )
     if config.init == "pissa" and not is_embedding(path):
         a, b = _principal(path, leaf, rank, scaling)
         # The residual stays a value, so that the original is never copied. Copies: what is trained may be donated.
         base = LoraWeight(base=leaf, lora_A=jnp.copy(a), lora_B=jnp.copy(b), scaling=-scaling)
     else:
         init = _init_embedding if is_embedding(path) else functools.partial(_init_kernel, init=config.init)
-        factors = [init(path_key(key, p), *leaf.shape[-2:], rank) for p in paths]
+        one = functools.partial(_init_axes, init, roles, leaf.shape[leaf.ndim - len(roles) :], rank)
+        factors = [init(path_key(key, p), *leaf.shape[-2:], rank) if plain else one(path_key(key, p)) for p in paths]
         a, b = jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if stacked else factors[0]
     return LoraWeight(
         base=base,
@@ -108,7 +146,16 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
         dropout=float(config.dropout),
         magnitude=column_norms(leaf) if config.use_dora else None,
         base_norm=column_norms(base) if config.use_dora else None,
+        roles=roles,
     )
+
+
+def _init_axes(init, roles: str, shape: tuple[int, ...], rank: int, key: Key[Array, ""]) -> tuple[Array, Array]:
+    """Factors [*stack, *in, rank] and [*stack, rank, *out] of a kernel of `shape`, drawn as those of its [in, out]."""
+    stack, ins, outs = (sizes(roles, role, shape) for role in "bio")
+    keys = jax.random.split(key, stack).reshape(-1) if stack else key[None]
+    a, b = jax.vmap(lambda key: init(key, math.prod(ins), math.prod(outs), rank))(keys)
+    return a.reshape(*stack, *ins, rank), b.reshape(*stack, rank, *outs)
 
 
 def _init_kernel(key, d_in: int, d_out: int, rank: int, *, init: str) -> tuple[Array, Array]:
@@ -237,8 +284,11 @@ def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
             )
         if not isinstance(w, LoraWeight) or w.dropout == 0.0:
             return w
-        keys = [path_key(key, p) for p in layer_paths(path, w.lora_A)]
-        return dataclasses.replace(w, key=keys[0] if w.lora_A.ndim == 2 else jnp.stack(keys))
+        layered = len(w.stack) > w.roles.count("b")
+        keys = [path_key(key, p) for p in (layer_paths(path, w.lora_A) if layered else [path])]
+        if own := w.stack[layered:]:  # a stack that is one leaf: a mask for each row of it
+            keys = [jax.random.split(k, own) for k in keys]
+        return dataclasses.replace(w, key=jnp.stack(keys) if layered else keys[0])
 
     return map_with_path(one, params)
 

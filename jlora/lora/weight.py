@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora._roles import LINEAR
 from jlora._typing import Array, Float, Key
 from jlora._weight import Weight, as_dense, dense_matmul
 from jlora.lora.seam import embed, linear
+from jlora.quant.tensor import unfold
 
 _TINY = 1e-30
 """Floor of a squared norm: a column of zeros is scaled by 0 / 1e-15, not 0 / 0."""
@@ -82,7 +84,7 @@ class AdaptedWeight(Weight):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "lora_A", "lora_B", "magnitude", "base_norm", "key"),
-    meta_fields=("scaling", "dropout"),
+    meta_fields=("scaling", "dropout", "roles"),
 )
 @dataclasses.dataclass(frozen=True)
 class LoraWeight(AdaptedWeight):
@@ -90,6 +92,9 @@ class LoraWeight(AdaptedWeight):
 
     Invariants: the sum is never formed by `matmul`; `base` gets no gradient from `split`; with `key` None the value
     is deterministic. Every child may carry the same leading axes (stacked layers).
+
+    With other `roles` than "io" the base has its own axes, lora_A [*stack, *in, rank] all of its in-axes and lora_B
+    [*stack, rank, *out] all of its out-axes; such a weight is used through `jlora.wrap`.
 
     References: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685, section 4.1; Liu et
     al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, arXiv:2402.09353, section 4.
@@ -116,10 +121,17 @@ class LoraWeight(AdaptedWeight):
     """DoRA: trained, float32; the norms of the base's columns at first. None: plain LoRA."""
     base_norm: Float[Array, "*stack d_out"] | None = None
     """DoRA: norms of the base's columns, float32; a constant that a step would otherwise read the whole kernel for."""
+    roles: str = LINEAR
+    """What each of the trailing axes of the base is for; see `add_lora`."""
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[-1]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the leading stack axes."""
+        return self.lora_A.shape[: self.lora_A.ndim - 1 - self.roles.count("i")]
 
     @property
     def lead(self):
@@ -142,6 +154,7 @@ class LoraWeight(AdaptedWeight):
         )
 
     def matmul(self, x, *, transpose, out_dtype):
+        self._check_linear("multiplied by")
         if self.magnitude is None:
             base = linear(x, self.base, transpose=transpose, out_dtype=out_dtype)
             return base + self._update(self._drop(x), transpose).astype(out_dtype)
@@ -190,6 +203,7 @@ class LoraWeight(AdaptedWeight):
         return self.magnitude / jnp.sqrt(jnp.maximum(squared, _TINY))
 
     def take(self, ids):
+        self._check_linear("looked up in")
         rows = embed(ids, self.base)
         update = self.scaling * linear(embed(ids, self.lora_A), self.lora_B)
         if self.magnitude is None:
@@ -197,12 +211,29 @@ class LoraWeight(AdaptedWeight):
         return (self._column_scale(self._cross(rows.dtype)) * (rows + update)).astype(rows.dtype)
 
     def dense(self, dtype=None):
-        update = jnp.matmul(self.lora_A, self.lora_B, precision=jax.lax.Precision.HIGHEST)
+        update = self._product()
         total = as_dense(self.base, jnp.float32) + self.scaling * update
         if self.magnitude is not None:
             squared = jnp.sum(jnp.square(total), axis=-2)
             total = total * (self.magnitude / jnp.sqrt(jnp.maximum(squared, _TINY)))[..., None, :]
         return total.astype(dtype or self.dtype)
+
+    def _product(self) -> Array:
+        """`lora_A @ lora_B` with the axes of the base."""
+        a, b = self.lora_A, self.lora_B
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        if self.roles == LINEAR:
+            return product(a, b)
+        stack = self.stack
+        flat = product(a.reshape(*stack, -1, self.rank), b.reshape(*stack, self.rank, -1))
+        return unfold(flat, self.roles, self.shape[len(stack) :])
+
+    def _check_linear(self, verb: str) -> None:
+        if self.roles.lstrip("b") != LINEAR:
+            raise ValueError(
+                f"Only kernels [in, out] are {verb} directly; this one has the axes {self.shape} with roles {self.roles!r}. "
+                "Call the function that uses it through `jlora.wrap`."
+            )
 
     def cast(self, dtype):
         if self.base is None:  # the adapter half of `split`
@@ -223,6 +254,7 @@ class LoraWeight(AdaptedWeight):
     def __repr__(self):
         rank = "?" if self.lora_A is None else self.rank
         kind = "" if self.magnitude is None else ", DoRA"
+        kind += "" if self.roles == LINEAR else f", roles={self.roles!r}"
         return f"LoraWeight(base={self.base!r}, rank={rank}, scaling={self.scaling}, dropout={self.dropout}{kind})"
 
 

@@ -38,7 +38,7 @@ def implementation(rows: int, backend: str) -> str:
     return "reduce" if rows <= REDUCE_UP_TO.get(backend, 0) else "dequantize"
 
 
-def _not_before(x: Array, q: Any) -> tuple[Array, Any]:
+def not_before(x: Array, q: Any) -> tuple[Array, Any]:
     """The same values, arranged so that `q` is not unpacked before `x` is there.
 
     Otherwise every kernel of a model could be unpacked at once, as nothing else keeps it waiting, and common subexpression
@@ -64,7 +64,7 @@ def quantized_matmul(name: str, transpose: bool, dtype: Any, out_dtype: Any, x: 
         dtype: that of `x` [tokens, in], and of the cotangent in the backward product.
         out_dtype: dtype of the result [tokens, out]; sums are float32.
     """
-    x, q = _not_before(x, q)
+    x, q = not_before(x, q)
     return IMPLEMENTATIONS[name](x, lambda: q.rows(dtype), transpose).astype(out_dtype)
 
 
@@ -73,7 +73,7 @@ def _forward(name, transpose, dtype, out_dtype, x, q):
 
 
 def _backward(name, transpose, dtype, out_dtype, q, dy):
-    dy, q = _not_before(dy.astype(dtype), q)
+    dy, q = not_before(dy.astype(dtype), q)
     return IMPLEMENTATIONS[name](dy, lambda: q.rows(dtype), not transpose).astype(dtype), None
 
 

@@ -1,33 +1,39 @@
 """`quantize`, `dequantize`, and `quantize_params` for the kernels of a tree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest
+from jlora._modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest, stated_roles
+from jlora._roles import check_roles
 from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Array, Float, Params
 from jlora._weight import materialize
 from jlora.quant.formats import QuantSpec
-from jlora.quant.tensor import QuantizedTensor, quantize_rows
+from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
 
 
-def quantize(w: Float[Array, "*stack d_in d_out"] | Float[Array, " n"], spec: QuantSpec) -> QuantizedTensor:
+def quantize(
+    w: Float[Array, "*stack d_in d_out"] | Float[Array, " n"], spec: QuantSpec, *, roles: str | None = None
+) -> QuantizedTensor:
     """Packs a weight; stacked weights are packed layer by layer.
 
     Args:
         w: float32, bfloat16 or float16; quantized in float32.
         spec: `NF4(…)`, `Int8(…)` or `Int4(…)`.
+        roles: what each trailing axis is for, for kernels that are not [*stack, in, out]: "ioo" for (d_model, heads,
+            head_dim), "oi" for one that is stored transposed; leading axes it does not name are stack axes. The bytes
+            are those of the kernel brought to [in, out], blocks along the in-axes.
 
     Returns:
         An `NF4Tensor` for `NF4`, a `QuantizedTensor` for the others.
 
     Raises:
         TypeError: when `w` is not a float array.
-        ValueError: when `w` is empty, a scalar, or not finite (under `jit`, where values cannot be looked at, a block
-            with a value that is not finite decodes to NaN instead).
+        ValueError: when `roles` does not fit, and when `w` is empty, a scalar, or not finite (under `jit`, where values
+            cannot be looked at, a block with a value that is not finite decodes to NaN instead).
 
     Example:
         >>> from jlora import NF4
@@ -46,7 +52,11 @@ def quantize(w: Float[Array, "*stack d_in d_out"] | Float[Array, " n"], spec: Qu
         raise ValueError(f"`quantize` needs at least one axis and one element; got shape {w.shape}.")
     if not isinstance(w, jax.core.Tracer):
         check_finite(w, "w")
-    return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
+    if roles is None:
+        return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
+    if w.ndim < len(check_roles(roles)):
+        raise ValueError(f"`roles` {roles!r} names {len(roles)} axes; `w` has {w.ndim}: {w.shape}. Name each of them.")
+    return quantize_kernel(w, spec, roles)
 
 
 def check_finite(w: Array, name: str) -> None:
@@ -69,13 +79,15 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "*stack d_
     return materialize(q, dtype)
 
 
-def quantizable(params: Params, targets: str | Sequence[str] = ALL_LINEAR) -> set[str]:
-    """Leaf paths of the linear kernels that `targets` names, by the rules of `LoraConfig.targets`.
+def quantizable(
+    params: Params, targets: str | Sequence[str] = ALL_LINEAR, roles: Mapping[str, str] | None = None
+) -> set[str]:
+    """Leaf paths of the kernels that `targets` names, by the rules of `LoraConfig.targets`; `roles`: by leaf path.
 
     Raises:
         ValueError: when a target matches no kernel, or the output head, which stays dense as in QLoRA and bitsandbytes.
     """
-    kernels = linear_kernels(params)
+    kernels = linear_kernels(params, roles)
     body = {module: path for module, path in kernels.items() if module.rpartition(".")[2] not in HEADS}
     if targets == ALL_LINEAR:
         names: list[str | tuple[str, ...]] = []
@@ -95,13 +107,25 @@ def quantizable(params: Params, targets: str | Sequence[str] = ALL_LINEAR) -> se
     return chosen
 
 
-def quantize_params(params: Params, spec: QuantSpec, *, targets: str | Sequence[str] = ALL_LINEAR) -> dict[str, Any]:
+def quantize_params(
+    params: Params,
+    spec: QuantSpec,
+    *,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    roles: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The tree with its linear kernels quantized; embeddings, norms, biases and the output head stay as they are.
 
+    Args:
+        roles: module pattern -> what each axis is for, as in `add_lora`; kernels that are not [in, out] are quantized only
+            when theirs are stated, as in `quantize`.
+
     Raises:
-        ValueError: when a target matches no kernel, or a kernel is adapted or quantized already: quantize, then `add_lora`.
+        ValueError: when a target or a pattern of `roles` matches no kernel, or a kernel is adapted or quantized already:
+            quantize, then `add_lora`.
     """
-    chosen = quantizable(params, targets)
+    stated = stated_roles(params, roles or {})
+    chosen = quantizable(params, targets, stated)
     wrapped = [path for path, leaf in flatten(params).items() if path in chosen and is_weight(leaf)]
     if wrapped:
         kind = type(flatten(params)[wrapped[0]]).__name__
@@ -109,4 +133,8 @@ def quantize_params(params: Params, spec: QuantSpec, *, targets: str | Sequence[
             f"`quantize_params` takes dense kernels; {wrapped[0]!r} is a {kind}. Quantize the base first, then `add_lora`; "
             "`merge(params)` makes a quantized or adapted tree dense."
         )
-    return map_with_path(lambda path, leaf: quantize(leaf, spec) if path in chosen else leaf, params)
+
+    def one(path, leaf):
+        return quantize(leaf, spec, roles=stated.get(path)) if path in chosen else leaf
+
+    return map_with_path(one, params)

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jlora._roles import LINEAR, check_roles, inverse, order, sizes
 from jlora._typing import Array, Float, UInt8
 from jlora._weight import Weight
 from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
@@ -14,7 +15,7 @@ from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
 
 _DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
-_META = ("kernel_shape", "format_name", "block_size", "logical_dtype")
+_META = ("kernel_shape", "format_name", "block_size", "logical_dtype", "roles", "axes")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
@@ -41,6 +42,10 @@ class QuantizedTensor(Weight):
     block_size: int
     logical_dtype: str
     """Dtype of the weight that was quantized, and of `dense()`; products decode to the dtype of the other operand."""
+    roles: str = LINEAR
+    """What each of the trailing axes is for (see `jlora.quantize`). What is packed is always [in, out]."""
+    axes: tuple[int, ...] | None = None
+    """Sizes of the axes that `roles` names, stack axes left out; None: `kernel_shape`."""
 
     @property
     def format(self) -> Format:
@@ -55,8 +60,13 @@ class QuantizedTensor(Weight):
         return keeps_rows(self.kernel_shape, self.block_size)
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the leading stack axes."""
+        return self.codes.shape[: self.codes.ndim - (2 if self._has_rows else 1)]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[: self.codes.ndim - (2 if self._has_rows else 1)], *self.kernel_shape)
+        return (*self.stack, *(self.axes or self.kernel_shape))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -87,17 +97,19 @@ class QuantizedTensor(Weight):
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
         """
-        stack = self.shape[: -len(self.kernel_shape)]
+        stack = self.stack
         flat = decode(self.codes.reshape(*stack, -1), self.scales(), self.block_size, self.format, jnp.dtype(dtype))
         return flat[..., : math.prod(self.kernel_shape)].reshape(*stack, *self.kernel_shape[::-1])
 
     def matmul(self, x, *, transpose, out_dtype):
+        self._check_linear("multiplied by")
         flat = x.reshape(-1, x.shape[-1])
         name = implementation(flat.shape[0], jax.default_backend())
         y = quantized_matmul(name, transpose, x.dtype, jnp.dtype(out_dtype), flat, self)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def take(self, ids):
+        self._check_linear("looked up in")
         d_in, d_out = self.kernel_shape
         # Element (id, o) of [in, out] is number o * in + id of the stored order.
         at = jnp.clip(ids, 0, d_in - 1)[..., None] + d_in * jnp.arange(d_out)
@@ -111,7 +123,21 @@ class QuantizedTensor(Weight):
 
     def dense(self, dtype=None):
         rows = self.rows(dtype or self.dtype)
-        return jnp.swapaxes(rows, -1, -2) if len(self.kernel_shape) == 2 else rows
+        if len(self.kernel_shape) == 1:
+            return rows
+        kernel = jnp.swapaxes(rows, -1, -2)
+        return kernel if self.axes is None else unfold(kernel, self.roles, self.axes)
+
+    def linear(self) -> "QuantizedTensor":
+        """The same bytes as a kernel [*stack, in, out]."""
+        return dataclasses.replace(self, roles=LINEAR, axes=None)
+
+    def _check_linear(self, verb: str) -> None:
+        if self.axes is not None:
+            raise ValueError(
+                f"Only kernels [in, out] are {verb} directly; this one has the axes {self.shape} with roles {self.roles!r}. "
+                "Call the function that uses it through `jlora.wrap`."
+            )
 
     def cast(self, dtype):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
@@ -129,9 +155,33 @@ class NF4Tensor(QuantizedTensor):
     """A `QuantizedTensor` of format "nf4"; its bytes are those of bitsandbytes' `Params4bit`."""
 
 
+def fold(w: Array, roles: str) -> tuple[Array, tuple[int, ...]]:
+    """A kernel whose trailing axes `roles` names as [*stack, in, out], and the sizes of its in- and out-axes as they were."""
+    lead = w.ndim - len(roles)
+    stack = w.shape[: lead + roles.count("b")]
+    kernel = jnp.transpose(w, (*range(lead), *(lead + axis for axis in order(roles))))
+    d_in = math.prod(sizes(roles, "i", w.shape))
+    return kernel.reshape(*stack, d_in, -1), w.shape[len(stack) :]
+
+
+def unfold(kernel: Array, roles: str, axes: tuple[int, ...]) -> Array:
+    """The inverse of `fold`."""
+    stack = kernel.shape[:-2]
+    sides = roles.lstrip("b")
+    unfolded = kernel.reshape(*stack, *sizes(sides, "i", axes), *sizes(sides, "o", axes))
+    return jnp.transpose(unfolded, (*range(len(stack)), *(len(stack) + axis for axis in inverse(order(sides)))))
+
+
 def keeps_rows(kernel_shape: tuple[int, ...], block_size: int) -> bool:
     """Whether the arrays are [*, out, …]: no block straddles two rows."""
     return len(kernel_shape) == 2 and kernel_shape[0] % block_size == 0
+
+
+def quantize_kernel(w: Array, spec: QuantSpec, roles: str) -> QuantizedTensor:
+    """`quantize` of a kernel whose trailing axes `roles` names."""
+    kernel, axes = fold(w, check_roles(roles))
+    q = quantize_rows(jnp.swapaxes(kernel, -1, -2), spec)
+    return q if roles.lstrip("b") == LINEAR else dataclasses.replace(q, roles=roles.lstrip("b"), axes=axes)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -1,0 +1,7 @@
+"""`wrap`: adapters and 4-bit weights for any JAX function, by evaluating its jaxpr with rules that keep weights factored."""
+
+from jlora.wrapping.api import wrap as wrap
+from jlora.wrapping.report import Report as Report
+from jlora.wrapping.report import UnhandledUse as UnhandledUse
+from jlora.wrapping.report import UnusedTarget as UnusedTarget
+from jlora.wrapping.report import Use as Use
