@@ -39,7 +39,7 @@ def moved(params):
     def one(w):
         if not isinstance(w, LoraWeight):
             return w
-        return dataclasses.replace(w, lora_B=0.3 * jax.random.normal(KEY, w.lora_B.shape))
+        return dataclasses.replace(w, lora_B=0.05 * jax.random.normal(KEY, w.lora_B.shape))
 
     return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, LoraWeight))
 
@@ -162,7 +162,8 @@ def test_linen(remat, quick_compilation):
 
     def gradient(f, prepare):
         value = lambda a: f({"params": prepare(jlora.combine(a, base))}, ids)  # noqa: E731
-        return jax.jit(lambda a: (value(a), jax.grad(lambda a: jnp.sum(jnp.sin(value(a))))(a)))(adapter)
+        # Linear in the logits, which are large: a sine of them would make much of their last bits.
+        return jax.jit(lambda a: (value(a), jax.grad(lambda a: jnp.sum(value(a)[..., ::3]))(a)))(adapter)
 
     assert_same(gradient(apply, lambda p: p), gradient(model.apply, jlora.merge), 1e-4)
 

@@ -154,7 +154,7 @@ _add(
 _add(
     "nested scan",
     one(lambda w, x: lax.scan(lambda c, v: lax.scan(_layer, c, v), x, w)[0]),
-    {"w": ((2, L, D, D), "bbio")},
+    {"w": ((2, 2, D, D), "bbio")},
     loops=True,
 )
 _add("scan transposed", one(lambda w, x: lax.scan(_layer, x, w.transpose(0, 2, 1))[0]), {"w": STACK}, loops=True)
@@ -172,8 +172,8 @@ _add("stack reversed", one(lambda w, x: lax.scan(_layer, x, w[::-1])[0]), {"w": 
 _add("scaled stack", one(lambda w, x: lax.scan(_layer, x, w * 0.7)[0]), {"w": STACK}, loops=True)
 _add(
     "stack regrouped",
-    one(lambda w, x: lax.scan(_layer, x, w.reshape(6, D, D))[0]),
-    {"w": ((2, 3, D, D), "bbio")},
+    one(lambda w, x: lax.scan(_layer, x, w.reshape(4, D, D))[0]),
+    {"w": ((2, 2, D, D), "bbio")},
     loops=True,
 )
 
