@@ -17,6 +17,8 @@ from jlora import LoraConfig, RoutedWeight
 from jlora._tree import flatten
 from jlora.lora import adapted_modules
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KINDS = {
     "default": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "pirate": {"r": 2, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {r".*\.0\..*": 6}},

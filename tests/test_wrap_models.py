@@ -244,6 +244,7 @@ def test_modules_that_are_trees(quick_compilation):
     assert_same(wrapped(module, x), jax.vmap(dense)(x), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["lora_any_model.py"])
 def test_examples_run(example):
     out = subprocess.run(

@@ -126,8 +126,8 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
     plain = roles == LINEAR
     if not plain and (config.use_dora or config.init == "pissa"):
         raise ValueError(
-            f"{'`use_dora`' if config.use_dora else '`init` {!r}'.format('pissa')} adapts kernels [in, out]; {path!r} has the "
-            f"roles {roles!r}. Use plain LoRA there."
+            f"{'`use_dora`' if config.use_dora else '`init`, pissa,'} adapts kernels [in, out]; {path!r} has the roles {roles!r}. "
+            "Use plain LoRA there."
         )
     if config.init == "pissa" and not is_embedding(path):
         a, b = _principal(path, leaf, rank, scaling)
