@@ -70,7 +70,8 @@ def wrap_nnx(module: Any, *, mutable: bool = False, **options: Any) -> tuple[Any
             nnx.replace_by_pure_dict(part, values)
         model = nnx.merge(graph, *filled)
         result = model(*args, **kwargs)
-        return result, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        _, _, after = nnx.split(model, nnx.Param, ...)
+        return result, nnx.to_pure_dict(after)
 
     if mutable:
         return wrap(apply, **options), params, start
