@@ -60,10 +60,10 @@ def linen(key):
     }  # fmt: skip
     params = jlora.quantize_params(params, jlora.NF4(), targets=["up", "down"], roles=roles)
     params = jlora.add_lora(params, jlora.LoraConfig(rank=4, targets=list(roles)), key=key, roles=roles)
-    return jlora.wrap(lambda params, images: model.apply({"params": params}, images)), params
+    return jlora.wrap_linen(model), params
 
 
-# An NNX module: the graph is static, the state becomes a plain tree, and the function puts them together again.
+# An NNX module: its graph is static, its parameters become a plain tree, and the function puts them together again.
 
 
 class Perceptron(nnx.Module):
@@ -76,19 +76,13 @@ class Perceptron(nnx.Module):
 
 
 def nnx_module(key):
-    graph, state = nnx.split(Perceptron(nnx.Rngs(0)))
-    params = jlora.quantize_params(nnx.to_pure_dict(state), jlora.NF4())
-
-    def call(params, images):
-        filled = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(filled, params)
-        return nnx.merge(graph, filled)(images)
-
-    return jlora.wrap(call), jlora.add_lora(params, jlora.LoraConfig(rank=4), key=key)
+    apply, params = jlora.wrap_nnx(Perceptron(nnx.Rngs(0)))
+    params = jlora.quantize_params(params, jlora.NF4())
+    return apply, jlora.add_lora(params, jlora.LoraConfig(rank=4), key=key)
 
 
-# A plain function of a dictionary. (An Equinox module is its own tree: `jlora.wrap(lambda module, x: module(x))`, and its
-# kernels, stored [out, in], have the roles "oi".)
+# A plain function of a dictionary. (For an Equinox module there is `jlora.wrap_equinox`; its kernels, stored [out, in],
+# have the roles "oi".)
 
 
 def plain(key):

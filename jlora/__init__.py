@@ -50,5 +50,8 @@ from jlora.quant import quantize_params as quantize_params
 from jlora.report import compare as compare
 from jlora.train import evaluate as evaluate
 from jlora.wrapping import wrap as wrap
+from jlora.wrapping import wrap_equinox as wrap_equinox
+from jlora.wrapping import wrap_linen as wrap_linen
+from jlora.wrapping import wrap_nnx as wrap_nnx
 
 __version__ = "0.1.0"

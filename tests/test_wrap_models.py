@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -181,67 +182,105 @@ class Mlp(nnx.Module):
 
 def test_nnx(quick_compilation):
     model, x = Mlp(nnx.Rngs(0)), jax.random.normal(KEY, (5, 20))
-    graph, state = nnx.split(model)
-    pure = moved(jlora.add_lora(nnx.to_pure_dict(state), LoraConfig(rank=3), key=KEY))
+    wrapped, params = jlora.wrap_nnx(model)
+    assert_same(wrapped(params, x), model(x), 1e-6)
+    params = moved(jlora.add_lora(params, LoraConfig(rank=3), key=KEY))
+    assert wrapped.check(params, x).totals()["factored"] == 2
+    assert_same(jax.jit(wrapped)(params, x), wrapped(jlora.merge(params), x), 1e-4)
 
-    def call(pure, x):
-        filled = nnx.split(model)[1]
-        nnx.replace_by_pure_dict(filled, pure)
-        return nnx.merge(graph, filled)(x)
 
-    wrapped = jlora.wrap(call)
-    assert wrapped.check(pure, x).totals()["factored"] == 2
-    assert_same(jax.jit(wrapped)(pure, x), call(jlora.merge(pure), x), 1e-4)
+# Helpers, and state that is no parameter
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, training):
+        x = nn.BatchNorm(use_running_average=not training)(nn.Dense(12)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not training)(x))
+
+
+class NnxNorm(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.norm = nnx.Linear(20, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs)
+        self.dropout, self.down = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.dropout(self.norm(self.up(x))))
+
+
+def test_linen_helper_with_other_collections(quick_compilation):
+    model, x = LinenNorm(), jax.random.normal(KEY, (5, 20))
+    variables = model.init(KEY, x, training=False)
+    params = moved(jlora.add_lora(variables["params"], LoraConfig(rank=3), key=KEY))
+    stats = {"batch_stats": variables["batch_stats"]}
+    wrapped, merged = jlora.wrap_linen(model), jlora.merge(params)
+    more = {"training": True, "mutable": ["batch_stats"], "rngs": {"dropout": KEY}}
+    mine, theirs = wrapped(params, x, collections=stats, **more), model.apply({"params": merged, **stats}, x, **more)
+    assert_same(mine, theirs, 1e-4)
+    quiet = wrapped(params, x, training=False, collections=mine[1])
+    assert_same(quiet, model.apply({"params": merged, **theirs[1]}, x, training=False), 1e-4)
+
+
+def test_nnx_helper_with_other_state(quick_compilation):
+    model, x = NnxNorm(nnx.Rngs(0)), jax.random.normal(KEY, (5, 20))
+    wrapped, params, state = jlora.wrap_nnx(model, mutable=True)
+    assert set(params) == {"up", "norm", "down"} and set(state) == {"norm", "dropout"}
+    adapted = moved(jlora.add_lora(params, LoraConfig(rank=3, targets=["up", "down"]), key=KEY))
+    (y, after), (y_merged, after_merged) = (jax.jit(wrapped)(p, state, x) for p in (adapted, jlora.merge(adapted)))
+    assert_same((y, after["norm"]), (y_merged, after_merged["norm"]), 1e-4)
+    y_next, _ = wrapped(adapted, after, x)
+    assert float(jnp.abs(y_next - y).max()) > 1e-2  # another dropout mask
+
+    # The module itself was not changed; called itself, it does the same.
+    dense, _ = wrapped(params, state, x)
+    assert_same(dense, model(x), 1e-6)
+
+
+def test_nnx_helper_loses_no_state(quick_compilation):
+    model, x = NnxNorm(nnx.Rngs(0)), jax.random.normal(KEY, (5, 20))
+    wrapped, params = jlora.wrap_nnx(model)
+    adapted = jlora.add_lora(params, LoraConfig(rank=3, targets=["up", "down"]), key=KEY)
+    for tree in (params, adapted):
+        with pytest.raises(ValueError, match=r"changed dropout/rngs/.*count.*norm/mean.*mutable=True"):
+            wrapped(tree, x)
+    model.eval()
+    wrapped, _ = jlora.wrap_nnx(model)
+    assert_same(jax.jit(wrapped)(adapted, x), model(x), 1e-5)  # lora_B is zero
 
 
 # Equinox: a module is a tree, whose leaves are replaced in place
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Linear:
-    weight: jax.Array
-    bias: jax.Array
+@pytest.mark.parametrize("quantize", [False, True])
+def test_equinox(quantize, quick_compilation):
+    mlp = eqx.nn.MLP(20, 8, 36, 2, activation=jax.nn.gelu, use_final_bias=False, key=KEY)
+    x = jax.random.normal(KEY, (5, 20))
+    f, params = jlora.wrap_equinox(mlp)
+    roles, targets = {"weight": "oi"}, [f"layers.{k}.weight" for k in range(3)]
+    if quantize:
+        params = jlora.quantize_params(params, jlora.NF4(block_size=32), targets=targets, roles=roles)
+    params = moved(jlora.add_lora(params, LoraConfig(rank=3, targets=targets), key=KEY, roles=roles))
+    assert isinstance(params, eqx.nn.MLP) and params.layers[0].weight.lora_A.shape == (20, 3)
+    assert f.check(params, x[0]).totals()["factored"] == 3
+    adapter, base = jlora.split(params)
 
-    def __call__(self, x):
-        return self.weight @ x + self.bias
+    def weights(module):
+        return [layer.weight for layer in module.layers]
 
+    def of_wrapped(adapter):
+        return jax.vmap(f, (None, 0))(jlora.combine(adapter, base), x)
 
-@jax.tree_util.register_pytree_with_keys_class
-class Module:
-    """What an Equinox module is to JAX: arrays and functions as leaves, under the names of its fields."""
+    def of_equinox(adapter):
+        merged = jlora.merge(jlora.combine(adapter, base))
+        return jax.vmap(eqx.tree_at(weights, mlp, weights(merged)))(x)
 
-    def __init__(self, layers, activation):
-        self.layers, self.activation = layers, activation
+    def value_and_gradient(f):
+        return jax.jit(lambda a: (f(a), jax.grad(lambda a: jnp.sum(jnp.sin(f(a))))(a)))(adapter)
 
-    def tree_flatten_with_keys(self):
-        return [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in ("layers", "activation")], None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
-
-    def __call__(self, x):
-        first, second = self.layers
-        return second(self.activation(first(x)))
-
-
-def test_modules_that_are_trees(quick_compilation):
-    keys = jax.random.split(KEY, 3)
-    layers = [
-        Linear(jax.random.normal(k, shape) / 6, jnp.ones(shape[0]))
-        for k, shape in zip(keys, ((36, 20), (8, 36)), strict=False)
-    ]
-    module, x = Module(layers, jax.nn.gelu), jax.random.normal(keys[2], (5, 20))
-    config = LoraConfig(rank=3, targets=["layers.0.weight", "layers.1.weight"])
-    module = moved(jlora.add_lora(module, config, key=KEY, roles={"weight": "oi"}))
-    assert module.activation is jax.nn.gelu and module.layers[0].weight.lora_A.shape == (20, 3)
-    wrapped = jlora.wrap(lambda m, x: jax.vmap(m)(x))
-    assert wrapped.check(module, x).totals()["factored"] == 2
-    dense = jax.tree.map(
-        lambda w: w.dense() if isinstance(w, LoraWeight) else w, module, is_leaf=lambda w: isinstance(w, LoraWeight)
-    )
-    assert_same(wrapped(module, x), jax.vmap(dense)(x), 1e-4)
+    assert_same(value_and_gradient(of_wrapped), value_and_gradient(of_equinox), 1e-4)
+    # A module as the tree itself, with its functions among the leaves.
+    whole = eqx.tree_at(weights, mlp, weights(params))
+    assert_same(jlora.wrap(lambda module, x: module(x))(whole, x[0]), of_wrapped(adapter)[0], 1e-5)
 
 
 @pytest.mark.slow
