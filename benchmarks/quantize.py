@@ -153,7 +153,7 @@ def plot(results: list[dict], path: Path, device: str) -> None:
         axis.set_title(operation, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("G elements/s")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc="upper right")
     figure.suptitle(f"Quantizing and dequantizing on {device}", fontsize=11)
     figure.savefig(path, dpi=130)
 
