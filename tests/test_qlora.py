@@ -316,8 +316,11 @@ def test_no_scan_stacks_dense_layers(remat, accumulate):
 @pytest.mark.parametrize("stack", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "kind"),
-    [(jnp.float32, {}), (jnp.bfloat16, {}), (jnp.float32, {"use_dora": True})],
-    ids=["float32", "bfloat16", "dora"],
+    [
+        pytest.param(jnp.float32, {}, id="float32", marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, {}, id="bfloat16"),
+        pytest.param(jnp.float32, {"use_dora": True}, id="dora", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_does_not_grow_by_dense_layers(dtype, kind, stack):
     """T1 on the compiler's plan: twice the layers cost less than a tenth of their dense weights.

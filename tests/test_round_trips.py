@@ -189,7 +189,9 @@ def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
 
-@pytest.mark.parametrize("quantize", [jlora.NF4(), jlora.Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize(
+    "quantize", [pytest.param(jlora.NF4(), id="nf4"), pytest.param(jlora.Int8(), id="int8", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("column", WRITERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_a_packed_base_are_written_alike(column, family, quantize, loaded, tok, tmp_path):

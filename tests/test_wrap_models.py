@@ -150,7 +150,7 @@ ROLES = {
 }
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_linen(remat, quick_compilation):
     model, ids = Linen(remat), jax.random.randint(KEY, (2, 7), 0, 50)
     variables = model.init(KEY, ids)

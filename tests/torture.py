@@ -532,3 +532,15 @@ def check(name: str, kind: str, dtype: str) -> None:
     assert_close(grads, grads_merged, tolerance)
     if adapted:
         assert float(jnp.abs(base.astype(jnp.float32) - y.astype(jnp.float32)).max()) > 1e-3
+
+
+def check_eagerly(name: str, kind: str, dtype: str) -> None:
+    """The same without `jit`, and the same again: by the same wrapped function, and by one made anew in the same process."""
+    program = PROGRAMS[name]
+    params, x = make(program, kind, dtype)
+    wrapped = jlora.wrap(program.fn)
+    y = wrapped(params, x)
+    for again in (wrapped, jlora.wrap(program.fn)):
+        np.testing.assert_array_equal(np.asarray(again(params, x), np.float32), np.asarray(y, np.float32))
+    jaxpr = str(jax.make_jaxpr(wrapped)(params, x))
+    assert_close(y, program.fn(jlora.merge(params), x), TOLERANCE["bfloat16" if "bf16[" in jaxpr else "float32"])
