@@ -24,7 +24,7 @@ from jlora import cli
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 COMMANDS = "finetune evaluate compare generate merge export push quantize inspect memory prepare".split()
-PLACES = {"directory": "DIR", "repo": "REPO"}  # what is given without a flag, as help calls it
+PLACES = {"directory": "DIR", "repo": "REPO", "path": "PATH"}  # what is given without a flag, as help calls it
 # As scripts give them; design.md promises these names.
 FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "
@@ -345,12 +345,15 @@ def test_inspect_chats(llama_dir, records_file, jlora_):
     assert "<|im_start|>assistant" in said and "row 1 of 24" in said
 
 
-def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, jlora_):
+def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, jlora_, fails):
     said = jlora_("inspect", "--model", gpt2_dir)
     for row in ("attn.c_attn  32 x 96", "mlp.c_proj   128 x 32"):
         assert row in said
     assert "self_attn.k_proj  32 x 16" in jlora_("inspect", "--model", llama_dir)
-    said = jlora_("inspect", "--adapter", finetuned / "adapter")
+    said = jlora_("inspect", finetuned / "adapter")
+    assert said == jlora_("inspect", "--adapter", finetuned / "adapter")
+    assert jlora_("inspect", gpt2_dir) == jlora_("inspect", "--model", gpt2_dir)
+    assert "Give one of them" in fails("inspect", gpt2_dir, "--model", gpt2_dir)
     rows = [line.split() for line in said.splitlines() if line.startswith("transformer.h.")]
     assert [row[:3] for row in rows] == [
         [f"transformer.h.{layer}.{module}", "4", "2"] for layer in (0, 1) for module in ("attn.c_attn", "mlp.c_fc")

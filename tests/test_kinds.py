@@ -26,6 +26,8 @@ from jlora.lora import adapted_leaves, adapted_modules
 from jlora.lora.weight import column_norms
 from jlora.train.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(5)
 PARITY = {
     "dora-gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),

@@ -29,6 +29,7 @@ def finetune(model, data, output, *flags):
     return read_log(output)
 
 
+@pytest.mark.slow
 def test_a_packed_directory_and_packing_while_loading_are_one(llama_dir, packed_dir, text_file, tmp_path, capsys):
     on_load = finetune(llama_dir, text_file, tmp_path / "a", "--quantize", "nf4")
     shown = capsys.readouterr().out

@@ -44,7 +44,9 @@ def make_batch(seed=0, share=0.6):
     return {"input_ids": ids, "labels": np.where(rng.random(ids.shape) < share, ids, -100).astype(np.int32)}
 
 
-@pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "fields", [pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")]
+)
 @pytest.mark.parametrize("stack", [False, True])
 def test_accumulated_micro_batches_are_one_batch(fields, stack):
     model, adapter, base = build(fields, stack=stack)

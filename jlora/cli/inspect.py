@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tyro.conf import Positional, arg
 
 from jlora._modules import linear_kernels
 from jlora._tree import flatten
@@ -27,6 +29,8 @@ from jlora.models import abstract_params, model_from_config
 class Inspect(EvaluationData, Weights):
     """Look before training: rendered data with its supervised tokens, a model's targets, an adapter's norms."""
 
+    path: Positional[Annotated[str | None, arg(metavar="PATH")]] = None
+    """An adapter or a model: short for --adapter or --model, whichever it is."""
     split: Split = "all"  # pyright: ignore[reportIncompatibleVariableOverride]
     """all, train or validation."""
     rows: int = 3
@@ -35,6 +39,7 @@ class Inspect(EvaluationData, Weights):
 
 def run(options: Inspect) -> None:
     console = Console(highlight=False)
+    options = _resolved(options)
     if options.adapter is not None:
         for directory in adapter_directories(options.adapter).values() or (options.adapter,):
             console.print(adapter_table(str(directory)))
@@ -42,6 +47,18 @@ def run(options: Inspect) -> None:
         show_data(options, console)
     elif options.adapter is None:
         console.print(kernel_table(resolve_model(options)))
+
+
+def _resolved(options: Inspect) -> Inspect:
+    """The same with `path` in its place."""
+    if options.path is None:
+        return options
+    field = "adapter" if adapter_directories(options.path) else "model"
+    if getattr(options, field) is not None:
+        raise ValueError(
+            f"{options.path!r} and --{field} {getattr(options, field)} both say which {field} to look at. Give one of them."
+        )
+    return dataclasses.replace(options, **{field: options.path, "path": None})
 
 
 def show_data(options: Inspect, console: Console) -> None:

@@ -264,8 +264,12 @@ def route(params: Params, adapter_ids: Choice) -> Any:
             above the last is the last).
 
     Example:
-        >>> tree = stack_adapters({"a": a, "b": b})  # doctest: +SKIP
-        >>> logits = model.apply({"params": route(tree, ["a", "b", None])}, input_ids)  # doctest: +SKIP
+        >>> import jlora
+        >>> base, key = {"proj": {"kernel": jnp.ones((4, 6))}}, jax.random.key(0)
+        >>> trees = {n: jlora.add_lora(base, jlora.LoraConfig(rank=r), key=key) for n, r in (("a", 2), ("b", 3))}
+        >>> chosen = route(stack_adapters(trees), ["a", "b", None])
+        >>> linear(jnp.ones((3, 7, 4)), chosen["proj"]["kernel"]).shape  # three rows of seven tokens
+        (3, 7, 6)
     """
     ids = _as_ids(adapter_ids, adapter_names(params))
 
