@@ -299,7 +299,7 @@ def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
 
 
 @pytest.mark.parametrize("fields", [{"targets": ["wte", "c_attn"]}, {"targets": ["c_fc"], "modules_to_save": ["wte"]}])
-def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_):
+def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_, fails):
     config = jlora.LoraConfig(rank=4, alpha=8.0, **fields)
     model, params = jlora.load(gpt2_dir, dtype="float32")
     adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(0)))
@@ -316,6 +316,11 @@ def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_):
     for to, path in outputs.items():
         said = jlora_("export", "--to", to, "--adapter", tmp_path / "adapter", "--output", path, "--gguf-dtype", "f32")
         assert said.count("tensor of its own") == 1
+    # An adapter alone is written beside the base as it is, so nothing is untied; mlx-lm's cannot say what this one does.
+    adapter = ("--adapter", tmp_path / "adapter")
+    assert "tensor of its own" not in jlora_("export", "--to", "peft", *adapter, "--output", tmp_path / "peft")
+    said = fails("export", "--to", "mlx", *adapter, "--output", tmp_path / "mlx")
+    assert "does not represent" in said and not (tmp_path / "mlx").exists()
     for directory in (tmp_path / "merged", outputs["transformers"]):
         again = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
         np.testing.assert_allclose(again(torch.tensor(ids)).logits.detach(), expected, atol=1e-4)

@@ -36,7 +36,7 @@ def run(options: Export) -> None:
         refuse_existing(options.output)
     model, params, tokenizer = load_weights(options)
     console = Console(highlight=False, soft_wrap=True)
-    if options.to != "gguf-adapter":
+    if options.to not in _OF_ADAPTERS:  # those are written beside the base as it is
         model, params = mergeable(model, params, console)
     said = _WRITERS[options.to](options, model, params, tokenizer)
     console.print(f"[bold]{options.output}[/]: {said}")
