@@ -204,18 +204,3 @@ def read_config(directory: Path) -> dict[str, Any]:
                 "Load its dense original, with `quantize=jlora.NF4()` if it is too large."
             )
     return fields
-
-
-def load_tokenizer(name: str | os.PathLike) -> Any:
-    """The checkpoint's tokenizer, as a transformers object."""
-    # transformers greets environments without torch with advice that does not apply here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(find(name))
-    except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(
-            f"{os.fspath(name)!r} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
-            "Copy tokenizer.json and tokenizer_config.json of its base model into the directory."
-        ) from error
