@@ -5,12 +5,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from jlora._roles import check_roles
 from jlora._tree import flatten, layer_path, per_layer_paths, split_layer_path
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head",)
 """Output heads, which "all-linear" leaves out (QLoRA and PEFT do)."""
+MATCH_SECONDS = 0.5
 _LEAF_NAMES = ("kernel", "embedding", "scale", "bias")
 
 
@@ -102,7 +105,7 @@ def _may_be_kernel(path: str, leaf: Any) -> bool:
 
 def pattern_matches(key: str, module: str) -> bool:
     """PEFT's rule for `rank_pattern` keys: a regular expression for the module path or its dotted end."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
+    return _matches(rf"(.*\.)?({key})$", module)
 
 
 def is_embedding(path: str) -> bool:
@@ -122,8 +125,27 @@ def embedding_tables(params: Any) -> dict[str, str]:
 def names_match(names: str | Sequence[str], module: str) -> bool:
     """PEFT's rule for `target_modules` and `exclude_modules`."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return _matches(names, module, whole=True)
     return any(name_matches(name, module) for name in names)
+
+
+def _matches(expression: str, module: str, *, whole: bool = False) -> bool:
+    """Python's `re.match` or, for the whole path, `re.fullmatch`, under a limit of time: an expression from a file may be one that
+    takes years.
+
+    Raises:
+        ValueError: when it takes longer than a thousand times what it should.
+    """
+    try:
+        compiled = regex.compile(expression)
+        return (compiled.fullmatch if whole else compiled.match)(module, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"The regular expression {expression[:200]!r} takes more than {MATCH_SECONDS} s to compare with {module!r}: it repeats "
+            "what repeats, such as (.+)+. Write it without nested repetition."
+        ) from None
+    except regex.error as error:
+        raise ValueError(f"{expression[:200]!r} is not a regular expression: {error}.") from error
 
 
 def name_matches(name: str, module: str) -> bool:

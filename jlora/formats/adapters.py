@@ -1,10 +1,12 @@
 """Adapter directories: whose layout they have, decided here by the files found and nowhere else."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jlora.formats.fields import check_fields, optional, text
+from jlora.formats.structured import read_json
 
 CONFIG = "adapter_config.json"
 
@@ -54,7 +56,12 @@ class AdapterDirectory(NamedTuple):
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the config names."""
+        """The base model that the config names.
+
+        Raises:
+            ValueError: when the field holds something else than a name.
+        """
+        check_fields(self.fields, {self.layout.base: optional(text())}, where=repr(str(self.path / CONFIG)))
         return self.fields.get(self.layout.base)
 
 
@@ -78,12 +85,7 @@ def open_adapter(directory: str | os.PathLike) -> AdapterDirectory:
                 "finetune`: OUTPUT/adapter)."
             )
         )
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Write or download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
+    fields = read_json(path)
     # A config with no layout's marks counts as PEFT's, whose reader says what it lacks.
     claimed = [layout for layout in LAYOUTS if any(mark in fields for mark in layout.marks)] or [PEFT]
     others = [layout for layout in LAYOUTS if layout != claimed[0] and (directory / layout.weights).exists()]

@@ -4,10 +4,11 @@ Reference: mlx-lm, `mlx_lm/tuner/utils.py` (`linear_to_lora_layers`, `load_adapt
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
+
+from jlora.formats.fields import MAX_SIZE, is_integer, list_of, positive, probability, shown, text
 
 SUFFIXES: Mapping[str, str] = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 """Trained child -> what follows the module's path and a dot."""
@@ -158,33 +159,29 @@ class MlxConfig:
 
 def _problems(fields: Mapping[str, Any]):
     kind = fields.get("fine_tune_type", "lora")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         yield (
-            f"fine_tune_type = {kind!r}; jlora reads 'lora' and 'dora'."
+            f"fine_tune_type = {shown(kind)}; jlora reads 'lora' and 'dora'."
             + (" 'full' is a whole model: fuse it (`mlx_lm.fuse`) and load the checkpoint." if kind == "full" else "")
         )
         return
     layers = fields.get("num_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool):
+    if not is_integer(layers) or abs(layers) > MAX_SIZE:
         renamed = " Early versions called it `lora_layers`: rename it." if "lora_layers" in fields else ""
-        yield f"num_layers must be a number of blocks, -1 for all; got {layers!r}.{renamed}"
+        yield f"num_layers must be a number of blocks, -1 for all; got {shown(layers)}.{renamed}"
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, Mapping):
-        yield f"lora_parameters must be an object with rank, scale, dropout and keys; got {parameters!r}."
+        yield f"lora_parameters must be an object with rank, scale, dropout and keys; got {shown(parameters)}."
         return
     rank, scale, dropout, keys = (parameters.get(name) for name in ("rank", "scale", "dropout", "keys"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        yield f"lora_parameters.rank must be an integer of at least 1; got {rank!r}."
-    if not _is_number(scale) or not (math.isfinite(scale) and scale > 0):
-        yield f"lora_parameters.scale must be a positive number; got {scale!r}."
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        yield f"lora_parameters.dropout must be in [0, 1); got {dropout!r}."
-    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
-        yield f"lora_parameters.keys must be a list of module paths, or null for every linear layer; got {keys!r}."
+    if not is_integer(rank) or not 1 <= rank <= MAX_SIZE:
+        yield f"lora_parameters.rank must be an integer of at least 1; got {shown(rank)}."
+    if not positive().holds(scale):
+        yield f"lora_parameters.scale must be a positive number; got {shown(scale)}."
+    if not probability().holds(dropout):
+        yield f"lora_parameters.dropout must be in [0, 1); got {shown(dropout)}."
+    if keys is not None and not (list_of(text(), least=1).holds(keys)):
+        yield f"lora_parameters.keys must be a list of module paths, or null for every linear layer; got {shown(keys)}."
     unknown = sorted(set(parameters) - set(_PARAMETERS))
     if unknown:
         yield f"lora_parameters has {', '.join(unknown)}, which jlora does not represent."
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,6 @@
 """Hugging Face checkpoints -> (model, params)."""
 
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +13,10 @@ import numpy as np
 
 from jlora._tree import flatten, nest, split_layer_path
 from jlora.formats import Checkpoint
+from jlora.formats.fields import shown
+from jlora.formats.structured import read_json
 from jlora.io.bnb import STATE_SUFFIX, QuantState
+from jlora.io.finite import FiniteCheck
 from jlora.io.hub import is_hub_id
 from jlora.io.names import (
     FLOATS,
@@ -26,7 +28,7 @@ from jlora.io.names import (
     wrong_dtypes,
 )
 from jlora.models import Model, abstract_params, model_from_config
-from jlora.quant import QuantSpec, check_finite, quantizable, quantize_rows
+from jlora.quant import QuantSpec, quantizable, quantize_rows
 
 
 def load(
@@ -56,9 +58,12 @@ def load(
     Raises:
         FileNotFoundError: no such directory or hub id, or no safetensors in it.
         ValueError: a family or config field that the graphs do not compute; missing, unexpected and mis-shaped tensors,
-            all in one error; `quantize` for a checkpoint that is quantized otherwise.
+            all in one error; weights that are NaN or infinite; `quantize` for a checkpoint that is quantized otherwise.
     """
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32; got {dtype!r}.") from error
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
     directory = find(name)
@@ -75,10 +80,11 @@ def load(
             "Leave `quantize` out, or load the dense original."
         )
     flat: dict[str, Any] = {}
+    finite = FiniteCheck()
     # Largest first: its copies are made while there is little else.
     for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
         spec = quantize if path in packed_paths else None
-        value = _read(checkpoint, names[path], states.get(path), dtype, is_transposed(path, model), spec)
+        value = _read(checkpoint, names[path], states.get(path), dtype, is_transposed(path, model), spec, finite)
         layer = split_layer_path(path) if stack else None
         if layer is None:
             flat[path] = value
@@ -88,19 +94,26 @@ def load(
             flat[stacked_path] = _set_row(
                 _zeros(model.config.depth, value) if stacked is None else stacked, value, index
             )
+    finite.finish(directory)
     return model, nest(flat)
 
 
 def _read(
-    checkpoint: Checkpoint, name: str, state: QuantState | None, dtype: Any, transposed: bool, spec: QuantSpec | None
+    checkpoint: Checkpoint,
+    name: str,
+    state: QuantState | None,
+    dtype: Any,
+    transposed: bool,
+    spec: QuantSpec | None,
+    finite: FiniteCheck,
 ):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
+    stored = jnp.array(checkpoint.read(name)).astype(dtype) if state is None else state.read(checkpoint, name)
+    finite.see(name, stored)
     if state is not None:
-        return state.read(checkpoint, name)
-    stored = jnp.array(checkpoint.read(name)).astype(dtype)
+        return stored
     if spec is None:
         return stored.T if transposed else stored
-    check_finite(stored, name)
     return quantize_rows(stored if transposed else stored.T, spec)
 
 
@@ -189,18 +202,15 @@ def read_config(directory: Path) -> dict[str, Any]:
                 else ""
             )
         )
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(fields).__name__}.")
+    fields = read_json(path)
     quantized = fields.get("quantization_config")
     if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        if method != "bitsandbytes" or not quantized.get("load_in_4bit"):
+        says = quantized if isinstance(quantized, Mapping) else {}
+        if says.get("quant_method") != "bitsandbytes" or says.get("load_in_4bit") is not True:
+            method = says.get("quant_method", quantized)
             raise ValueError(
-                f"{str(directory)!r} is quantized ({method!r}); jlora reads dense checkpoints and bitsandbytes' 4-bit NF4. "
-                "Load its dense original, with `quantize=jlora.NF4()` if it is too large."
+                f"{str(directory)!r} is quantized ({shown(method)}), says `quantization_config` in its config.json; jlora "
+                "reads dense checkpoints and bitsandbytes' 4-bit NF4. Load its dense original, with `quantize=jlora.NF4()` if it "
+                "is too large."
             )
     return fields

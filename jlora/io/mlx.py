@@ -141,18 +141,16 @@ def read_mlx_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     depth = 1 + max((place[0] for name in here if (place := split_block(name))), default=-1)
     meant = [module for name, module in here.items() if config.means(name, depth)]
     tied = not any(name.rpartition(".")[2] in HEADS for name in here)
-    problems = [
-        *_dead_keys(config, here),
-        *_embedding_problems([m for m in meant if m in embeddings], dora=config.use_dora, tied=tied),
-    ]
+    idle = list(_dead_keys(config, here))
+    problems = list(_embedding_problems([m for m in meant if m in embeddings], dora=config.use_dora, tied=tied))
     if not meant:
         # Nothing to compare tensors with.
-        raise misfit(found.path, problems or ["none of its modules is here"])
+        raise misfit(found.path, [*problems, *idle] or ["none of its modules is here"])
     lora = LoraConfig(
         rank=config.rank, alpha=config.alpha, targets=meant, dropout=config.dropout, use_dora=config.use_dora
     )
     # What is trained is replaced below: the key is of no consequence.
-    return _MlxAdapter(add_lora(params, lora, key=jax.random.key(0))).read(file, found.path, also=problems)
+    return _MlxAdapter(add_lora(params, lora, key=jax.random.key(0))).read(file, found.path, also=problems, hints=idle)
 
 
 def _dead_keys(config: MlxConfig, modules: Mapping[str, str]) -> Iterator[str]:

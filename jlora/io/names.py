@@ -46,17 +46,20 @@ def mismatches(
 ) -> list[str]:
     """Missing, unexpected and mis-shaped names as lines for one error."""
     ignorable = set(ignorable)
-    extra = [n for n in found if n not in expected and n not in ignorable]
-    lines = []
-    for name in expected:
-        if name not in found:
-            close = difflib.get_close_matches(name, extra, n=1)
-            lines.append(f"missing: {name} {expected[name]}" + (f" (there is {close[0]})" if close else ""))
-        elif tuple(found[name]) != tuple(expected[name]):
-            lines.append(f"shape: {name} is {tuple(found[name])}, should be {tuple(expected[name])}")
-    lines += [f"unexpected: {name} {tuple(found[name])}" for name in extra]
+    missing = [name for name in expected if name not in found]
+    other = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+    extra = [name for name in found if name not in expected and name not in ignorable]
     shown = 20
-    return lines[:shown] + ([f"and {len(lines) - shown} more"] if len(lines) > shown else [])
+    lines = [_missing(name, expected[name], extra) for name in missing[:shown]]
+    lines += [f"shape: {name} is {tuple(found[name])}, should be {tuple(expected[name])}" for name in other]
+    lines += [f"unexpected: {name} {tuple(found[name])}" for name in extra]
+    more = max(0, len(missing) - shown) + max(0, len(lines) - shown)
+    return lines[:shown] + ([f"and {more} more"] if more else [])
+
+
+def _missing(name: str, shape: tuple[int, ...], extra: list[str]) -> str:
+    close = difflib.get_close_matches(name, extra[:1000], n=1)
+    return f"missing: {name} {shape}" + (f" (there is {close[0]})" if close else "")
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -29,7 +29,7 @@ from jlora.lora import (
     remove_lora,
 )
 from jlora.lora.config import ALL_LINEAR
-from jlora.lora.targets import select, select_biases, select_whole
+from jlora.lora.targets import select, select_whole, without_idle
 
 PREFIX = "base_model.model."
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
@@ -76,7 +76,8 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     }
     if config.targets == ALL_LINEAR and config.exclude:
         # Last names would take in what was excluded, and names without it would leave `exclude` nothing to exclude.
-        fields |= {"target_modules": sorted(modules), "exclude_modules": None}
+        # PEFT takes whole paths whatever their layer.
+        fields |= {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
     elif config.targets == ALL_LINEAR:
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
     directory = Path(directory)
@@ -162,6 +163,7 @@ def check_config(params, config: LoraConfig) -> None:
     ]
     if all(leaf.base is not None for leaf in flatten(params).values() if isinstance(leaf, AdaptedWeight)):
         base = remove_lora(params)
+        config, _ = without_idle(base, config)
         meant = set(select(base, config))
         if meant != set(modules):
             wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
@@ -179,17 +181,11 @@ def check_config(params, config: LoraConfig) -> None:
 def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
     config, file = LoraConfig.from_peft(found.fields), Checkpoint(found.weights)
+    living, idle = without_idle(params, config)
     # What is trained is replaced below: the key is of no consequence.
-    stored = _PeftAdapter(add_lora(params, _without_idle_bias(config, params), key=jax.random.key(0)))
-    return stored.read(
-        file, found.path, ignorable=[*stored.bases(), *stored.copies(file)], also=stored.other_bases(file)
-    )
-
-
-def _without_idle_bias(config: LoraConfig, params: Params) -> LoraConfig:
-    """PEFT writes `bias` also where no module has one; `add_lora` takes that for a mistake."""
-    idle = not select_biases(params, config, select(params, config))
-    return dataclasses.replace(config, bias="none") if idle else config
+    stored = _PeftAdapter(add_lora(params, living, key=jax.random.key(0)))
+    ignorable = [*stored.bases(), *stored.copies(file)]
+    return stored.read(file, found.path, ignorable=ignorable, also=stored.other_bases(file), hints=idle)
 
 
 class _PeftAdapter(StoredAdapter):
@@ -222,7 +218,7 @@ class _PeftAdapter(StoredAdapter):
             theirs = file.read(name).astype(np.float32)
             theirs = theirs if is_embedding(path) else theirs.T
             # Either may have been rounded to bfloat16 on its way.
-            if ours.shape != theirs.shape or np.abs(ours - theirs).max() > np.abs(ours).max() / 128:
+            if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= np.abs(ours).max() / 128:
                 lines.append(
                     f"other base: {name} {theirs.shape} differs from {path!r} {ours.shape} of these parameters"
                 )

@@ -55,22 +55,30 @@ class StoredAdapter(abc.ABC):
         return shapes
 
     def read(
-        self, file: Checkpoint, directory: Path, *, ignorable: Iterable[str] = (), also: Iterable[str] = ()
+        self,
+        file: Checkpoint,
+        directory: Path,
+        *,
+        ignorable: Iterable[str] = (),
+        also: Iterable[str] = (),
+        hints: Iterable[str] = (),
     ) -> dict[str, Any]:
         """The tree with its trained children from the file.
 
         Args:
             ignorable: names that the file may hold besides.
             also: problems found before, for the same error.
+            hints: what may explain others, and is no problem where there are none.
 
         Raises:
-            ValueError: for missing, unexpected and mis-shaped tensors and those that are no floats, all in one error.
+            ValueError: for missing, unexpected and mis-shaped tensors and those that are no floats, all in one error; for those
+                with values that are NaN or infinite.
         """
         shapes = self.shapes()
         problems = [*also, *mismatches(shapes, file.shapes, ignorable)]
         problems += wrong_dtypes(dict.fromkeys(shapes, FLOATS), file.dtypes)
         if problems:
-            raise misfit(directory, problems)
+            raise misfit(directory, [*problems, *hints])
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
     def _leaf(self, file: Checkpoint, path: str, leaf: Any) -> Any:
@@ -80,8 +88,18 @@ class StoredAdapter(abc.ABC):
         names = [self.stored_as(row, leaf) for row in rows]
 
         def child(field):
-            arrays = [file.read(name).astype(np.float32) for name, _ in (of_row[field] for of_row in names)]
+            arrays = [_finite(file, name) for name, _ in (of_row[field] for of_row in names)]
             arrays = [array.T if names[0][field][1] else array for array in arrays]
             return jnp.asarray(arrays[0] if rows == [path] else np.stack(arrays))
 
         return leaf.with_children(**{field: child(field) for field in names[0]})
+
+
+def _finite(file: Checkpoint, name: str) -> np.ndarray:
+    array = file.read(name).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{name!r} of the adapter is NaN or infinite: training has diverged, or the file is damaged. Nothing was loaded. Take "
+            "an earlier checkpoint of it."
+        )
+    return array

@@ -4,12 +4,31 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jlora._modules import ALL_LINEAR, pattern_matches
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import MLX, open_adapter
+from jlora.formats.fields import (
+    MAX_SIZE,
+    anything,
+    check_fields,
+    either,
+    flag,
+    integer,
+    is_integer,
+    list_of,
+    mapping_of,
+    one_of,
+    optional,
+    positive,
+    probability,
+    shown,
+    text,
+    wrong_fields,
+)
 from jlora.formats.mlx import MlxConfig, updated_modules
 
 INITS = ("kaiming", "gaussian", "pissa")
@@ -67,30 +86,30 @@ class LoraConfig:
     that is a whole module path is adapted whatever its layer, as in PEFT."""
 
     def __post_init__(self):
-        for name in ("targets", "exclude"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value or ()))
-        saved = self.modules_to_save or ()
-        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
-        for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
-        object.__setattr__(self, "layers_to_transform", self.layers())
-        problems = list(self._problems())
+        saved = self.modules_to_save
+        plain = {name: _tuple(getattr(self, name)) for name in ("targets", "exclude")}
+        plain["modules_to_save"] = (saved,) if isinstance(saved, str) else _tuple(saved)
+        plain |= {n: _dict(getattr(self, n)) for n in ("rank_pattern", "alpha_pattern")}
+        plain["layers_to_transform"] = self.layers()
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        problems = list(wrong_fields(plain, _CONTAINERS)) or list(self._problems())
         if problems:
             raise ValueError("LoraConfig is not usable:\n  " + "\n  ".join(problems))
 
     def _problems(self):
         ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, value in ranks.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                yield f"`{name}` must be an integer of at least 1; got {value!r}. Common values are 4 to 64."
+            if not is_integer(value) or not 1 <= value <= MAX_SIZE:
+                yield f"`{name}` must be an integer of at least 1; got {shown(value)}. Common values are 4 to 64."
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         for name, value in alphas.items():
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                yield f"`{name}` must be a positive number; got {value!r}. A common choice is twice the rank."
-        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
-            yield f"`dropout` must be in [0, 1); got {self.dropout!r}. Use 0.05, or 0.0 for none."
+            if not positive(MAX_ALPHA).holds(value):
+                yield f"`{name}` must be a positive number; got {shown(value)}. A common choice is twice the rank."
+        if not probability().holds(self.dropout):
+            yield f"`dropout` must be in [0, 1); got {shown(self.dropout)}. Use 0.05, or 0.0 for none."
+        flags = {name: getattr(self, name) for name in ("use_rslora", "use_dora")}
+        yield from wrong_fields(flags, dict.fromkeys(flags, flag()))
         if self.init not in INITS:
             yield f"`init` must be one of {', '.join(map(repr, INITS))}; got {self.init!r}."
         if self.bias not in BIASES:
@@ -104,11 +123,11 @@ class LoraConfig:
         for name, expression in expressions.items():
             try:
                 re.compile(expression)
-            except re.error as error:
-                yield f"`{name}` must be a regular expression; got {expression!r} ({error})."
+            except (re.error, RecursionError, OverflowError) as error:
+                yield f"`{name}` must be a regular expression; got {shown(expression)} ({error})."
         layers = self.layers()
         if layers is not None:
-            if not layers or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
+            if not layers or not all(is_integer(i) and i >= 0 for i in layers):
                 yield f"`layers_to_transform` must hold layer numbers from 0; got {self.layers_to_transform!r}."
             if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
                 yield (
@@ -130,7 +149,7 @@ class LoraConfig:
     def layers(self) -> tuple[int, ...] | None:
         """`layers_to_transform` as numbers; None: all layers."""
         given = self.layers_to_transform
-        return (given,) if isinstance(given, int) else None if given is None else tuple(given)
+        return None if given is None else _tuple(given) if isinstance(given, Iterable) else (given,)  # pyright: ignore
 
     def rank_of(self, module: str) -> int:
         """Rank for a module path."""
@@ -184,10 +203,10 @@ class LoraConfig:
             raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
         unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
         init = fields.get("init_lora_weights", True)
-        if init not in (True, False, "gaussian", "pissa"):
+        if isinstance(init, str) and init not in INITS:
             unsupported["init_lora_weights"] = init
         if unsupported:
-            listed = "\n  ".join(f"{k} = {v!r}" for k, v in sorted(unsupported.items()))
+            listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
             reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
             raise ValueError(
                 f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
@@ -196,14 +215,22 @@ class LoraConfig:
             )
         if fields.get("target_modules") is None:
             raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+        check_fields(fields, _PEFT, where="adapter_config.json")
+        unknown = {k: v for k, v in fields.items() if k not in {*_PEFT, *_NEUTRAL, *_IDLE} and v not in (*_OFF, "")}
+        if unknown:
+            warnings.warn(
+                f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
+                "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what the adapter computes, the outputs are others.",
+                stacklevel=2,
+            )
         layers = fields.get("layers_to_transform")
         return cls(
             rank=fields.get("r", 8),
             alpha=fields.get("lora_alpha", 8),
             targets=_names(fields["target_modules"]),
             dropout=fields.get("lora_dropout", 0.0),
-            use_rslora=fields.get("use_rslora", False),
-            use_dora=bool(fields.get("use_dora", False)),
+            use_rslora=fields.get("use_rslora") or False,
+            use_dora=fields.get("use_dora") or False,
             init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
@@ -234,6 +261,60 @@ class LoraConfig:
         }
 
 
+def _tuple(value: Any) -> Any:
+    """Names and numbers in a tuple; text, and what is neither, as it is."""
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    return tuple(value) if is_list else () if value is None else value
+
+
+def _dict(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else {} if value is None else value
+
+
+MAX_ALPHA = 1e9
+_NAMES = either(text(), list_of(text()))
+_CONTAINERS = {
+    "targets": _NAMES,
+    "exclude": _NAMES,
+    "modules_to_save": _NAMES,
+    "rank_pattern": mapping_of(anything()),
+    "alpha_pattern": mapping_of(anything()),
+}
+"""Of `LoraConfig`; what is in them, `_problems` says more of."""
+
+_PEFT = {
+    "peft_type": one_of("LORA"),
+    "r": integer(),
+    "lora_alpha": positive(MAX_ALPHA),
+    "target_modules": _NAMES,
+    "exclude_modules": optional(_NAMES),
+    "modules_to_save": optional(_NAMES),
+    "lora_dropout": probability(),
+    "use_rslora": optional(flag()),
+    "use_dora": optional(flag()),
+    "init_lora_weights": either(flag(), text()),
+    "rank_pattern": optional(mapping_of(integer())),
+    "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
+    "bias": optional(one_of(*BIASES)),
+    "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
+    "base_model_name_or_path": optional(text()),
+}
+"""Fields of PEFT's `adapter_config.json` that are read."""
+
+_IDLE = (
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
+    *(
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+    ),
+)
+"""Fields of PEFT 0.21 that change nothing of a trained adapter."""
+
 # Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
 _OFF = (None, False, [], {})
 _NEUTRAL = {
@@ -242,7 +323,7 @@ _NEUTRAL = {
     "trainable_token_indices": _OFF,
     "target_parameters": _OFF,
     "layer_replication": _OFF,
-    "layers_pattern": (*_OFF, ""),
+    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"]),  # where the layers of our families are anyway
     "alora_invocation_tokens": _OFF,
     "use_qalora": _OFF,
     "use_bdlora": _OFF,

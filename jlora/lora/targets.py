@@ -1,5 +1,6 @@
 """Which kernels of a tree a `LoraConfig` means: PEFT's matching rules, and an error for every pattern that means none."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,6 +40,21 @@ def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = No
             matches something that is neither a linear kernel nor an embedding, or a kernel with axes that `roles` says
             nothing about.
     """
+    chosen, problems = selection(params, config, roles)
+    if problems:
+        kernels = linear_kernels(params, roles) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
+        raise ValueError(
+            "The LoRA config does not fit these parameters:\n  "
+            + "\n  ".join(problems)
+            + f"\nLinear kernels there are: {describe(kernels)}."
+        )
+    return chosen
+
+
+def selection(
+    params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """(What `select` gives, what it would raise): a line for each pattern that means nothing."""
     # "all-linear" means kernels alone, as in PEFT; embeddings are adapted by name.
     kernels = linear_kernels(params, roles) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
     problems = []
@@ -98,13 +114,39 @@ def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = No
         for key in getattr(config, field):
             if chosen and not any(pattern_matches(key, m) for m in chosen):
                 problems.append(f"`{field}` {key!r} matches none of the adapted modules.{nearest(key, chosen)}")
-    if problems:
-        raise ValueError(
-            "The LoRA config does not fit these parameters:\n  "
-            + "\n  ".join(problems)
-            + f"\nLinear kernels there are: {describe(kernels)}."
-        )
-    return {module: kernels[module] for module in chosen}
+    return {module: kernels[module] for module in chosen}, problems
+
+
+def without_idle(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
+    """A config that says no more than what there is in these parameters, and a line for each name in it that means nothing.
+
+    For adapters that exist: PEFT passes over such names, and which tensors there must be follows from the others. Modules are
+    named by whole paths. A config that means nothing at all is given back as it is.
+    """
+    chosen, problems = selection(params, config)
+    if not chosen:
+        return config, problems
+    leaves = _rows(params)
+    saved = {name: _saved(name, leaves) for name in config.modules_to_save}
+    problems += [
+        line for name, rows in saved.items() if not rows for line in _problems_of_saving(name, rows, leaves, set())
+    ]
+    patterns = {
+        field: {
+            key: value for key, value in getattr(config, field).items() if any(pattern_matches(key, m) for m in chosen)
+        }
+        for field in ("rank_pattern", "alpha_pattern")
+    }
+    living = dataclasses.replace(
+        config,
+        targets=tuple(chosen),
+        exclude=(),
+        layers_to_transform=None,
+        modules_to_save=tuple(name for name, rows in saved.items() if rows),
+        bias=config.bias if select_biases(params, config, chosen) else "none",
+        **patterns,
+    )
+    return living, problems
 
 
 def _problems_of_roles(params: Any, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
@@ -148,12 +190,17 @@ def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set
     whole = select_biases(params, config, modules)
     problems = []
     for name in config.modules_to_save:
-        rows = {row for row in leaves if any(m.endswith(name) for m in _and_parents(module_path(row)))}
+        rows = _saved(name, leaves)
         problems += _problems_of_saving(name, rows, leaves, modules)
         whole |= rows
     if problems:
         raise ValueError("The LoRA config does not fit these parameters:\n  " + "\n  ".join(problems))
     return whole
+
+
+def _saved(name: str, leaves: Iterable[str]) -> set[str]:
+    """Those of the leaves that a name in `modules_to_save` means."""
+    return {row for row in leaves if any(m.endswith(name) for m in _and_parents(module_path(row)))}
 
 
 def _problems_of_saving(name: str, rows: set[str], leaves: dict[str, Any], modules: set[str]) -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jlora._tree import flatten, nest, per_layer_paths, split_layer_path
+from jlora.formats.fields import shown
 from jlora.models.config import ConfigReader
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
@@ -35,10 +37,10 @@ def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "no
     Raises:
         ValueError: for an unknown family, or a field that the graph does not compute.
     """
-    family = str(fields.get("model_type"))
-    if family not in FAMILIES:
+    family = fields.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"config.json has `model_type` {family!r}; jlora runs {', '.join(FAMILIES)}. To adapt another model, write it in "
+            f"config.json has `model_type` {shown(family)}; jlora runs {', '.join(FAMILIES)}. To adapt another model, write it in "
             "JAX and wrap its parameters with `jlora.add_lora`."
         )
     if remat not in ("none", "layer"):
@@ -50,7 +52,13 @@ def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "no
 def abstract_params(model: Model) -> Any:
     """The per-layer parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    # One layer is traced and stands for all, which are alike: tracing thousands takes minutes.
+    shallow = replace(model, config=dataclasses.replace(model.config, **{model.config.depth_field: 1}))
+    leaves = {}
+    for path, leaf in flatten(jax.eval_shape(shallow.init, jax.random.key(0), ids)["params"]).items():
+        layer = split_layer_path(path)
+        leaves |= {p: leaf for p in (per_layer_paths(layer[0], model.config.depth) if layer else [path])}
+    return nest(leaves)
 
 
 def empty_cache(model: Model, batch: int, length: int, *, stacked: bool) -> list[KVCache] | KVCache:
@@ -63,5 +71,5 @@ def empty_cache(model: Model, batch: int, length: int, *, stacked: bool) -> list
 
 
 def replace(model: Model, **changes: Any) -> Model:
-    """The module with other `dtype` or `remat`; the same parameters fit it."""
+    """The module with other fields; with another `dtype` or `remat` the same parameters fit it."""
     return dataclasses.replace(model, **changes)

@@ -4,6 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.formats.fields import MAX_SIZE, Kind, either, flag, integer, list_of, positive, shown
+
+MAX_LAYERS = 1024
+"""Eight times the deepest model there is."""
+MAX_HEADS = 1 << 14
+"""Of heads, and of the numbers in one."""
+_TOKEN_ID = integer(0, (1 << 31) - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class ConfigReader:
@@ -14,33 +22,27 @@ class ConfigReader:
 
     fields: Mapping[str, Any]
 
-    def _get(self, name: str, default: Any) -> Any:
+    def _get(self, name: str, default: Any, kind: Kind) -> Any:
         value = self.fields.get(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: int) -> int:
-        value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` in config.json must be a positive integer; got {value!r}.")
+        value = default if value is None else value
+        if not kind.holds(value):
+            raise ValueError(f"`{name}` in config.json must be {kind.says}; got {shown(value)}.")
         return value
 
+    def integer(self, name: str, default: int, *, most: int = MAX_SIZE) -> int:
+        return self._get(name, default, integer(1, most))
+
     def divisor(self, name: str, default: int, *, of: int, of_name: str) -> int:
-        value = self.integer(name, default)
+        value = self.integer(name, default, most=of)
         if of % value:
             raise ValueError(f"`{name}` in config.json must divide `{of_name}` = {of}; got {value}.")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ValueError(f"`{name}` in config.json must be a positive number; got {value!r}.")
-        return float(value)
+    def number(self, name: str, default: float, *, most: float = 1e30) -> float:
+        return float(self._get(name, default, positive(most)))
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` in config.json must be true or false; got {value!r}.")
-        return value
+        return self._get(name, default, flag())
 
     def token_id(self, name: str) -> int | None:
         ids = self.token_ids(name)
@@ -48,10 +50,9 @@ class ConfigReader:
 
     def token_ids(self, name: str) -> int | tuple[int, ...] | None:
         """One id, or several as Llama 3 has for end-of-text."""
-        value = self.fields.get(name)
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ValueError(f"`{name}` in config.json must be a token id or a list of them; got {value!r}.")
+        if self.fields.get(name) is None:
+            return None
+        value = self._get(name, None, either(_TOKEN_ID, list_of(_TOKEN_ID, least=1)))
         return tuple(value) if isinstance(value, list) else value
 
     def require(self, name: str, default: Any, accepted: tuple[Any, ...]) -> None:
@@ -59,6 +60,15 @@ class ConfigReader:
         value = self.fields.get(name, default)
         if value not in accepted:
             raise ValueError(
-                f"config.json has `{name}` = {value!r}; jlora's {self.fields.get('model_type')} computes "
+                f"config.json has `{name}` = {shown(value)}; jlora's {self.fields.get('model_type')} computes "
                 f"{' or '.join(map(repr, accepted))} only, and other outputs would come of ignoring it."
+            )
+
+    def require_each(self, name: str, accepted: str) -> None:
+        """Refuses a list, one item a layer, with others than the accepted one."""
+        value = self.fields.get(name)
+        if value is not None and not (isinstance(value, list) and all(item == accepted for item in value)):
+            raise ValueError(
+                f"config.json has `{name}` = {shown(value)}; jlora's {self.fields.get('model_type')} computes {accepted!r} in "
+                "every layer, and other outputs would come of ignoring it."
             )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora._typing import Array, Float, Int, Params
 from jlora._weight import Weight
 from jlora.lora import linear
-from jlora.models.config import ConfigReader
+from jlora.models.config import MAX_LAYERS, ConfigReader
 from jlora.models.layers import (
     Embed,
     Head,
@@ -44,6 +44,7 @@ class GPT2Config:
     eos_token_id: int | tuple[int, ...] | None = None
 
     model_type = "gpt2"
+    depth_field = "n_layer"
     layers_path = "transformer/h"
     embedding_path = "transformer/wte/embedding"
     transposed_kernels = False  # Hugging Face's Conv1D stores [in, out], as we do
@@ -59,10 +60,10 @@ class GPT2Config:
             vocab_size=reader.integer("vocab_size", 50257),
             n_positions=reader.integer("n_positions", 1024),
             n_embd=width,
-            n_layer=reader.integer("n_layer", 12),
+            n_layer=reader.integer("n_layer", 12, most=MAX_LAYERS),
             n_head=reader.divisor("n_head", 12, of=width, of_name="n_embd"),
             n_inner=reader.integer("n_inner", 4 * width),
-            layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
+            layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5, most=1.0),
             tie_word_embeddings=reader.flag("tie_word_embeddings", True),
             bos_token_id=reader.token_id("bos_token_id"),
             eos_token_id=reader.token_ids("eos_token_id"),

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from jlora._typing import Array, Float, Int, Params
 from jlora._weight import Weight
+from jlora.formats.fields import shown
 from jlora.lora import linear
-from jlora.models.config import ConfigReader
+from jlora.models.config import MAX_HEADS, MAX_LAYERS, ConfigReader
 from jlora.models.layers import (
     Embed,
     Head,
@@ -66,6 +67,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
+    depth_field = "num_hidden_layers"
     layers_path = "model/layers"
     embedding_path = "model/embed_tokens/embedding"
     transposed_kernels = True  # torch's Linear stores [out, in]
@@ -80,26 +82,30 @@ class LlamaConfig:
         if family == "mistral":
             reader.require("sliding_window", 4096, (None,))
         reader.require("pretraining_tp", 1, (1,))
+        reader.require_each("layer_types", "full_attention")
         absent = _DEFAULTS[family]
         width = reader.integer("hidden_size", 4096)
-        heads = reader.integer("num_attention_heads", 32)
+        heads = reader.integer("num_attention_heads", 32, most=MAX_HEADS)
         null = "num_key_value_heads" in reader.fields  # transformers: null is one a head, absence the family's default
         kv_heads = heads if null else absent.get("num_key_value_heads", heads)
         bias = family == "qwen2" or reader.flag("attention_bias", False)
+        head_dim = reader.integer("head_dim", width // heads, most=MAX_HEADS)
+        if head_dim % 2:
+            raise ValueError(f"`head_dim` in config.json must be even, for its rotation by pairs; got {head_dim}.")
         theta, scaling = _rope(reader)
         return cls(
             model_type=family,
             vocab_size=reader.integer("vocab_size", absent["vocab_size"]),
             hidden_size=width,
             intermediate_size=reader.integer("intermediate_size", absent["intermediate_size"]),
-            num_hidden_layers=reader.integer("num_hidden_layers", 32),
+            num_hidden_layers=reader.integer("num_hidden_layers", 32, most=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=reader.divisor(
                 "num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"
             ),
-            head_dim=reader.integer("head_dim", width // heads),
+            head_dim=head_dim,
             max_position_embeddings=reader.integer("max_position_embeddings", absent["max_position_embeddings"]),
-            rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=reader.number("rms_norm_eps", 1e-6, most=1.0),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=reader.flag("tie_word_embeddings", False),
@@ -147,29 +153,53 @@ class LlamaConfig:
         return self.num_key_value_heads, self.head_dim
 
 
+_ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Fields of the rotation that may stand outside its object; transformers 4 has the first two there."""
+
+
+def _rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the rotation: in transformers 5's `rope_parameters`, in transformers 4's `rope_scaling`, and
+    outside of these.
+
+    Raises:
+        ValueError: when two of them say different things. Which one counts, versions of transformers differ in.
+    """
+    said: dict[str, tuple[Any, str]] = {}
+    for place in ("rope_parameters", "rope_scaling", None):
+        found = {name: fields.get(name) for name in _ROPE_OUTSIDE} if place is None else fields.get(place) or {}
+        if not isinstance(found, Mapping):
+            raise ValueError(f"`{place}` in config.json must be an object; got {shown(found)}.")
+        for name, value in found.items():
+            where = f"`{place}.{name}`" if place else f"`{name}`"
+            if isinstance(value, Mapping):
+                raise ValueError(
+                    f"{where} in config.json is an object: a rotation for each type of layer. jlora computes one for all."
+                )
+            name = "rope_type" if name == "type" else name
+            if value is not None and said.setdefault(name, (value, where))[0] != value:
+                other, elsewhere = said[name]
+                raise ValueError(
+                    f"{elsewhere} and {where} in config.json disagree: {shown(other)} and {shown(value)}. Keep the one that "
+                    "the checkpoint was trained with."
+                )
+    return {name: value for name, (value, _) in said.items()}
+
+
 def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
-    """theta and scaling from transformers 5's `rope_parameters` or transformers 4's `rope_theta` and `rope_scaling`."""
-    fields = reader.fields.get("rope_parameters") or reader.fields.get("rope_scaling") or {}
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"`rope_parameters` in config.json must be an object; got {fields!r}.")
-    other = reader.fields.get("rope_scaling")
-    if isinstance(other, Mapping) and {**fields, **other} != dict(fields) and fields is not other:
-        raise ValueError(
-            f"`rope_parameters` and `rope_scaling` in config.json disagree: {dict(fields)} and {dict(other)}. Keep the one that "
-            "the checkpoint was trained with."
-        )
-    rope = ConfigReader({**{name: reader.fields.get(name) for name in ("model_type", "rope_theta")}, **fields})
+    """theta and scaling."""
+    fields = _rope_fields(reader.fields)
+    rope = ConfigReader({"model_type": reader.fields.get("model_type"), **fields})
     theta = rope.number("rope_theta", 10000.0)
     rope.require("partial_rotary_factor", None, (None, 1.0))
-    kind = fields.get("rope_type", fields.get("type", "default"))
+    kind = fields.get("rope_type", "default")
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise ValueError(
-            f"config.json asks for rope type {kind!r}; jlora computes 'default' and 'llama3'. Its positions would be wrong "
+            f"config.json asks for rope type {shown(kind)}; jlora computes 'default' and 'llama3'. Its positions would be wrong "
             "beyond the original context with any other, so it is refused."
         )
-    missing = [name for name in Llama3Scaling._fields if fields.get(name) is None]
+    missing = [name for name in Llama3Scaling._fields if name not in fields]
     if missing:
         raise ValueError(f"The llama3 rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
     *factors, original = Llama3Scaling._fields
