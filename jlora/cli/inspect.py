@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -115,6 +116,7 @@ def adapter_table(directory: str) -> Table:
         # An update is zero when one of its factors is.
         last = "A" if "lora_embedding" in tensors.get("A", "") else "B"
         shown = f"{norms[last]:.4f}" if last in norms and all(norms.values()) else "0 (untrained)"
+        shown = shown if all(map(math.isfinite, norms.values())) else "not finite"
         shown = shown if len(norms) == 2 else f"lora_{'B' if 'A' in norms else 'A'} is missing"
         table.add_row(module, str(config.rank_of(module)), f"{config.scaling_of(module):g}", shown)
     for name in sorted(file.shapes):

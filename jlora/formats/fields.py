@@ -8,7 +8,7 @@ Example:
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 MAX_SIZE = 1 << 24
 """Of one dimension. The largest there are: ten million positions, a vocabulary of a million."""
@@ -49,7 +49,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether it is an integer, which Python's booleans are not here."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -12,7 +12,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jlora.formats.fields import check_fields, mapping_of, text
 from jlora.formats.files import whole_file
+from jlora.formats.structured import read_json
 
 INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}  # transformers and PEFT refuse files without it
@@ -60,29 +62,38 @@ class Checkpoint:
         """Tensor name -> shape, without reading any tensor."""
         self.dtypes: dict[str, str] = {}
         """Tensor name -> the format's dtype name, such as "F32" or "BF16"."""
-        for file, promised in _files(Path(path)).items():
-            self._open(file, promised)
+        files = _files(Path(path))
+        placed = set().union(*(names for names in files.values() if names is not None))
+        for file, promised in files.items():
+            self._open(file, promised, placed)
 
-    def _open(self, file: Path, promised: set[str] | None):
+    def _open(self, file: Path, promised: set[str] | None, placed: set[str]):
+        """Takes the names that the index promises of this file, and those that it places nowhere; without an index all."""
         if not file.is_file():
+            if file.exists() or file.is_symlink():
+                raise ValueError(f"{str(file)!r} is not a file. Is it a directory, or a link to what is not there?")
             raise FileNotFoundError(f"The shard {file.name!r} of {str(file.parent)!r} is missing; download it again.")
         try:
+            with file.open("rb") as raw:  # safetensors says "No such file" of one that may not be read
+                length = int.from_bytes(raw.read(8), "little")
             # Checks the header against the file: sizes, overlaps, dtypes.
             with safe_open(file, framework="numpy") as checked:
                 names = set(checked.keys())
+        except OSError as error:
+            raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from error
         except SafetensorError as error:
             raise ValueError(
                 f"{str(file)!r} is not a valid safetensors file ({error}). Download or write it again."
             ) from error
         with file.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
+            raw.seek(8)
             header = json.loads(raw.read(length))
         if promised is not None and promised - names:
             raise ValueError(
                 f"{INDEX} places {sorted(promised - names)[:3]} in {file.name!r}, which does not hold them. The shards are of "
                 "another checkpoint than the index; download them together."
             )
-        for name in names if promised is None else promised:
+        for name in names if promised is None else promised | (names - placed):
             self.shapes[name], self.dtypes[name] = tuple(header[name]["shape"]), header[name]["dtype"]
             self._places[name] = _Place(file, 8 + length + header[name]["data_offsets"][0])
 
@@ -91,6 +102,10 @@ class Checkpoint:
 
         A mapping of its own gives its pages back with the array; one of the whole file would keep them all resident.
         """
+        if self.dtypes[name] not in _DTYPES:
+            raise ValueError(
+                f"{name!r} in {str(self._places[name].file)!r} is {self.dtypes[name]}, which jlora does not read."
+            )
         place, shape, dtype = self._places[name], self.shapes[name], np.dtype(_DTYPES[self.dtypes[name]])
         if 0 in shape or not shape:  # cannot be mapped
             with place.file.open("rb") as raw:
@@ -103,13 +118,13 @@ def _files(path: Path) -> Mapping[Path, set[str] | None]:
     """File -> the names to take from it; None: all."""
     if path.is_file():
         return {path: None}
-    if (path / "model.safetensors").is_file():
+    if (path / "model.safetensors").exists() or (path / "model.safetensors").is_symlink():
         return {path / "model.safetensors": None}
     if (path / INDEX).is_file():
         weight_map = _weight_map(path / INDEX)
         files: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(file).name != file or "\0" in file:
                 raise ValueError(f"{INDEX} names the shard {file!r}; a shard must be a file beside the index.")
             files.setdefault(path / file, set()).add(name)
         return dict(files)
@@ -126,16 +141,9 @@ def _files(path: Path) -> Mapping[Path, set[str] | None]:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     """Tensor name -> shard, from an index file."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("`weight_map` must give a file name for every tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(index)!r} is not an index of shards, a JSON object with a `weight_map` ({type(error).__name__}: {error}). "
-            "Download or write it again."
-        ) from error
-    return weight_map
+    fields = read_json(index)
+    check_fields(fields, {"weight_map": mapping_of(text())}, where=repr(str(index)), required=("weight_map",))
+    return fields["weight_map"]
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:

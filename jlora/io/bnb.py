@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.formats import Checkpoint
+from jlora.formats.fields import Kind, check_fields, integer, is_number, list_of, one_of, shown
+from jlora.formats.structured import parse_json
 from jlora.quant import NF4, NF4Tensor
 from jlora.quant.blockwise import NESTED_BLOCK
 from jlora.quant.formats import BLOCK_SIZES, DYNAMIC_CODE, NF4_CODE
@@ -19,6 +21,21 @@ from jlora.quant.tensor import keeps_rows
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 _DTYPES = ("float32", "bfloat16", "float16")
+_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+"""Dtypes that the packed bytes may be stored as -> bytes of one element. FSDP shards nothing but floats."""
+
+_AXES = list_of(integer())
+_STATE = {
+    "shape": Kind(f"two axes, {_AXES.says}", lambda v: _AXES.holds(v) and len(v) == 2),
+    "blocksize": one_of(*BLOCK_SIZES),
+    "quant_type": one_of("nf4"),
+    "dtype": one_of(*_DTYPES),
+    "nested_blocksize": one_of(NESTED_BLOCK),
+    "nested_dtype": one_of("float32"),
+    "nested_offset": Kind("a finite number", is_number),
+}
+"""Fields of a quantization state that are read."""
+_REQUIRED = ("shape", "blocksize", "quant_type", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +46,8 @@ class QuantState:
     spec: NF4
     dtype: str
     nested_offset: float | None
+    storage: str = "U8"
+    """safetensors' name of `bnb_4bit_quant_storage`: the dtype that the packed bytes are stored as."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str) -> "QuantState | None":
@@ -46,38 +65,27 @@ class QuantState:
                     "`quantize=jlora.NF4()`."
                 )
             return None
-        try:
-            fields = json.loads(checkpoint.read(f"{name}{STATE_SUFFIX}").tobytes())
-            nested = "nested_offset" in fields
-            state = cls(
-                shape=(int(fields["shape"][0]), int(fields["shape"][1])),
-                spec=NF4(block_size=fields["blocksize"], double_quant=nested),
-                dtype=fields["dtype"],
-                nested_offset=float(fields["nested_offset"]) if nested else None,
-            )
-            accepted = fields["quant_type"] == "nf4" and state.dtype in _DTYPES and min(state.shape) > 0
-            if (
-                not accepted
-                or len(fields["shape"]) != 2
-                or fields.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK
-            ):
-                raise ValueError(
-                    f"jlora reads `quant_type` nf4 of two axes in {', '.join(_DTYPES)}, blocks of {BLOCK_SIZES} and nested blocks "
-                    f"of {NESTED_BLOCK}; got {fields}"
-                )
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"The quantization state of {name!r} cannot be used ({type(error).__name__}: {error})."
-            ) from error
-        return state
+        where = f"The quantization state of {name!r}"
+        fields = _state_fields(checkpoint, f"{name}{STATE_SUFFIX}", where)
+        nested = "nested_offset" in fields
+        return cls(
+            shape=tuple(fields["shape"]),
+            spec=NF4(block_size=fields["blocksize"], double_quant=nested),
+            dtype=fields["dtype"],
+            nested_offset=float(fields["nested_offset"]) if nested else None,
+            storage=checkpoint.dtypes.get(name, "U8"),
+        )
 
     def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
         """Tensor name -> (shape, dtype) of everything that is stored for the weight."""
         count = self.shape[0] * self.shape[1]
         blocks = -(-count // self.spec.block_size)
         nested = self.spec.double_quant
+        packed = -(-count // 2)
+        size = _STORAGE.get(self.storage, 0)
+        fits = size and packed % size == 0
         stored = {
-            name: ((-(-count // 2), 1), "U8"),
+            name: ((packed // size, 1), self.storage) if fits else ((packed, 1), "U8"),
             f"{name}.absmax": ((blocks,), "U8" if nested else "F32"),
             f"{name}.quant_map": ((16,), "F32"),
         }
@@ -101,7 +109,7 @@ class QuantState:
         rows = (self.shape[0], -1) if keeps_rows(kernel_shape, self.spec.block_size) else (-1,)
         nested = self.spec.double_quant
         return NF4Tensor(
-            codes=jnp.array(checkpoint.read(name).reshape(rows)),
+            codes=jnp.array(checkpoint.read(name).view(np.uint8).reshape(rows)),
             absmax=jnp.array(checkpoint.read(f"{name}.absmax").reshape(rows)),
             nested_absmax=jnp.array(checkpoint.read(f"{name}.nested_absmax")) if nested else None,
             nested_offset=jnp.float32(self.nested_offset) if nested else None,
@@ -110,6 +118,20 @@ class QuantState:
             block_size=self.spec.block_size,
             logical_dtype=self.dtype,
         )
+
+
+def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Any]:
+    if checkpoint.dtypes[tensor] != "U8":
+        raise ValueError(f"{where} must be stored as U8; got {checkpoint.dtypes[tensor]}.")
+    try:
+        stored = checkpoint.read(tensor).tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8.") from error
+    fields = parse_json(stored, where=where)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must be a JSON object; got {shown(fields)}.")
+    check_fields(fields, _STATE, where=where, required=_REQUIRED)
+    return fields
 
 
 def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:

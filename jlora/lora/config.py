@@ -220,7 +220,7 @@ class LoraConfig:
         if unknown:
             warnings.warn(
                 f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
-                "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what the adapter computes, the outputs are others.",
+                "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
                 stacklevel=2,
             )
         layers = fields.get("layers_to_transform")
