@@ -67,6 +67,9 @@ _TOKENIZER = {
 }
 """Fields of tokenizer.json."""
 
+_NUMBERS = {"FixedLength": {"length": integer()}, "Strip": {"start": integer(0), "stop": integer(0)}}
+"""Fields of steps that the native library computes with unseen. (Strip is a decoder and a normalizer; the latter has neither.)"""
+
 _MAX_GROWTH = 10_000
 """How many times longer a normalizer or decoder may make a text. The native library allocates what it is told to, and ends
 the process where it cannot; real ones replace a character by at most a few."""
@@ -226,14 +229,8 @@ def _hazards(state: Mapping[str, Any]) -> Iterator[str]:
             growth += math.log(max([1, *map(len, added)]))
             if kind == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
                 yield f"`{step}` has a precompiled_charsmap that is damaged; download the file again."
-            wanted = {
-                "FixedLength": ("length", integer()),
-                "Strip": ("start", integer(0)),
-                "Truncate": ("stop", integer(0)),
-            }
-            if kind in wanted:
-                field, accepted = wanted[kind]
-                yield from (f"`{step}`: {line}" for line in wrong_fields(part, {field: accepted, "stop": integer(0)}))
+            wanted = _NUMBERS.get(kind, {}) if isinstance(kind, str) else {}
+            yield from (f"`{step}`: {line}" for line in wrong_fields(part, wanted))
             if kind == "TemplateProcessing":
                 yield from (f"`{step}`: {line}" for line in _undefined(part))
         if growth > math.log(_MAX_GROWTH):
