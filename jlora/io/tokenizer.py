@@ -21,6 +21,7 @@ from jlora.formats.fields import (
     mapping_of,
     one_of,
     optional,
+    positive,
     shown,
     text,
     wrong_fields,
@@ -51,6 +52,7 @@ _SETTINGS = {
     "added_tokens_decoder": optional(mapping_of(_ENTRY)),
     "chat_template": optional(either(text(), list_of(mapping_of(text())), mapping_of(text()))),
     "tokenizer_class": optional(text()),
+    "model_max_length": optional(positive(1e31)),  # transformers writes 1e30 for none
     "padding_side": optional(one_of("left", "right")),
     "truncation_side": optional(one_of("left", "right")),
     "add_prefix_space": optional(flag()),
@@ -167,13 +169,11 @@ def _check_family(directory: Path) -> None:
 
 
 def _vocabulary(state: Mapping[str, Any]) -> set[str]:
-    entries = state["model"].get("vocab") or ()
+    entries = state["model"].get("vocab")
     added = [token.get("content") for token in state.get("added_tokens") or ()]
-    words = (
-        entries
-        if isinstance(entries, Mapping)
-        else [entry[0] for entry in entries if isinstance(entry, list) and entry]
-    )
+    if isinstance(entries, list):  # of pairs, in Unigram
+        entries = [entry[0] for entry in entries if isinstance(entry, list) and entry]
+    words = entries if isinstance(entries, list | Mapping) else ()
     return {word for word in (*words, *added) if isinstance(word, str)}
 
 
@@ -213,7 +213,7 @@ def _try(tokenizer: Any, directory: Path) -> None:
     """Some faults of a file show when it is used."""
     with _one_error(directory / FILE):
         for sample in ("a", " a b\n"):
-            tokenizer.decode(tokenizer(sample)["input_ids"])
+            tokenizer.decode(tokenizer(sample, verbose=False)["input_ids"])
 
 
 def _hazards(state: Mapping[str, Any]) -> Iterator[str]:
