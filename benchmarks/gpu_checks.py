@@ -20,7 +20,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "examples" / "assets"
-PRECISIONS = {"float32": ("float32", "highest"), "float32 default": ("float32", "default"), "bfloat16": ("bfloat16", "default")}
+PRECISIONS = {
+    "float32": ("float32", "highest"),
+    "float32 default": ("float32", "default"),
+    "bfloat16": ("bfloat16", "default"),
+}
 """Dtype and precision of products; by default a GPU multiplies float32 as TF32."""
 
 
@@ -278,7 +282,9 @@ def packing(emit, *, smoke: bool) -> None:
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def _start(name: str, options: dict[str, Any], env: dict[str, str]) -> tuple[subprocess.Popen, threading.Thread, list[str]]:
+def _start(
+    name: str, options: dict[str, Any], env: dict[str, str]
+) -> tuple[subprocess.Popen, threading.Thread, list[str]]:
     """One of these functions in another process."""
     command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--worker", name, json.dumps(options)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

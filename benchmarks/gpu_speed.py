@@ -24,11 +24,10 @@ def ceilings(emit, *, smoke: bool) -> None:
     from gpu_models import queued
 
     key = jax.random.key(0, impl="rbg")
-    big = jax.random.normal(key, (1 << (22 if smoke else 30),), jnp.float32)
+    big = jax.random.normal(key, (1 << (22 if smoke else 29),), jnp.float32)
     copy = jax.jit(lambda x: -x)
     seconds = queued([lambda: copy(big)])
     emit("copy", bytes_per_s=2 * big.nbytes / seconds, ms=1e3 * seconds)
-    del big
     n = 512 if smoke else 8192
     a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in jax.random.split(key))
     product = jax.jit(lambda a, b: jnp.einsum("ik,kj->ij", a, b, preferred_element_type=jnp.float32).astype(a.dtype))
@@ -57,7 +56,16 @@ def train(
 
 def _train(emit, shape, nf4, rows, length, remat, segments, steps, ceiling) -> None:
     import jax
-    from gpu_models import LORA, attention_of, flops_per_token, model_of, optimizer, random_batch, random_params, training
+    from gpu_models import (
+        LORA,
+        attention_of,
+        flops_per_token,
+        model_of,
+        optimizer,
+        random_batch,
+        random_params,
+        training,
+    )
 
     import jlora
     from jlora.train import planned, predict
@@ -91,7 +99,8 @@ def _train(emit, shape, nf4, rows, length, remat, segments, steps, ceiling) -> N
     memory = _device_bytes()
     peak = memory.get("peak_bytes")
     emit(
-        f"{shape} {'QLoRA' if nf4 else 'LoRA'} {rows}x{length} remat {remat}" + (f" {segments} segments" if segments else ""),
+        f"{shape} {'QLoRA' if nf4 else 'LoRA'} {rows}x{length} remat {remat}"
+        + (f" {segments} segments" if segments else ""),
         tokens_per_s=speed,
         step_ms=1e3 * median,
         step_ms_quartiles=[1e3 * low, 1e3 * high],
@@ -154,7 +163,8 @@ def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
             seconds.append(time.perf_counter() - begin)
         assert min(norms) > 0 and losses[-1] < losses[0], (losses, norms)
         emit(
-            f"{shape} PEFT LoRA {rows}x{length} eager, " + ("float32 factors, autocast" if autocast else "bfloat16 factors"),
+            f"{shape} PEFT LoRA {rows}x{length} eager, "
+            + ("float32 factors, autocast" if autocast else "bfloat16 factors"),
             tokens_per_s=rows * length / float(np.median(seconds[3:])),
             step_ms=1e3 * float(np.median(seconds[3:])),
             peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
@@ -195,9 +205,7 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
             assert [len(row) for row in rows] == [new_tokens] * batch
             # The prompt's pass counts as one token's.
             token = float(np.median(times)) / new_tokens
-            cache = jlora.nbytes(
-                jax.eval_shape(lambda b=batch: empty_cache(model, b, 32 + new_tokens, stacked=True))
-            )
+            cache = jlora.nbytes(jax.eval_shape(lambda b=batch: empty_cache(model, b, 32 + new_tokens, stacked=True)))
             untied = 0 if model.config.tie_word_embeddings else jlora.nbytes(params["model"]["embed_tokens"])
             ideal = (jlora.nbytes(params) - untied + cache) / ceiling["bytes_per_s"]
             emit(
@@ -249,7 +257,7 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
             return dense_matmul(x, w, transpose=False, out_dtype=x.dtype)
 
         def packed(way):
-            return lambda x, q: quantized_matmul(way, False, x.dtype, x.dtype, x, q)
+            return lambda a, q: quantized_matmul(way, False, a.dtype, a.dtype, a, q)
 
         cases = []
         for rows in (1, 4, 16, 4096) if not smoke else (1, 16):
@@ -287,53 +295,58 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
         del weights, cases
 
 
-def loss(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
+def loss(emit, *, smoke: bool) -> None:
     """The chunked loss with its gradient against the two products that it cannot do without."""
+    for width in (128,) if smoke else (2048, 4096):
+        _loss(emit, width, *((64, 512, (32,)) if smoke else (4096, 128256, (512, 1024, 2048, 4096))))
+
+
+def _loss(emit, width: int, tokens: int, vocab: int, chunks: tuple[int, ...]) -> None:
     import jax
     import jax.numpy as jnp
     from gpu_models import in_threads, queued
 
     from jlora.train.loss import CHUNK, cross_entropy
 
-    tokens, vocab = (64, 512) if smoke else (4096, 128256)
-    for width in (128,) if smoke else (2048, 4096):
-        keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
-        hidden = jax.random.normal(keys[0], (tokens, width), jnp.bfloat16)
-        head = jax.random.normal(keys[1], (vocab, width), jnp.bfloat16) * jnp.bfloat16(0.02)
-        targets = jax.random.randint(keys[2], (tokens,), 0, vocab)
-        live = jnp.ones(tokens, bool)
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    hidden = jax.random.normal(keys[0], (tokens, width), jnp.bfloat16)
+    head = jax.random.normal(keys[1], (vocab, width), jnp.bfloat16) * jnp.bfloat16(0.02)
+    targets = jax.random.randint(keys[2], (tokens,), 0, vocab)
+    live = jnp.ones(tokens, bool)
+    given = hidden, head, targets, live
 
-        def plain(hidden, head):
-            logits = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32).astype(hidden.dtype)
-            # Without the barrier the compiler could join the two products.
-            logits = jax.lax.optimization_barrier(logits)
-            return jnp.einsum("tv,vd->td", logits, head, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    def plain(hidden, head, targets, live):
+        logits = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        # Without the barrier the compiler could join the two products.
+        logits = jax.lax.optimization_barrier(logits)
+        return jnp.einsum("tv,vd->td", logits, head, preferred_element_type=jnp.float32).astype(hidden.dtype)
 
-        def chunked(size):
-            def run(hidden, head, targets=targets, live=live):
-                return cross_entropy(hidden, head, targets, live, transpose=True, chunk=size)
+    def chunked(size):
+        def run(hidden, head, targets, live):
+            return cross_entropy(hidden, head, targets, live, transpose=True, chunk=size)
 
-            return jax.value_and_grad(run)
+        return jax.value_and_grad(run)
 
-        default = CHUNK.get(jax.default_backend(), CHUNK["gpu"])
-        sizes = sorted({default, *((32,) if smoke else (512, 1024, 2048, 4096))})
-        functions = {"two products": plain} | {f"chunk {size}": chunked(size) for size in sizes}
-        programs = in_threads(lambda f: jax.jit(f).lower(hidden, head).compile(), functions.values())
-        logits = jnp.einsum("td,vd->tv", hidden[:64], head, preferred_element_type=jnp.float32)
-        exact = jnp.sum(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:64, None], -1)[:, 0])
-        few = jax.jit(chunked(32))(hidden[:64], head, targets[:64], live[:64])[0]
-        emit(f"d={width} loss of 64 tokens", chunked=float(few), whole_logits=float(exact))
-        base = None
-        for name, run in zip(functions, programs, strict=True):
-            seconds = queued([lambda run=run: run(hidden, head)], seconds=0.3)
-            base = base or seconds
-            emit(
-                f"d={width} T={tokens} V={vocab} {name}{'*' if name == f'chunk {default}' else ''}",
-                ms=1e3 * seconds,
-                of_two_products=seconds / base,
-                TFLOP_per_s=4 * tokens * vocab * width / seconds / 1e12,
-                temp_bytes=run.memory_analysis().temp_size_in_bytes,
-            )
+    few = hidden[:64], head, targets[:64], live[:64]
+    logits = jnp.einsum("td,vd->tv", few[0], head, preferred_element_type=jnp.float32)
+    exact = jnp.sum(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, few[2][:, None], -1)[:, 0])
+    emit(f"d={width} loss of 64 tokens", chunked=float(jax.jit(chunked(32))(*few)[0]), whole_logits=float(exact))
+
+    default = CHUNK.get(jax.default_backend(), CHUNK["gpu"])
+    sizes = sorted({default, *chunks})
+    functions = {"two products": plain} | {f"chunk {size}": chunked(size) for size in sizes}
+    programs = in_threads(lambda f: jax.jit(f).lower(*given).compile(), functions.values())
+    base = None
+    for name, program in zip(functions, programs, strict=True):
+        seconds = queued([lambda program=program: program(*given)], seconds=0.3)
+        base = base or seconds
+        emit(
+            f"d={width} T={tokens} V={vocab} {name}{'*' if name == f'chunk {default}' else ''}",
+            ms=1e3 * seconds,
+            of_two_products=seconds / base,
+            TFLOP_per_s=4 * tokens * vocab * width / seconds / 1e12,
+            temp_bytes=program.memory_analysis().temp_size_in_bytes,
+        )
 
 
 SECTIONS: dict[str, Any] = {f.__name__: f for f in (ceilings, train, peft, decode, products, loss)}
