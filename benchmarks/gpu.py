@@ -41,7 +41,7 @@ class Task:
     section: str
     function: str
     options: dict[str, Any]
-    limit: float = 120.0
+    limit: float = 150.0
     """Seconds it may take."""
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     needs_ceiling: bool = False
