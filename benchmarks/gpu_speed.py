@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-
 TURNS = 8
 """Times that a measured program multiplies by every kernel: starting a program takes as long as a few small products."""
 
@@ -278,9 +277,8 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
                     # Another x each time, or the loop's work would be done before it.
                     return carry[0] + jnp.asarray(1e-3, x.dtype), [product(carry[0], w) for w in kernels]
 
-                return jax.lax.fori_loop(0, TURNS, body, (x, [jnp.zeros((rows, shape[1]), x.dtype) for _ in kernels]))[
-                    1
-                ]
+                start = x, [jnp.zeros((x.shape[0], shape[1]), x.dtype) for _ in kernels]
+                return jax.lax.fori_loop(0, TURNS, body, start)[1]
 
             return jax.jit(every).lower(x, kernels).compile(), x
 
