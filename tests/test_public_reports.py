@@ -1,6 +1,7 @@
 """Situations of public bug reports of other libraries that had no test of their own here; docs/silent-failures.md lists all."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import tiny
 from transformers import AutoTokenizer
 
 import jlora
+from jlora.cli import main
 from jlora.data import IGNORED, InstructDataset
+from jlora.io import base_model_of
 from jlora.models import model_from_config
 from jlora.train import init_state, make_step
 from jlora.train.checkpoints import Checkpoints
@@ -230,3 +233,72 @@ def test_an_adapter_saved_in_bfloat16_is_read_in_its_own_dtype(tmp_path):
     wanted = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
     factor = read["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"].lora_A
     np.testing.assert_allclose(np.asarray(factor).T, wanted, rtol=1e-2)
+
+
+LONG = " ".join(["the keeper lit a lamp"] * 20)
+CUT = [("hi", "yes"), (LONG, "no"), (LONG, "rain"), ("hi", LONG)]  # one whole, two without an answer left, one cut
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base") / "model", tiny.GPT2, chat=tiny.CHATML)
+
+
+def _chats(path, pairs):
+    turns = [[{**USER, "content": said}, {**ANSWER, "content": answer}] for said, answer in pairs]
+    return tiny.write_records(path, [{"messages": messages} for messages in turns])
+
+
+@pytest.mark.parametrize("held_out", ["file", "share"])
+def test_what_is_cut_of_the_evaluation_data_is_said(base, tmp_path, capsys, held_out):
+    """trl#1053: an evaluation over what was left."""
+    data = _chats(tmp_path / "train.jsonl", [("hi", "yes")] * 8 if held_out == "file" else CUT * 8)
+    evaluation = {"eval_data": _chats(tmp_path / "eval.jsonl", CUT)} if held_out == "file" else {"eval_fraction": 0.5}
+    config = jlora.FinetuneConfig(
+        model=base, data=data, output=str(tmp_path / "run"), template="chat", steps=1, max_length=24, batch_size=2,
+        **evaluation,
+    )  # fmt: skip
+    jlora.finetune(config)
+    said = " ".join(capsys.readouterr().out.split())
+    counts = {
+        what: re.search(rf"of the evaluation data (\d+) records {what} at", said) for what in ("truncated", "dropped")
+    }
+    assert all(counts.values()), said
+    if held_out == "file":
+        assert {what: int(found[1]) for what, found in counts.items()} == {"truncated": 1, "dropped": 2}
+        assert said.count("at max_length") == 2, "nothing of the training data was cut"
+
+
+@pytest.mark.parametrize(("pairs", "truncated", "dropped"), [(CUT, 1, 2), ([("hi", "yes")], 0, 0), (CUT[::3], 1, 0)])
+def test_evaluate_counts_what_is_cut(base, tmp_path, capsys, pairs, truncated, dropped):
+    data = _chats(tmp_path / "eval.jsonl", pairs)
+    flags = ["--data", data, "--template", "chat", "--split", "all", "--max-length", "24"]
+    main(["evaluate", "--model", base, *flags])
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["truncated"], report["dropped"]) == (truncated, dropped)
+    assert (f"{truncated} records truncated at max_length (first: {data}:" in captured.err) == (truncated > 0)
+    assert (f"{dropped} records dropped at max_length (first: {data}:2)" in captured.err) == (dropped > 0)
+
+
+@pytest.mark.parametrize(
+    ("base_model", "revision", "refused"),
+    [
+        ("org/name", "v1.2", True), ("gpt2", "0123abc", True), ("org/name", "main", False), ("org/name", None, False),
+        ("", "v1.2", False), (".", "v1.2", False), ("/not/there", "v1.2", True),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_revision_of_its_base(tmp_path, base_model, revision, refused):
+    """peft#1567: the adapter went onto the newest base."""
+    fields = {
+        "peft_type": "LORA",
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    if refused:
+        with pytest.raises(ValueError, match=f"of revision '{revision}' of '{base_model}'.*--model"):
+            base_model_of(tmp_path)
+    else:
+        assert base_model_of(tmp_path) == base_model
