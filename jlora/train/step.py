@@ -1,6 +1,7 @@
 """One jitted training step: gradient of the adapter alone, accumulated by tokens, applied by optax."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,15 +36,15 @@ def init_state(adapter: Any, tx: optax.GradientTransformation) -> TrainState:
     """
     if not jax.tree.leaves(adapter):
         raise ValueError("`init_state` got no trainable leaves. Pass the adapter half of `jlora.split(params)`.")
-    adapter = _owned(adapter)
+    adapter, tx = _owned(adapter), _optimizer(tx)
     try:
-        opt_state = _optimizer(tx).init(adapter)
+        opt_state = tx.init(adapter)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"`tx.init` fails on the adapter: {error}. The parameters are a tree of arrays, with None where nothing is trained; "
             "optimizers of another kind of tree (such as `optax.lookahead`, of `LookaheadParams`) are not for `make_step`."
         ) from error
-    return TrainState(jnp.zeros((), jnp.int32), adapter, _owned(opt_state))
+    return TrainState(jnp.zeros((), jnp.int32), adapter, _owned(_as_updated(tx, adapter, opt_state)))
 
 
 def _owned(tree: Any) -> Any:
@@ -51,10 +52,28 @@ def _owned(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), tree)
 
 
+def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
+    """The state with the dtypes that updates give it: gradients are float32 at least, and so are moments of a bfloat16 adapter
+    from the first step on. It would be compiled again for them."""
+    if all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter)):
+        return opt_state
+    grads = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), adapter)
+
+    def loss(adapter):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(adapter)), 1, grads
+
+    extra = {"value": jnp.zeros(()), "grad": grads, **_functions(loss)}
+    try:
+        after = jax.eval_shape(lambda s: _updated(tx, grads, TrainState(jnp.int32(0), adapter, s), extra)[1], opt_state)
+    except (ValueError, TypeError):
+        return opt_state  # the step itself says what is wrong
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), opt_state, after)
+
+
 def _optimizer(tx: Any) -> optax.GradientTransformationExtraArgs:
     """`tx` as a transformation that takes extra arguments."""
     if isinstance(tx, optax.MultiSteps):
-        tx = tx.gradient_transformation()
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(f"`tx` must be an optax transformation; got {tx!r}. Call its maker: `optax.adamw(1e-4)`.")
     return optax.with_extra_args_support(tx)
@@ -162,18 +181,30 @@ def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Cal
 
     # The loss of a batch is a scan over micro-batches, whose gradient is taken within: it is not differentiated again.
     value.defvjp(lambda adapter: mean(adapter)[::2], lambda grads, g: (jax.tree.map(lambda x: g * x, grads),))
-    return {"value_fn": value, "obj_fn": value, "grad_fn": lambda adapter, index: mean(adapter)[2]}
+
+    # A line search refuses extra arguments that its function does not take.
+    def value_fn(adapter, obj_fn=None, grad_fn=None):
+        return value(adapter)
+
+    return {"value_fn": value_fn, "obj_fn": value, "grad_fn": lambda adapter, index: mean(adapter)[2]}
 
 
 def _updated(tx: Any, grads: Any, state: TrainState, extra: dict[str, Any]) -> tuple[Any, Any]:
-    """(updates, optimizer state with the dtypes that it had)."""
+    """(updates, optimizer state).
+
+    Raises:
+        ValueError: when `tx` fails, or leaves some gradients as they are.
+    """
+    taken = inspect.signature(tx.update).parameters
+    if not any(p.kind == p.VAR_KEYWORD for p in taken.values()):
+        extra = {name: value for name, value in extra.items() if name in taken}
     try:
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter, **extra)
-    except TypeError as error:
-        if "required keyword-only argument" not in str(error):
-            raise
+    except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"This optimizer asks for arguments that a training step does not have: {error}. A step passes {', '.join(extra)}."
+            f"`tx.update` fails: {error}. A training step gives an optimizer {', '.join(extra) or 'no extra arguments'}, the adapter "
+            "as a tree of arrays (None where nothing is trained), and a loss that `causal_lm_loss` makes differentiable once; "
+            "optimizers that need more, such as `optax.lookahead` and `optax.contrib.sophia`, are not for it."
         ) from error
     raw = [
         path_string(path)
