@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jlora._numbers import check_seed
 from jlora.data.instruct import InstructDataset
 from jlora.data.records import Record, read_records
 from jlora.data.text import TextDataset, prepare_text
@@ -44,7 +45,7 @@ def load_data(
             with `seed`, at least one. 0 for none; None is 0.1 without `eval_data`.
         template: for records, "alpaca" or "chat".
         max_length: the most tokens in a row.
-        seed: of the choice of records, >= 0.
+        seed: of the choice of records, in 0..2**32 - 1.
         directory: where the shards of raw text are kept; `eval_data` goes to its folder `evaluation`.
         pack: put several records into a row. Raw text fills its rows already.
     Raises:
@@ -137,10 +138,9 @@ def split_records(
     A share above 0 holds out at least one record.
 
     Raises:
-        ValueError: no record is left to train on, or `seed` < 0.
+        ValueError: no record is left to train on, or a seed that `check_seed` refuses.
     """
-    if seed < 0:
-        raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
+    check_seed(seed)
     if eval_fraction == 0:
         return records, []
     n_held_out = max(1, round(len(records) * eval_fraction))

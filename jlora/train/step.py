@@ -93,7 +93,7 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
     Args:
         loss_fn: (params, batch, key) -> (summed loss, supervised tokens).
         tx: any optax transformation, clipping included. Those that ask for them get `value` (the mean loss), `grad`, and
-            `value_fn`, `obj_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, sophia, momo, sam and others.
+            `value_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, momo, sam, reduce_on_plateau.
         accumulate: micro-batches in a batch; must divide its rows.
 
     Returns:
@@ -101,8 +101,8 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
         A batch without supervised tokens has loss 0 and a zero gradient.
 
     Raises:
-        ValueError: on the first call, when `accumulate` does not divide the rows, when `tx` asks for arguments that a step does
-            not have, or leaves some gradients as they are (`optax.masked` does: adding them would climb).
+        ValueError: on the first call, when `accumulate` does not divide the rows, when `tx` asks for what a step does not
+            have, or leaves some gradients as they are (`optax.masked` does: adding them would climb).
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
@@ -173,7 +173,7 @@ def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]
 
 
 def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Callable]:
-    """What line searches and second-order optimizers evaluate at other parameters, traced by those alone that use it."""
+    """What line searches and SAM evaluate at other parameters; traced by those alone that use it."""
 
     @jax.custom_vjp
     def value(adapter):
@@ -183,10 +183,10 @@ def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Cal
     value.defvjp(lambda adapter: mean(adapter)[::2], lambda grads, g: (jax.tree.map(lambda x: g * x, grads),))
 
     # A line search refuses extra arguments that its function does not take.
-    def value_fn(adapter, obj_fn=None, grad_fn=None):
+    def value_fn(adapter, grad_fn=None):
         return value(adapter)
 
-    return {"value_fn": value_fn, "obj_fn": value, "grad_fn": lambda adapter, index: mean(adapter)[2]}
+    return {"value_fn": value_fn, "grad_fn": lambda adapter, index: mean(adapter)[2]}
 
 
 def _updated(tx: Any, grads: Any, state: TrainState, extra: dict[str, Any]) -> tuple[Any, Any]:
@@ -200,11 +200,11 @@ def _updated(tx: Any, grads: Any, state: TrainState, extra: dict[str, Any]) -> t
         extra = {name: value for name, value in extra.items() if name in taken}
     try:
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter, **extra)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`tx.update` fails: {error}. A training step gives an optimizer {', '.join(extra) or 'no extra arguments'}, the adapter "
-            "as a tree of arrays (None where nothing is trained), and a loss that `causal_lm_loss` makes differentiable once; "
-            "optimizers that need more, such as `optax.lookahead` and `optax.contrib.sophia`, are not for it."
+            f"`tx.update` fails: {error}. A training step gives an optimizer {', '.join(extra) or 'no extra arguments'} and the "
+            "adapter as a tree of arrays (None where nothing is trained). Those that need more, such as `optax.lookahead` (two "
+            "copies) and `optax.contrib.sophia` (second derivatives), are not for it."
         ) from error
     raw = [
         path_string(path)
