@@ -4,6 +4,11 @@ import json
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jlora._tree import path_string
+
 MAX_SEED = 2**32 - 1
 """`jax.random.key` keeps 32 bits of a seed, unless `jax_enable_x64` is set: 2**32 + 1 would be the seed 1."""
 
@@ -17,8 +22,12 @@ def check_seed(seed: Any) -> int:
     Raises:
         ValueError: when it is not an integer in 0..MAX_SEED, with the value.
     """
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() <= MAX_SEED:
-        raise ValueError(f"`seed` must be an integer in 0..{MAX_SEED}, of which no two are alike; got {seed!r}.")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ValueError(f"`seed` must be an integer; got {seed!r}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be >= 0; got {seed}. Give an integer in 0..{MAX_SEED}.")
+    if seed > MAX_SEED:
+        raise ValueError(f"`seed` must be at most {MAX_SEED}; got {seed}, whose lower 32 bits alone would count.")
     return seed.__index__()
 
 
@@ -38,3 +47,30 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return json_number(value) if isinstance(value, float) else value
+
+
+class NotFinite(ValueError):
+    """Something computed from `params` is NaN or infinite: `value`, which `what` names. Says which weight is to blame."""
+
+    def __init__(self, what: str, value: float, params: Any):
+        self.value = value
+        where = first_not_finite(params)
+        cause = (
+            "every weight is finite, so the activations overflow. Compute in float32 (`--dtype float32`)."
+            if where is None
+            else f"{where!r} has values that are NaN or infinite. Download it again, or take an earlier checkpoint."
+        )
+        super().__init__(f"{what} {value}: {cause}")
+
+
+def first_not_finite(tree: Any) -> str | None:
+    """The path of the first array with a value that is NaN or infinite, or None. Reads every array."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_all_finite(leaf)):
+            return path_string(path)
+    return None
+
+
+@jax.jit
+def _all_finite(x: Any) -> Any:
+    return jnp.all(jnp.isfinite(x))

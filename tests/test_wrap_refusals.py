@@ -488,5 +488,5 @@ def test_other_values_for_kernels_beyond_a_stack_are_refused(fill):
     wrapped = jlora.wrap(
         lambda p, x: jnp.einsum("td,lde->lte", x, p["w"].at[jnp.array([1, 4])].get(mode="fill", fill_value=fill))
     )
-    with pytest.raises(UnhandledUse, match='fill with NaN or 0 alone: pass mode="clip"'):
+    with pytest.raises(UnhandledUse, match='fill with NaN or 0 alone, along a stack axis: pass mode="clip"'):
         wrapped({"w": w}, X)

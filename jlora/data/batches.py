@@ -6,8 +6,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jlora._numbers import check_seed
-
 IGNORED = -100  # the label of a position that is not supervised, as in transformers and torch.nn.CrossEntropyLoss
 
 
@@ -40,6 +38,10 @@ class Dataset(Protocol):
 
     def row(self, index: int) -> Row: ...
 
+    def largest_id(self) -> int:
+        """Of all tokens of all rows."""
+        ...
+
 
 def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:
     """The batch of one optimizer step; the same arguments give the same bytes.
@@ -51,7 +53,7 @@ def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[st
         dataset: the rows.
         step: >= 0, counted over all epochs.
         batch_size: rows in the batch, >= 1.
-        seed: in 0..2**32 - 1.
+        seed: >= 0.
     Returns:
         int32 [batch_size, dataset.length] arrays `input_ids`, `labels` and, for packed rows, `segment_ids`.
     Raises:
@@ -59,7 +61,8 @@ def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[st
     """
     if step < 0:
         raise ValueError(f"`step` must be >= 0; got {step}. Steps count from 0 over all epochs.")
-    check_seed(seed)
+    if seed < 0:
+        raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
     return _padded(dataset, _chosen(dataset, step, batch_size, seed), batch_size)
 
 

@@ -121,16 +121,18 @@ class FinetuneConfig:
     def _problems(self):
         for name in ("batch_size", "accumulate", "keep", "steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MAX_COUNT:
-                yield f"`{name}` must be in 1..{MAX_COUNT}; got {value}."
+            if value is not None and value < 1:
+                yield f"`{name}` must be at least 1; got {value}."
+            elif value is not None and value > MAX_COUNT:
+                yield f"`{name}` must be at most {MAX_COUNT}; got {value}."
         if self.max_length is not None and self.max_length < 2:
             yield f"`max_length` must be at least 2, a token and the one it predicts; got {self.max_length}."
         if self.steps is not None and self.epochs is not None:
             yield f"`steps` and `epochs` exclude each other; got steps={self.steps} and epochs={self.epochs}."
         if self.epochs is not None and not 0 < self.epochs <= MAX_COUNT:
-            yield f"`epochs` must be positive and finite, at most {MAX_COUNT}; got {self.epochs}."
+            yield f"`epochs` must be positive, and at most {MAX_COUNT}; got {self.epochs}."
         if not 0 < self.learning_rate < math.inf:
-            yield f"`learning_rate` must be positive and finite; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
+            yield f"`learning_rate` must be positive, and finite; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
         if not 0 <= self.warmup_fraction < 1:
             yield f"`warmup_fraction` must be in [0, 1); got {self.warmup_fraction}."
         for name in ("weight_decay", "max_grad_norm"):

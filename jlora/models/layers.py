@@ -277,7 +277,9 @@ def make_context(
     for name in given:
         mask = jnp.asarray(masks[name])
         if mask.shape != shape or jnp.issubdtype(mask.dtype, jnp.inexact):
-            raise ValueError(f"`{name}` must be integers of the shape {list(shape)} of the ids; got {mask.dtype} {list(mask.shape)}.")
+            raise ValueError(
+                f"`{name}` must be integers {list(shape)} like the ids; got {mask.dtype} {list(mask.shape)}."
+            )
     if positions is None:
         index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
         positions = index if segment_ids is None else segment_positions(segment_ids)

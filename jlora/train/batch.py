@@ -70,21 +70,24 @@ def check_form(batch: Batch, limits: Limits) -> None:
             f"A batch needs `input_ids` and `labels`; got {', '.join(map(repr, batch)) or 'nothing'}. Add {missing[0]!r} (labels "
             "stand at the positions of input_ids, -100 where nothing is to be learned)."
         )
-    arrays = {name: value for name, value in batch.items() if name != "adapter_ids"}  # these may be names: `route` checks them
+    arrays = {
+        name: value for name, value in batch.items() if name != "adapter_ids"
+    }  # these may be names: `route` checks them
     for name, value in arrays.items():
         _check_dtype(name, value)
     shape = batch["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"`input_ids` must be [batch, seq], neither of them 0; got {list(shape)}. One row is [1, seq].")
+        raise ValueError(
+            f"`input_ids` must be [batch, seq], neither of them 0; got {list(shape)}. One row is [1, seq]."
+        )
     for name, value in arrays.items():
         if value.shape != shape:
             raise ValueError(
                 f"`{name}` must have the shape {list(shape)} of `input_ids`; got {list(value.shape)}.{_EDIT.get(name, '')}"
             )
-    if np.shape(batch.get("adapter_ids", 0)) not in ((), shape[:1]):
-        raise ValueError(
-            f"`adapter_ids` must have one choice for each of the {shape[0]} rows, or one for all; got {list(np.shape(batch['adapter_ids']))}."
-        )
+    choices = np.shape(batch.get("adapter_ids", 0))
+    if choices not in ((), shape[:1]):
+        raise ValueError(f"`adapter_ids` must be [{shape[0]}], one for each row, or one for all; got {list(choices)}.")
     for one, other in (("positions", "position_ids"), ("attention_mask", "segment_ids")):
         if one in batch and other in batch:
             raise ValueError(f"`{one}` and `{other}` both say {_SAME[one]}. Give one of them.")
@@ -115,7 +118,9 @@ def _unknown(name: Any) -> str:
 
 def _check_dtype(name: str, value: Any) -> None:
     if not isinstance(value, np.ndarray | jax.Array):
-        raise ValueError(f"`{name}` must be a NumPy or JAX array; got {type(value).__name__}. Convert it with `np.asarray`.")
+        raise ValueError(
+            f"`{name}` must be a NumPy or JAX array; got {type(value).__name__}. Convert it with `np.asarray`."
+        )
     dtype = np.dtype(value.dtype) if not jnp.issubdtype(value.dtype, jax.dtypes.extended) else None
     kind = "" if dtype is None else dtype.kind
     allowed = {"attention_mask": "iub", "labels": "i"}.get(name, "iu")
@@ -202,13 +207,15 @@ def soundness(batch: Batch, limits: Limits) -> Float[Array, ""]:
     return jnp.where(bad, jnp.nan, 1.0)
 
 
-def model_arguments(batch: Batch) -> dict[str, Array]:
+def model_arguments(batch: Batch) -> dict[str, Any]:
     """The arrays beside `input_ids` that a model is called with, `position_ids` in transformers' sense.
 
     Positions that restart are several sequences in a row, which do not see each other, unless an attention mask is given
     (`transformers.masking_utils.find_packed_sequence_indices`).
     """
-    arguments = {name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch}
+    arguments: dict[str, Any] = {
+        name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch
+    }
     if "attention_mask" in batch:
         arguments["attention_mask"] = jnp.asarray(batch["attention_mask"], bool)
     if "position_ids" in batch:

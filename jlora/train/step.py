@@ -60,7 +60,11 @@ def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
     grads = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), adapter)
 
     def loss(adapter):
-        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(adapter)), 1, grads
+        return (
+            jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(adapter)])),
+            jnp.int32(1),
+            grads,
+        )
 
     extra = {"value": jnp.zeros(()), "grad": grads, **_functions(loss)}
     try:
@@ -73,7 +77,7 @@ def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
 def _optimizer(tx: Any) -> optax.GradientTransformationExtraArgs:
     """`tx` as a transformation that takes extra arguments."""
     if isinstance(tx, optax.MultiSteps):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)  # pyright: ignore[reportArgumentType]
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(f"`tx` must be an optax transformation; got {tx!r}. Call its maker: `optax.adamw(1e-4)`.")
     return optax.with_extra_args_support(tx)
@@ -180,7 +184,11 @@ def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Cal
         return mean(adapter)[0]
 
     # The loss of a batch is a scan over micro-batches, whose gradient is taken within: it is not differentiated again.
-    value.defvjp(lambda adapter: mean(adapter)[::2], lambda grads, g: (jax.tree.map(lambda x: g * x, grads),))
+    def forward(adapter):
+        loss, _, grads = mean(adapter)
+        return loss, grads
+
+    value.defvjp(forward, lambda grads, g: (jax.tree.map(lambda x: g * x, grads),))
 
     # A line search refuses extra arguments that its function does not take.
     def value_fn(adapter, grad_fn=None):

@@ -346,7 +346,7 @@ def _filled(taken: Factored, weight: Factored, axis: int, valid: Array, value: f
     """The weight after a lookup along a stack axis, with `value` for all of a kernel whose index is out of range."""
     if weight.role(axis) != "b" or not (value == 0 or math.isnan(value)):
         raise Unhandled(
-            'a lookup of weights with mode "fill" (the default of jnp.take), which along a stack axis can fill with NaN or 0 alone: '
+            'a lookup of weights with mode "fill" (the default of take), which can fill with NaN or 0 alone, along a stack axis: '
             'pass mode="clip" or "promise_in_bounds"'
         )
     c = weight.axes[axis]
