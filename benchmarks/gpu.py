@@ -71,6 +71,7 @@ def plan(smoke: bool, cache: str) -> list[list[Task]]:
         *([[task] for task in checks] if smoke else [checks]),
         train("1B", env=cached),
         train("1B", nf4=True),
+        *([] if smoke else [train("1B", segments=4)]),
     ]
     if smoke:
         middle = [train("1B", remat="layer", segments=2), [Task("training", "peft", peft)]]
@@ -78,7 +79,6 @@ def plan(smoke: bool, cache: str) -> list[list[Task]]:
     else:
         middle = [train("8B", nf4=True), [Task("training", "peft", peft)], train("8B")]
         last = [
-            train("1B", segments=4),
             train("3B"),
             train("3B", nf4=True),
             train("1B", remat="layer"),
@@ -283,7 +283,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=440.0, help="seconds after which nothing new starts")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU; writes to a temporary directory")
     parser.add_argument("--only", nargs="*", default=[], metavar="SECTION", help="these sections, after the ceilings")
-    parser.add_argument("--commit", help="what to note as the commit where git is not there")
+    parser.add_argument("--commit", help="what to note as the commit, where the checkout is a copy")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     from bench import machine
@@ -291,7 +291,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     default = Path(tempfile.gettempdir()) / "jlora-gpu-smoke" if args.smoke else ROOT / "benchmarks" / "results"
     about = machine(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    about["commit"] = about["commit"] or args.commit
+    about["commit"] = args.commit or about["commit"]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = Report(
         args.output or default,

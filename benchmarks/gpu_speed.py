@@ -188,8 +188,10 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
     from jlora.models import empty_cache
 
     model = model_of(shape)
-    for nf4 in (False, True):
+    for nf4, stack in ((False, True), (False, False), (True, True)):
         params = random_params(model, nf4=nf4)
+        if not stack:
+            params = jlora.unstack_layers(params)
 
         def run(batch, params=params):
             prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 32))
@@ -211,7 +213,7 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
             untied = 0 if model.config.tie_word_embeddings else jlora.nbytes(params["model"]["embed_tokens"])
             ideal = (jlora.nbytes(params) - untied + cache) / ceiling["bytes_per_s"]
             emit(
-                f"{shape} {'NF4' if nf4 else 'bf16'} batch {batch}",
+                f"{shape} {'NF4' if nf4 else 'bf16'}{'' if stack else ' per layer'} batch {batch}",
                 tokens_per_s=batch / token,
                 ms_per_token=1e3 * token,
                 roofline_share=ideal / token,
@@ -262,7 +264,7 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
             return lambda a, q: quantized_matmul(way, False, a.dtype, a.dtype, a, q)
 
         cases = []
-        for rows in (1, 4, 16, 4096) if not smoke else (1, 16):
+        for rows in (1, 2, 4, 16, 4096) if not smoke else (1, 16):
             cases.append((rows, "dense bf16", dense, weights["dense"]))
             for way in IMPLEMENTATIONS:
                 if way != "reduce" or rows <= 4:
