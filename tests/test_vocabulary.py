@@ -42,7 +42,7 @@ def holed(tmp_path_factory):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "x.txt").write_text("see and see and see\n" * 60)
-    (folder / "x.jsonl").write_text('{"instruction": "see", "output": "and see"}\n' * 8)
+    (folder / "x.jsonl").write_text('{"instruction": "see", "output": "see and see"}\n' * 8)
     return folder
 
 
