@@ -18,6 +18,7 @@ from jlora.data.batches import IGNORED, Row
 from jlora.data.chunks import stable_chunks
 from jlora.data.stats import Stats
 from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id
+from jlora.data.vocabulary import beyond
 
 META = "meta.json"
 SPLITS = ("train", "validation")
@@ -34,6 +35,7 @@ def prepare_text(
     directory: str | Path,
     eval_fraction: float,
     shard_tokens: int = 1 << 26,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Tokenize text files into `directory`, unless it already holds exactly this.
 
@@ -52,13 +54,14 @@ def prepare_text(
         directory: where the shards go; other files in it are left alone.
         eval_fraction: share of the tokens for validation, 0 <= eval_fraction < 1; 0 makes no validation split.
         shard_tokens: tokens in a shard, >= 1.
+        vocab_size: rows of the model's embedding; None: ids are not compared with it.
     Returns:
         The content of `meta.json`: `request` (what it was made from), `documents`, `dtype`, `tokens` and `shards`
         (each by split; the tokens in each shard).
     Raises:
         FileNotFoundError: no such file, or no `.txt` file in the folder.
-        ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range,
-            or a `meta.json` in `directory` that is not ours.
+        ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range, an id
+            that is no row of the embedding (nothing is written then), or a `meta.json` in `directory` that is not ours.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to validate on.")
@@ -85,6 +88,8 @@ def prepare_text(
         # Before the file is mapped: an empty one cannot be.
         n_validation = _n_validation(stream.stat().st_size // dtype.itemsize, eval_fraction)
         tokens = np.memmap(stream, dtype, mode="r")
+        if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+            raise ValueError(beyond(largest, tokenizer, vocab_size))
         splits = dict(zip(SPLITS, np.split(tokens, [len(tokens) - n_validation]), strict=True))
         meta = {
             "request": request,
@@ -152,6 +157,10 @@ class TextDataset:
 
     def __len__(self) -> int:
         return self.stats.rows
+
+    def largest_id(self) -> int:
+        """The largest token id of the split, of the shards as they are."""
+        return max(int(shard.max()) for shard in self._shards if len(shard))
 
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""

@@ -26,6 +26,7 @@ from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
     Checkpoints,
+    NotFinite,
     adamw,
     causal_lm_loss,
     evaluate,
@@ -125,7 +126,6 @@ class _Job:
             raise ValueError(
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
-        _check_vocabulary(tokenizer, model)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
         train, evaluation = data_lib.load_data(
@@ -138,6 +138,7 @@ class _Job:
             seed=config.seed,
             directory=run.data,
             pack=config.pack,
+            vocab_size=model.config.vocab_size,
         )
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
@@ -229,9 +230,10 @@ def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> Finetu
         batch, tokens = upcoming
         last = step == job.steps
         if job.evaluation is not None and (last or step % job.eval_every == 0):
-            entry["eval_loss"] = job.evaluate(state.adapter)
-            if not math.isfinite(entry["eval_loss"]):
-                raise TrainingDiverged(_diverged(step, entry["eval_loss"], norm, checkpoints.latest, config))
+            try:
+                entry["eval_loss"] = job.evaluate(state.adapter)
+            except NotFinite as error:
+                raise TrainingDiverged(_diverged(step, error.value, norm, checkpoints.latest, config)) from error
             entry["perplexity"] = perplexity(entry["eval_loss"])
             display.evaluated(step, entry["eval_loss"])
         log(entry)
@@ -260,9 +262,8 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
-        display.say(
-            f"\nperplexity [bold]{before:.2f}[/] before, [bold]{after:.2f}[/] after ({after / before - 1:+.0%})"
-        )
+        change = f" ({after / before - 1:+.0%})" if math.isfinite(after / before) else ""
+        display.say(f"\nperplexity [bold]{before:.2f}[/] before, [bold]{after:.2f}[/] after{change}")
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
     display.say(f"adapter of step {chosen}: [bold]{run.adapter}[/] ({size / 1024:,.0f} KiB, loads in PEFT)")
     return result
@@ -309,14 +310,6 @@ def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any
         cut = [f"of the evaluation data {part}" for part in evaluation.stats.cut()]
         parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *cut]
     return "; ".join(parts)
-
-
-def _check_vocabulary(tokenizer: Any, model: Any) -> None:
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: they are not of the "
-            "same checkpoint. Use the tokenizer files that came with the model."
-        )
 
 
 def _fingerprint(directory: Path) -> str:

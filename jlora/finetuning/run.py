@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from jlora._numbers import json_text
 from jlora.finetuning.config import FinetuneConfig
 from jlora.formats.files import whole_file
 
@@ -85,13 +86,13 @@ class Run:
                     break  # the process died within this line; nothing comes after it
                 if entry["step"] <= step:
                     kept.append(entry)
-        _write(self._log_path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        _write(self._log_path, "".join(json_text(entry) + "\n" for entry in kept))
         return kept
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Appends an object to metrics.jsonl, on disk when this returns."""
         with self._log_path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json_text(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
