@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tokenizer_kinds import KINDS, make
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jlora.data import IGNORED, TextDataset, kind_of, load_data, prepare_text, preview, summary

@@ -1,5 +1,7 @@
 """Small tokenizers of every kind, trained where they are asked for."""
 
+import re
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +26,7 @@ def _bpe(text, *, normalizer=None, pre=None, decoder=None, alphabet=(), special=
         vocab_size=700, special_tokens=list(special), initial_alphabet=list(alphabet), show_progress=False
     )
     # By words, as SentencePiece does: where a tokenizer does not split, a trainer would learn whole lines.
-    backend.train_from_iterator(text.replace(" ", "\x00 ").split("\x00") if words else [text], trainer)
+    backend.train_from_iterator(re.split(r"(?= )|\n", text) if words else [text], trainer)
     return backend
 
 
@@ -55,7 +57,7 @@ def _metaspace(text, scheme, split):
         pre=metaspace,
         decoder=decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme=scheme)]),
         special=[*SPECIAL, *_BYTES],
-        words=not split,
+        words=True,
         byte_fallback=True,
     )
 
@@ -68,7 +70,7 @@ def _unigram(text):
     trainer = trainers.UnigramTrainer(
         vocab_size=400, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False, initial_alphabet=list(set(text))
     )
-    backend.train_from_iterator([text], trainer)
+    backend.train_from_iterator(text.split("\n"), trainer)
     return backend
 
 

@@ -57,10 +57,14 @@ def normalized(value: Any) -> Record:
     columns = {name: item for name, item in value.items() if not _says_nothing(item)}
     for name, edit in _REFUSED_COLUMNS.items():
         if name in columns:
-            raise ValueError(f"column {name!r} has no place in training on text; got {cut(repr(columns[name]))}. {edit}")
+            raise ValueError(
+                f"column {name!r} has no place in training on text; got {cut(repr(columns[name]))}. {edit}"
+            )
     for name in _WEIGHTS:
         if name in value and value[name] is not None and value[name] != 1:
-            raise ValueError(f"every record counts alike; got {name!r}: {cut(repr(value[name]))}. Remove the record or the column")
+            raise ValueError(
+                f"every record counts alike; got {name!r}: {cut(repr(value[name]))}. Remove the record or the column"
+            )
     used = {"messages", "conversations", "instruction", "input", "output", *_WEIGHTS}
     if value.get("messages") is not None:
         record = Record(messages=_messages(value["messages"], role="role", content="content"))
@@ -75,7 +79,9 @@ def normalized(value: Any) -> Record:
         if not isinstance(text, str):
             raise ValueError(f"column {name!r} must be a string; got {kind(text)}: {cut(repr(text))}")
     if len({text for _, text in system}) > 1:
-        raise ValueError(f"a record has one system prompt; got {' and '.join(repr(name) for name, _ in system)}. Remove one")
+        raise ValueError(
+            f"a record has one system prompt; got {' and '.join(repr(name) for name, _ in system)}. Remove one"
+        )
     if system:
         _put_system(record, *system[0])
     if "history" in columns:
@@ -127,7 +133,8 @@ def _put_system(record: Record, name: str, text: str) -> None:
 def _history(value: Any) -> list[list[str]]:
     pairs = value if isinstance(value, list) else []
     if not pairs or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in pairs
     ):
         raise ValueError(f"`history` must be a list of [question, answer] pairs of strings; got {cut(repr(value))}")
     return [list(pair) for pair in pairs]
@@ -169,7 +176,9 @@ def _messages(turns: Any, *, role: str, content: str) -> list[dict[str, Any]]:
             f"{', '.join(dict.fromkeys(message['role'] for message in messages))}"
         )
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise ValueError("a conversation needs a turn of the assistant to learn from; all of them are not to be trained")
+        raise ValueError(
+            "a conversation needs a turn of the assistant to learn from; all of them are not to be trained"
+        )
     return messages
 
 
@@ -194,7 +203,9 @@ def _turn(index: int, turn: Any, role: str, content: str) -> dict[str, Any]:
         message["content"] = text
     if calls:
         if name != "assistant":
-            raise ValueError(f"`tool_calls` are the assistant's; got them in turn {index}, of the {name}. Correct the role")
+            raise ValueError(
+                f"`tool_calls` are the assistant's; got them in turn {index}, of the {name}. Correct the role"
+            )
         message["tool_calls"] = calls
     for key in ("reasoning_content", "thinking", "reasoning"):
         if key in keys and not isinstance(keys[key], str):
@@ -209,7 +220,9 @@ def _text(index: int, value: Any) -> str | None:
     """Content: a string, or a list of parts that are text."""
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
-    parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in value]
+    parts = [
+        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in value
+    ]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"the content of turn {index} must be text; got {cut(repr(value))}. Remove what is not")
     return "".join(part for part in parts if part is not None)
@@ -221,7 +234,9 @@ def _trained(index: int, turn: dict[str, Any], role: str) -> bool:
         if flag not in (0, 1) or isinstance(flag, str):
             raise ValueError(f"{key!r} of turn {index} must be true, false, 1 or 0; got {cut(repr(flag))}")
         if flag and role != "assistant":
-            raise ValueError(f"only turns of the assistant are trained; got {key!r}: {flag!r} in turn {index}, of the {role}. Remove it")
+            raise ValueError(
+                f"only turns of the assistant are trained; got {key!r}: {flag!r} in turn {index}, of the {role}. Remove it"
+            )
     if len({bool(flag) for flag in said.values()}) > 1:
         raise ValueError(f"turn {index} is trained or not; got {said}. Remove one")
     return all(said.values())

@@ -8,7 +8,7 @@ and the rest continues them.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -92,11 +92,13 @@ def _plan(pieces: list[Piece], anchors: _Anchors | None) -> list[_Chunk]:
     if anchors is not None:
         places = [found.span() for found in anchors.any.finditer(text) if found.group() in anchors.hard]
         at = -1
-        for border, _ in borders:
+        for border in (place for place, _ in borders if place < len(text)):
             while at + 1 < len(places) and (places[at + 1][1] <= border or places[at + 1][0] == border):
                 at += 1
             if at >= 0 and cuts[-1] < places[at][0] < len(text):
                 cuts.append(places[at][0])
+    if len(cuts) == 1:
+        return [_Chunk(text, borders, False)]
     chunks, opened, at = [], False, 0
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
         inside, was_open = [], opened
@@ -109,6 +111,9 @@ def _plan(pieces: list[Piece], anchors: _Anchors | None) -> list[_Chunk]:
 
 
 def _encoded(chunk: _Chunk, known: dict[str, list[int]], tokenizer: Tokenizer) -> Encoded:
+    if not chunk.borders:
+        ids = known[chunk.text]
+        return Encoded(ids, [(0, len(ids))] if chunk.open else [], 0)
     settled: list[int] = []  # the ids in front of `origin`, which no longer change
     origin, lead, straddled = 0, None, 0
     cache = {}
@@ -129,7 +134,7 @@ def _encoded(chunk: _Chunk, known: dict[str, list[int]], tokenizer: Tokenizer) -
         if begin:
             if ids[: len(head)] != head:
                 settled, origin, straddled, cache = head, place, straddled + 1, {}
-                lead = _lead(tokenizer, head, chunk.text[place:following], ids)
+                lead = _lead(tokenizer, head, chunk.text[origin:following], ids)
             start = len(head)
         else:
             assert start is not None, "borders alternate"
@@ -137,19 +142,27 @@ def _encoded(chunk: _Chunk, known: dict[str, list[int]], tokenizer: Tokenizer) -
             spans.append((start, max(start, stop)))
             start = None
     ids = ids_up_to(len(chunk.text))
-    return Encoded(ids, [*spans, (start, len(ids))] if start is not None else spans, straddled)
+    if start is not None:
+        spans.append((start, len(ids)))
+    return Encoded(ids, [span for span in spans if span[0] < span[1]], straddled)
 
 
 def _lead(tokenizer: Tokenizer, head: list[int], text: str, whole: list[int]) -> str:
-    """What to put before `text` when it is encoded, so that its ids continue those of `head`."""
-    show = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    meant = show(whole)
+    """What to put before `text` when it is encoded, so that its ids continue those of `head`: both together must say what
+    `whole` does, or `head` and then the text. (A normalizer may leave less white space of it.)
+    """
+    show = _show(tokenizer)
+    meant = {show(whole), show(head) + text}
+    said = {}
     for lead in LEADS:
         try:
-            if show(head + _continued(tokenizer, lead, text)) == meant:
-                return lead
+            said[lead] = show(head + _continued(tokenizer, lead, text))
         except ValueError:
             continue
+    for same in (str, _single_spaced):
+        for lead, both in said.items():
+            if same(both) in set(map(same, meant)):
+                return lead
     raise ValueError(
         f"a response must begin with a token of its own; {text[:20]!r} shares one with the end of its prompt, "
         f"{show(head)[-20:]!r}, and no tokens were found that continue the prompt with it. Begin the response otherwise, "
@@ -171,7 +184,7 @@ def _continued(tokenizer: Tokenizer, lead: str, text: str) -> list[int]:
 
 def _through(head: list[int], ids: list[int], tokenizer: Tokenizer) -> int:
     """How many of `ids` it takes to say what `head` says; the last of them says more."""
-    show = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    show = _show(tokenizer)
     length = len(show(head))
     stop = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
     while stop < len(ids) and len(show(ids[:stop])) < length:
@@ -179,7 +192,17 @@ def _through(head: list[int], ids: list[int], tokenizer: Tokenizer) -> int:
     return stop
 
 
+def _single_spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _show(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    return partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def _joined(parts: list[Encoded]) -> Encoded:
+    if len(parts) == 1:
+        return parts[0]
     ids, spans = [], []
     for part in parts:
         for start, stop in part.spans:
@@ -188,7 +211,7 @@ def _joined(parts: list[Encoded]) -> Encoded:
                 start = spans.pop()[0]
             spans.append((start, stop))
         ids += part.ids
-    return Encoded(ids, [span for span in spans if span[0] < span[1]], sum(part.straddled for part in parts))
+    return Encoded(ids, spans, sum(part.straddled for part in parts))
 
 
 def _with_one_bos(row: Encoded, bos: int | None) -> Encoded:

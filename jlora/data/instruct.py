@@ -54,6 +54,7 @@ class InstructDataset:
         if not records:
             raise ValueError("a data set needs at least one record; got none. Check the file it was read from.")
         rows, truncated_at, dropped_at, straddled_at, lengths, starts = [], [], [], [], [], []
+        targets = 0
         left_out = Counter(name for _, record in records for name in getattr(record, "left_out", ()))
         for where, missing, (ids, spans, straddled) in _tokenized(records, tokenizer, template):
             left_out.update(missing)
@@ -61,9 +62,11 @@ class InstructDataset:
             lengths.append(len(ids))
             starts.append(spans[0][0] if spans else len(ids))
             row = _row(ids, spans, max_length)
-            if supervised_tokens(row) == 0:
+            n_targets = supervised_tokens(row)
+            if n_targets == 0:
                 dropped_at.append(where)
                 continue
+            targets += n_targets  # as many once packed: the first label of a row never counts
             if len(ids) > max_length:
                 truncated_at.append(where)
             rows.append(row)
@@ -87,7 +90,7 @@ class InstructDataset:
             records=len(records),
             rows=len(rows),
             tokens=n_tokens,
-            supervised_tokens=sum(map(supervised_tokens, rows)),
+            supervised_tokens=targets,
             truncated=len(truncated_at),
             dropped=len(dropped_at),
             padding_efficiency=n_tokens / (len(rows) * self.length),

@@ -60,7 +60,9 @@ def _step(count: int = 1) -> None:
     if spent is not None:  # None while constants are folded
         spent.steps += count
         if spent.steps > MAX_STEPS:
-            raise Unbounded(f"a chat template may take {MAX_STEPS:,} steps (loops, calls, filters); this one takes more")
+            raise Unbounded(
+                f"a chat template may take {MAX_STEPS:,} steps (loops, calls, filters); this one takes more"
+            )
 
 
 def _chars(count: int) -> None:
@@ -146,10 +148,27 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
 
 
 _PADDING = frozenset(
-    {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "tojson", "filesizeformat", "wordwrap"}
+    {
+        "center",
+        "ljust",
+        "rjust",
+        "zfill",
+        "expandtabs",
+        "indent",
+        "batch",
+        "slice",
+        "tojson",
+        "filesizeformat",
+        "wordwrap",
+    }
 )
-_CHEAP = frozenset({"length", "count", "first", "last", "default", "d"})
-_WRITERS = frozenset({"string", "tojson", "join", "pprint", "xmlattr", "urlencode", "sum", "list", "format", "escape", "e"})
+# Steps for each item of a filter's arguments, where it is not one.
+_COSTS = dict.fromkeys(("length", "count", "first", "last", "default", "d"), 0) | dict.fromkeys(
+    ("sort", "dictsort", "unique", "groupby"), 10
+)
+_WRITERS = frozenset(
+    {"string", "tojson", "join", "pprint", "xmlattr", "urlencode", "sum", "list", "format", "escape", "e"}
+)
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,7 +177,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         values = (*args[context:], *kwargs.values())
-        _step(1 if name in _CHEAP else 1 + sum(map(_items, values)))
+        _step(1 + _COSTS.get(name, 1) * sum(map(_items, values)))
         if name in ("join", "list", "sum") and values and not hasattr(values[0], "__len__"):
             # A generator: as a list, so that its size is known.
             items = list(islice(_counting(values[0]), MAX_STEPS)) if isinstance(values[0], Iterable) else values[0]
@@ -179,6 +198,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _step()
+        if operator == "+" and type(left) is type(right) is str:
+            _chars(len(left) + len(right))
+            return left + right
         if operator == "+" and hasattr(left, "__len__"):
             _chars(_length(left) + _length(right))
         elif operator == "*":

@@ -171,9 +171,7 @@ def _chat_rendering(conversation: Conversation, tokenizer: Tokenizer, *, prompt:
     return Rendering([piece for piece in (*pieces, (whole[done:], False)) if piece[0]], left_out)
 
 
-def _rendered(
-    conversation: Conversation, turns: int, tokenizer: Tokenizer, *, add_generation_prompt: bool
-) -> str:
+def _rendered(conversation: Conversation, turns: int, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
     """Its first turns."""
     from jlora.data.jinja import render_template  # jinja2 is imported where it is used, as transformers does
 

@@ -310,6 +310,13 @@ def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any
     for name, where in (("truncated", stats.truncated_at), ("dropped", stats.dropped_at)):
         if where:
             text += f"; {len(where)} records {name} at max_length (first: {where[0]})"
+    if stats.straddled_at:
+        text += (
+            f"; {stats.straddled} records whose response begins within a token of the prompt, which keeps its tokens (first: "
+            f"{stats.straddled_at[0]})"
+        )
+    if stats.left_out:
+        text += f"; not in the text: {', '.join(stats.left_out_shown)}"
     return text
 
 
