@@ -12,8 +12,9 @@ TEXT = "user assistant system tool Paris Rome hi be brief because get_weather ci
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
 FULL = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
-    "{% if m.name %} name={{ m.name }}{% endif %}{{ '\n' }}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}{% if m.name %} name={{ m.name }}{% endif %}{{ '\n' }}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -55,23 +56,53 @@ def dataset(tmp_path, tokenizer, record, chat=FULL, template="chat"):
     [
         ({"messages": [USER, ANSWER], "tools": TOOLS}, '"name": "get_weather"'),
         ({"messages": [USER, ANSWER], "tools": json.dumps(TOOLS)}, '"name": "get_weather"'),
-        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Paris"}], "system": "be brief"}, "be brief"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Paris"}],
+                "system": "be brief",
+            },
+            "be brief",
+        ),
         ({"instruction": "hi", "output": "Paris", "system": "be brief"}, "<|im_start|>system\nbe brief<|im_end|>"),
         ({"instruction": "hi", "output": "Paris", "system_prompt": "be brief"}, "be brief"),
-        ({"instruction": "hi", "output": "Paris", "history": [["a b", "c d"]]}, "user\na b<|im_end|>\n<|im_start|>assistant\nc d"),
+        (
+            {"instruction": "hi", "output": "Paris", "history": [["a b", "c d"]]},
+            "user\na b<|im_end|>\n<|im_start|>assistant\nc d",
+        ),
         ({"messages": [USER, ANSWER | {"reasoning_content": "because"}]}, "<think>because</think>Paris"),
         ({"messages": [USER, ANSWER | {"thinking": "because"}]}, "<think>because</think>Paris"),
         ({"messages": [USER, ANSWER | {"reasoning": "because"}]}, "<think>because</think>Paris"),
         ({"messages": [USER | {"name": "Ann"}, ANSWER]}, "user name=Ann\nhi"),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, '"arguments": {"city": "Paris"}'),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}, ANSWER]}, "tool\nrain"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "Pa"}, {"type": "text", "text": "ris"}]}]}, "\nParis<"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+            '"arguments": {"city": "Paris"}',
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "rain"},
+                    ANSWER,
+                ]
+            },
+            "tool\nrain",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [{"type": "text", "text": "Pa"}, {"type": "text", "text": "ris"}]},
+                ]
+            },
+            "\nParis<",
+        ),
         ({"messages": [{"role": "developer", "content": "be brief"}, USER, ANSWER]}, "developer\nbe brief"),
         ({"messages": [USER, ANSWER | {"content": "a\r\nb"}]}, "a\r\nb<|im_end|>"),
         ({"messages": [USER, ANSWER | {"content": ""}]}, "assistant\n<|im_end|>"),
         ({"messages": [USER, ANSWER | {"tool_calls": [], "weight": 1, "name": None}]}, "assistant\nParis<|im_end|>"),
     ],
-)  # fmt: skip
+)
 def test_what_a_record_says_is_rendered_as_transformers_does(tmp_path, tokenizer, record, expected):
     text, supervised = rendered(tmp_path, tokenizer, record)
     assert expected in text and supervised and supervised[-1].endswith("<|im_end|>")
@@ -109,32 +140,65 @@ def test_a_turn_that_is_not_to_be_trained_is_context(tmp_path, tokenizer, flag):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [USER | {"train": True}, ANSWER]}, r"only turns of the assistant are trained; got 'train': True in turn 0"),
-        ({"messages": [USER, ANSWER | {"train": "false"}]}, r"'train' of turn 1 must be true, false, 1 or 0; got 'false'"),
+        (
+            {"messages": [USER | {"train": True}, ANSWER]},
+            r"only turns of the assistant are trained; got 'train': True in turn 0",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"train": "false"}]},
+            r"'train' of turn 1 must be true, false, 1 or 0; got 'false'",
+        ),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, r"'weight' of turn 1 must be .* got 0.5"),
         ({"messages": [USER, ANSWER | {"weight": 0, "train": True}]}, r"turn 1 is trained or not; got"),
         ({"messages": [USER, ANSWER | {"train": False}]}, r"all of them are not to be trained"),
-        ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"turn 1 .* got 'function_call'.*Write it as `tool_calls`"),
+        (
+            {"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]},
+            r"turn 1 .* got 'function_call'.*Write it as `tool_calls`",
+        ),
         ({"messages": [USER, ANSWER | {"mask": True}]}, r"turn 1 .* got 'mask'.*Say it with `train`"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"turn 1 must be an object with strings 'role' and 'content'"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            r"turn 1 must be an object with strings 'role' and 'content'",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": 5}]}, r"turn 1 must be an object with strings"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER]}, r"content of turn 0 must be text"),
-        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, r"`tool_calls` are the assistant's; got them in turn 0"),
-        ({"messages": [USER, ANSWER | {"tool_calls": [{"id": 1}]}]}, r"`tool_calls` of turn 1 must be a list of objects"),
-        ({"messages": [USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, r"'arguments' must be an object"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER]},
+            r"content of turn 0 must be text",
+        ),
+        (
+            {"messages": [USER | {"tool_calls": [CALL]}, ANSWER]},
+            r"`tool_calls` are the assistant's; got them in turn 0",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": [{"id": 1}]}]},
+            r"`tool_calls` of turn 1 must be a list of objects",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            r"'arguments' must be an object",
+        ),
         ({"messages": [USER, ANSWER], "tools": "none"}, r"`tools` must be a list of objects"),
-        ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, r"column 'functions' has no place .* Write them as `tools`"),
+        (
+            {"messages": [USER, ANSWER], "functions": [{"name": "f"}]},
+            r"column 'functions' has no place .* Write them as `tools`",
+        ),
         ({"messages": [USER, ANSWER], "images": ["x.png"]}, r"column 'images' has no place"),
         ({"messages": [USER, ANSWER], "weight": 0.1}, r"every record counts alike; got 'weight': 0.1"),
-        ({"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"}, r"one system prompt; got 'system' and a turn"),
-        ({"instruction": "a", "output": "b", "history": ["x"]}, r"`history` must be a list of \[question, answer\] pairs"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"},
+            r"one system prompt; got 'system' and a turn",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": ["x"]},
+            r"`history` must be a list of \[question, answer\] pairs",
+        ),
         ({"instruction": "a", "output": "b", "system": 3}, r"column 'system' must be a string; got int"),
         ({"instruction": "a", "output": "b", "thinking": "because"}, r"column 'thinking' has no place"),
         ({"instruction": "half \ud83d", "output": "b"}, r"text must be Unicode; got U\+D83D, .* at character 5"),
         ({"messages": [USER, ANSWER | {"content": "\ude00"}]}, r"text must be Unicode"),
         ({"messages": [USER, ANSWER], "tools": [{"name": "\ude00"}]}, r"text must be Unicode"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_place_is_refused_with_its_line(tmp_path, record, message):
     with pytest.raises(ValueError, match=r"r\.jsonl:1: .*" + message):
         read(tmp_path, record)
@@ -143,21 +207,53 @@ def test_what_has_no_place_is_refused_with_its_line(tmp_path, record, message):
 @pytest.mark.parametrize(
     ("chat", "record", "message"),
     [
-        (NO_SYSTEM, {"messages": [{"role": "system", "content": "be brief"}, USER, ANSWER]}, r"content of turn 0 \(system: 'be brief'\)"),
+        (
+            NO_SYSTEM,
+            {"messages": [{"role": "system", "content": "be brief"}, USER, ANSWER]},
+            r"content of turn 0 \(system: 'be brief'\)",
+        ),
         (NO_SYSTEM, {"instruction": "hi", "output": "Paris", "system": "be brief"}, r"content of turn 0 \(system"),
-        (NO_SYSTEM, {"messages": [USER, ANSWER | {"content": "<think>why</think>Paris"}]}, r"content of turn 1 \(assistant"),
-        (NO_SYSTEM, {"messages": [USER, ANSWER, {"role": "tool", "content": "rain"}, ANSWER]}, r"content of turn 2 \(tool: 'rain'\)"),
-        (CHATML, {"messages": [USER, ANSWER | {"reasoning_content": "because"}]}, r"leaves out the reasoning of turn 1 \('because'\)"),
-        (CHATML, {"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, r"leaves out a tool call of turn 1 \('get_weather'\)"),
+        (
+            NO_SYSTEM,
+            {"messages": [USER, ANSWER | {"content": "<think>why</think>Paris"}]},
+            r"content of turn 1 \(assistant",
+        ),
+        (
+            NO_SYSTEM,
+            {"messages": [USER, ANSWER, {"role": "tool", "content": "rain"}, ANSWER]},
+            r"content of turn 2 \(tool: 'rain'\)",
+        ),
+        (
+            CHATML,
+            {"messages": [USER, ANSWER | {"reasoning_content": "because"}]},
+            r"leaves out the reasoning of turn 1 \('because'\)",
+        ),
+        (
+            CHATML,
+            {"messages": [USER, ANSWER | {"tool_calls": [CALL]}]},
+            r"leaves out a tool call of turn 1 \('get_weather'\)",
+        ),
         (CHATML, {"messages": [USER, ANSWER], "tools": TOOLS}, r"must render `tools`; .* leaves out 'get_weather'"),
-        (CHATML.replace("m.content", "m.content | upper"), {"messages": [USER, ANSWER]}, r"content of turn 0 \(user: 'hi'\)"),
-        (CHATML.replace("m.content", "m.content[:3]"), {"messages": [USER, ANSWER]}, r"content of turn 1 \(assistant: 'Paris'\)"),
-        (GEMMA, {"messages": [{"role": "system", "content": "x"}, USER, ANSWER]}, r"TemplateError: System role not supported"),
+        (
+            CHATML.replace("m.content", "m.content | upper"),
+            {"messages": [USER, ANSWER]},
+            r"content of turn 0 \(user: 'hi'\)",
+        ),
+        (
+            CHATML.replace("m.content", "m.content[:3]"),
+            {"messages": [USER, ANSWER]},
+            r"content of turn 1 \(assistant: 'Paris'\)",
+        ),
+        (
+            GEMMA,
+            {"messages": [{"role": "system", "content": "x"}, USER, ANSWER]},
+            r"TemplateError: System role not supported",
+        ),
         ("", {"messages": [USER, ANSWER]}, "chat template"),
         ("{# nothing #}", {"messages": [USER, ANSWER]}, r"must render a conversation to some text"),
         ("{{ bos_token", {"messages": [USER, ANSWER]}, r"TemplateSyntaxError"),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_leaves_out_is_refused_with_its_line(tmp_path, tokenizer, chat, record, message):
     with pytest.raises(ValueError, match=r"r\.jsonl:1: .*" + message):
         dataset(tmp_path, tokenizer, record, chat)
@@ -200,14 +296,37 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("record", "name"),
     [
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}, ANSWER]}, "messages.tool_calls.id"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain", "tool_call_id": "c"}, ANSWER]}, "messages.tool_call_id"),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "rain"},
+                    ANSWER,
+                ]
+            },
+            "messages.tool_calls.id",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "rain", "tool_call_id": "c"},
+                    ANSWER,
+                ]
+            },
+            "messages.tool_call_id",
+        ),
         ({"messages": [USER | {"timestamp": 12}, ANSWER]}, "messages.timestamp"),
-        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": True}},
+            "chat_template_kwargs.enable_thinking",
+        ),
         ({"messages": [USER, ANSWER], "prompt": "hi"}, "prompt"),
         ({"messages": [USER, ANSWER], "label": False}, "label"),
     ],
-)  # fmt: skip
+)
 def test_labels_that_a_template_does_not_show_are_named(tmp_path, tokenizer, record, name):
     assert (name, 1) in dataset(tmp_path, tokenizer, record).stats.left_out
 

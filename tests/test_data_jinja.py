@@ -11,21 +11,46 @@ TALK = [{"role": "user", "content": " a <b> é\n"}, {"role": "assistant", "conte
 GROW = "{{% set ns = namespace(s={start}) %}}{{% for i in range(60) %}}{{% set ns.s = {grown} %}}{{% endfor %}}{{{{ ns.s }}}}"
 
 AS_TRANSFORMERS = {
-    "loops": "{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ m['role'] }}{% if not loop.last %}, {% endif %}{% endfor %}",
+    "loops": (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ "
+        "m['role'] }}{% if not loop.last %}, {% endif %}{% endfor %}"
+    ),
     "generators": "{% for r in messages | map(attribute='role') %}{{ r }}{{ loop.last }}{% endfor %}",
-    "filters": "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ messages[0].content | trim | upper | replace('A', 'x') }}",
-    "operators": "{{ 'a' + 'b' ~ 3 ~ none ~ true }} {{ 'ab' * 3 }} {{ 2 ** 5 }} {{ '%s-%03d' % ('x', 7) }} {{ [1] + [2] }}",
-    "methods": "{{ 'a,b'.split(',')[-1].strip().ljust(4) }}|{{ '{} {:>4}'.format('x', 2) }}|{{ ', '.join(['a', 'b']) }}",
-    "macros": "{% macro f(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ f(1) }}{{ f('a', y='b') }}{% macro g() %}<{{ caller() }}>{% endmacro %}{% call g() %}x{% endcall %}",
-    "namespace": "{% set ns = namespace(found=false, n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ ns.found }}",
-    "controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "filters": (
+        "{{ messages | tojson }} {{ messages | tojson(indent=2) }} "
+        "{{ messages[0].content | trim | upper | replace('A', 'x') }}"
+    ),
+    "operators": (
+        "{{ 'a' + 'b' ~ 3 ~ none ~ true }} {{ 'ab' * 3 }} {{ 2 ** 5 }} {{ '%s-%03d' % ('x', 7) }} {{ [1] + [2] }}"
+    ),
+    "methods": (
+        "{{ 'a,b'.split(',')[-1].strip().ljust(4) }}|{{ '{} {:>4}'.format('x', 2) }}|{{ ', '.join(['a', 'b']) }}"
+    ),
+    "macros": (
+        "{% macro f(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ f(1) }}{{ f('a', y='b') "
+        "}}{% macro g() %}<{{ caller() }}>{% endmacro %}{% call g() %}x{% endcall %}"
+    ),
+    "namespace": (
+        "{% set ns = namespace(found=false, n=0) %}{% for m in messages "
+        "%}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ ns.found }}"
+    ),
+    "controls": (
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif "
+        "%}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    ),
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "blocks": "\n  {% if true %}\n    x\n  {% endif %}\n{%- set t -%} y {{ 1 }} {% endset %}{{ t }}",
-    "conditional": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}{{ tools is none }}{{ x is defined }}",
-    "recursive": "{% for x in [[1, [2]], [3]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}",
+    "conditional": (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% "
+        "else %}none{% endfor %}{{ tools is none }}{{ x is defined }}"
+    ),
+    "recursive": (
+        "{% for x in [[1, [2]], [3]] recursive %}{% if x is iterable "
+        "%}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}"
+    ),
     "specials": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ add_generation_prompt }}",
     "dict": "{% set d = dict(a=1) %}{{ d }}{% for k, v in d.items() %}{{ k }}{{ v }}{% endfor %}{{ {'b': [1, none]} }}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", AS_TRANSFORMERS)
@@ -45,13 +70,22 @@ def test_renders_what_transformers_does(name):
 HOSTILE = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "output": "{% for i in range(99999) %}" + "x" * 2000 + "{% endfor %}",
-    "output of a macro": "{% macro f() %}{% for i in range(99999) %}" + "x" * 2000 + "{% endfor %}{% endmacro %}{{ f() }}",
+    "output of a macro": "{% macro f() %}{% for i in range(99999) %}"
+    + "x" * 2000
+    + "{% endfor %}{% endmacro %}{{ f() }}",
     "doubled by ~": GROW.format(start="'ab'", grown="ns.s ~ ns.s"),
     "doubled by +": GROW.format(start="'ab'", grown="ns.s + ns.s"),
-    "doubled by a block": "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
+    "doubled by a block": (
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}"
+        "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}"
+    ),
     "doubled in a list": GROW.format(start="['ab']", grown="[ns.s, ns.s]"),
-    "doubled in a list, as JSON": GROW.format(start="['ab']", grown="[ns.s, ns.s]").replace("ns.s }}", "ns.s | tojson }}"),
-    "doubled in a dictionary": GROW.format(start="{}", grown="{'a': ns.s, 'b': ns.s}").replace("ns.s }}", "ns.s | string }}"),
+    "doubled in a list, as JSON": GROW.format(start="['ab']", grown="[ns.s, ns.s]").replace(
+        "ns.s }}", "ns.s | tojson }}"
+    ),
+    "doubled in a dictionary": GROW.format(start="{}", grown="{'a': ns.s, 'b': ns.s}").replace(
+        "ns.s }}", "ns.s | string }}"
+    ),
     "repeated": "{{ 'a' * 10**9 }}",
     "repeated list": "{{ [1] * 10**9 }}",
     "power": "{{ 9 ** (10 ** 9) }}",
@@ -65,10 +99,14 @@ HOSTILE = {
     "replace, as a method": GROW.format(start="'ab'", grown="ns.s.replace('', ns.s)"),
     "join": "{{ range(99999) | map('string') | join('x' * 10000) }}",
     "batch": "{{ [1] | batch(10**9, 'x') | list }}",
-    "macros that call themselves twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "sorting again and again": "{% set x = range(99999) | list %}{% for i in range(9999) %}{{ x | sort | length }}{% endfor %}",
+    "macros that call themselves twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "sorting again and again": (
+        "{% set x = range(99999) | list %}{% for i in range(9999) %}{{ x | sort | length }}{% endfor %}"
+    ),
     "long source": "{# " + "x" * 1_000_000 + " #}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -112,7 +150,8 @@ def test_a_template_that_loops_is_refused_by_name():
 
 
 def test_long_conversations_are_within_the_bounds():
-    source = "{% for m in messages %}{{ m.role ~ ': ' + m.content | trim }}{% if loop.index == messages | length %}.{% endif %}\n{% endfor %}"
+    source = "{% for m in messages %}{{ m.role ~ ': ' + m.content | trim }}"
+    source += "{% if loop.index == messages | length %}.{% endif %}\n{% endfor %}"
     messages = [{"role": "user", "content": "word " * 100}] * 3000
     text = render_template(source, {"messages": messages})
     assert len(text) == 3000 * (6 + 499) + 1 < MAX_CHARS

@@ -140,7 +140,7 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
         apart = max((len(value) for value in values if isinstance(value, str)), default=0)
         longest = max((len(value) for value in values if hasattr(value, "__len__")), default=0)
         return _chars(sum(sizes) + apart * longest)
-    if name in ("format", "format_map") and re.search(r"\d{5}|\*", str(values[0])):
+    if name in ("format", "format_map") and re.search(r"\d{5}|\*", str(values[:1])):
         raise Unbounded("a chat template may not pad text to ten thousand characters")
     if name in _PADDING or name in _WRITERS:
         _chars(max(sizes, default=0) * max(1, widest if name in _PADDING else 1))
@@ -163,9 +163,9 @@ _PADDING = frozenset(
     }
 )
 # Steps for each item of a filter's arguments, where it is not one.
-_COSTS = dict.fromkeys(("length", "count", "first", "last", "default", "d"), 0) | dict.fromkeys(
-    ("sort", "dictsort", "unique", "groupby"), 10
-)
+_COSTS: dict[str, int] = {name: 0 for name in ("length", "count", "first", "last", "default", "d")} | {
+    name: 10 for name in ("sort", "dictsort", "unique", "groupby")
+}
 _WRITERS = frozenset(
     {"string", "tojson", "join", "pprint", "xmlattr", "urlencode", "sum", "list", "format", "escape", "e"}
 )
