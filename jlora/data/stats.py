@@ -39,3 +39,13 @@ class Stats:
     def left_out_shown(self) -> tuple[str, ...]:
         """`left_out` as text, the most frequent first: "text (10,000 records)"."""
         return tuple(f"{name} ({count:,} {'record' if count == 1 else 'records'})" for name, count in self.left_out)
+
+    def cut(self) -> list[str]:
+        """What the rows lack or part, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
+        places = {
+            "truncated at max_length": self.truncated_at,
+            "dropped at max_length": self.dropped_at,
+            "whose response begins within a token of the prompt, which keeps its tokens": self.straddled_at,
+        }
+        found = [f"{len(at)} records {what} (first: {at[0]})" for what, at in places.items() if at]
+        return found + ([f"not in the text: {', '.join(self.left_out_shown)}"] if self.left_out else [])
