@@ -179,8 +179,11 @@ def test_base_and_adapted_are_what_each_generates(llama, adapted):
     result = compared(model, adapted, temperature=0.9, top_k=20, top_p=0.9, held_out=lambda: batches_with([0.5, 0.2]))
     ids = [row for _, row in PROMPTS]
     sampling = {"max_new_tokens": 6, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "key": jax.random.key(0)}
-    assert [p.base for p in result.prompts] == [words(r) for r in jlora.generate(model, params, ids, **sampling)]
-    assert [p.adapted for p in result.prompts] == [words(r) for r in jlora.generate(model, adapted, ids, **sampling)]
+    # What they add to the text of the prompt: `words` puts a space between them.
+    assert [p.base for p in result.prompts] == [" " + words(r) for r in jlora.generate(model, params, ids, **sampling)]
+    assert [p.adapted for p in result.prompts] == [
+        " " + words(r) for r in jlora.generate(model, adapted, ids, **sampling)
+    ]
     assert any(p.base != p.adapted for p in result.prompts)
     assert result.adapted == jlora.evaluate(model, adapted, batches_with([0.5, 0.2]))
     sums, counts = np.sum([torch_sums(oracle, batch) for batch in batches_with([0.5, 0.2])], axis=0)

@@ -77,7 +77,10 @@ def test_json_list_knows_its_lines(tmp_path, indent):
         ({"messages": [{"role": "bot", "content": ""}]}, r":2: the role of turn 0 must be one of system.*; got 'bot'"),
         ({"messages": CHAT[1:]}, r":2: a conversation must not start with the assistant"),
         ({"messages": CHAT[:1]}, r":2: a conversation needs a turn of the assistant to learn from; got only user"),
-        ({"messages": [CHAT[0] | {"weight": 0}]}, r":2: turn 0 must be plain text; got 'weight'"),
+        (
+            {"messages": [CHAT[0] | {"weight": 1}]},
+            r":2: only turns of the assistant are trained; got 'weight': 1 in turn 0",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

@@ -3,15 +3,17 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_kinds import KINDS, make
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jlora.data import IGNORED, TextDataset, kind_of, load_data, prepare_text, preview, summary
 from jlora.data import text as text_module
-from jlora.data.chunks import CONTEXT, stable_chunks
+from jlora.data.chunks import CONTEXT, context_of, encode_chunks, stable_chunks
 from jlora.data.tokens import encode, fingerprint, pad_id
 
 EOT = "<|endoftext|>"
@@ -73,9 +75,9 @@ def test_chunks_have_the_tokens_of_the_whole_text(kind, block):
     tokenizer = byte_level(kind)
     blocks = [STORY[i : i + block] for i in range(0, len(STORY), block)]
     chunks = list(stable_chunks(blocks, lambda text: encode(tokenizer, text)))
-    assert "".join(chunks) == STORY
+    assert "".join(chunk.text for chunk in chunks) == STORY
     assert len(chunks) > len(STORY) // max(2 * block, 4 * CONTEXT)
-    assert sum((encode(tokenizer, chunk) for chunk in chunks), []) == encode(tokenizer, STORY)
+    assert sum(encode_chunks(tokenizer, chunks), []) == encode(tokenizer, STORY)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3"])
@@ -90,25 +92,67 @@ def test_cutting_behind_every_newline_run_would_differ_for_gpt2(kind):
 def test_text_without_newlines_is_cut_at_spaces(tokenizer):
     text = "the cats and dogs ran away " * 200
     chunks = list(stable_chunks([text[:2000], text[2000:]], lambda part: encode(tokenizer, part)))
-    assert len(chunks) == 3 and sum((encode(tokenizer, c) for c in chunks), []) == encode(tokenizer, text)
+    assert len(chunks) == 3 and sum(encode_chunks(tokenizer, chunks), []) == encode(tokenizer, text)
 
 
 @pytest.mark.parametrize(("kind", "ends"), [("gpt2", "s\n"), ("llama3", "s\n\n")])
 def test_the_cut_in_a_run_of_newlines_follows_the_tokenizer(kind, ends):
     tokenizer, text = byte_level(kind), "cats\n\ndogs\n\n" * 200
     chunks = list(stable_chunks([text[:1000], text[1000:]], lambda part: encode(tokenizer, part)))
-    assert len(chunks) == 3 and all(chunk.endswith(ends) for chunk in chunks[:-1])
-    assert sum((encode(tokenizer, c) for c in chunks), []) == encode(tokenizer, text)
+    assert len(chunks) == 3 and all(chunk.text.endswith(ends) for chunk in chunks[:-1])
+    assert sum(encode_chunks(tokenizer, chunks), []) == encode(tokenizer, text)
 
 
-def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_whole_with_a_warning():
-    backend = Tokenizer(models.BPE())  # as Llama 2: no pre-tokenizer, a space put before every text
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.train_from_iterator([STORY], trainers.BpeTrainer(vocab_size=400, show_progress=False))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [97, 500])
+def test_chunks_of_every_kind_of_tokenizer(kind, block):
+    """Also of those that begin every text with a space, or with a new word."""
+    tokenizer = make(kind, STORY)
+    blocks = [STORY[i : i + block] for i in range(0, len(STORY), block)]
+    chunks = list(stable_chunks(blocks, lambda text: encode(tokenizer, text)))
+    assert "".join(chunk.text for chunk in chunks) == STORY and len(chunks) > len(STORY) // 1000
+    assert sum(encode_chunks(tokenizer, chunks), []) == tokenizer(STORY, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace", "unigram"])
+def test_a_document_of_megabytes_is_cut(tmp_path, kind):
+    tokenizer, text = make(kind, STORY), STORY * 400
+    file = tmp_path / "long.txt"
+    file.write_bytes(text.encode())
+    chunks = list(stable_chunks(text_module._read_blocks(file), lambda part: encode(tokenizer, part)))
+    longest = max(len(chunk.text) for chunk in chunks)
+    assert len(text) > 2_500_000 and longest < 600_000
+    prepare_text(file, tokenizer, directory=tmp_path / "out", eval_fraction=0)
+    ids = stored(tmp_path / "out", "train").tolist()
+    assert ids[:-1] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_cut_is_tried_on_more_than_the_longest_token():
+    """Merges that are longer than the usual context."""
+    backend = Tokenizer(models.BPE())
+    text = "one two three four five\n" * 400
+    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert context_of(tokenizer) > 2 * CONTEXT
+    blocks = [text[i : i + 501] for i in range(0, len(text), 501)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chunks = list(stable_chunks(blocks, partial(encode, tokenizer), context=context_of(tokenizer)))
+    assert sum(encode_chunks(tokenizer, chunks), []) == encode(tokenizer, text)
+
+
+def test_text_without_spaces_is_cut_behind_punctuation(tokenizer):
+    text = "東京は、日本の首都です。大阪は、西にあります。" * 60
+    blocks = [text[i : i + 300] for i in range(0, len(text), 300)]
+    chunks = list(stable_chunks(blocks, lambda part: encode(tokenizer, part)))
+    assert len(chunks) > 3 and sum(encode_chunks(tokenizer, chunks), []) == encode(tokenizer, text)
+
+
+def test_text_that_cannot_be_cut_is_held_with_a_warning():
     blocks = [STORY[i : i + 500] for i in range(0, len(STORY), 500)]
     with pytest.warns(UserWarning, match="found no place to cut .* characters of text") as caught:
-        chunks = list(stable_chunks(blocks, lambda text: backend.encode(text).ids, warn_chars=1000))
-    assert chunks == [STORY] and len(caught) == 1
+        chunks = list(stable_chunks(blocks, lambda text: [len(text), hash(text)], warn_chars=1000))
+    assert chunks == [("", STORY)] and len(caught) == 1
 
 
 # ---- preparing

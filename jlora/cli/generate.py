@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jlora.cli.base import Weights, load_weights
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
+from jlora.data import decode_continuation
 from jlora.formats.adapters import adapter_directories
 from jlora.generation import generate
 from jlora.io import base_model_of, load_adapters
@@ -37,11 +38,11 @@ def run(options: Generate) -> None:
         key=jax.random.key(options.seed),
     )
     console = Console(highlight=False, markup=False)
-    for (text, _, name), row in zip(jobs, rows, strict=True):
+    for (text, ids, name), row in zip(jobs, rows, strict=True):
         if name:
             console.print(f"{name}: ", style="bold", end="")
         console.print(text, style="dim", end="" if options.template == "none" else "\n")
-        console.print(tokenizer.decode(row, skip_special_tokens=True) + "\n", soft_wrap=True)
+        console.print(decode_continuation(tokenizer, ids, row) + "\n", soft_wrap=True)
 
 
 def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:

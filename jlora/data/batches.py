@@ -38,8 +38,9 @@ class Dataset(Protocol):
 
     def row(self, index: int) -> Row: ...
 
-    def largest_id(self) -> int:
-        """Of all tokens of all rows."""
+    @property
+    def largest_token(self) -> int:
+        """The largest id in any row."""
         ...
 
 

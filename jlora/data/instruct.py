@@ -1,16 +1,19 @@
 """Instruction and chat records as rows, with the loss on the responses."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from jlora.data.batches import IGNORED, Row, supervised_tokens
+from jlora.data.encoding import Encoded, encode_pieces
 from jlora.data.packing import first_fit_decreasing, packed
 from jlora.data.records import Record
 from jlora.data.stats import Stats
-from jlora.data.templates import Piece, assemble, render
-from jlora.data.tokens import Tokenizer, added_bos, encode_many, pad_id
+from jlora.data.templates import Rendering, rendering
+from jlora.data.tokens import Tokenizer, added_bos, pad_id
 
 _MULTIPLE = 8  # of which the width of a batch is one: matrix units want it, and lengths that nearly agree then share it
 _RECORDS_AT_ONCE = 1024  # encoded in one call, so that a fast tokenizer can use the cores
@@ -50,14 +53,20 @@ class InstructDataset:
         records = list(records)
         if not records:
             raise ValueError("a data set needs at least one record; got none. Check the file it was read from.")
-        rows, truncated_at, dropped_at, lengths, starts = [], [], [], [], []
-        for where, ids, supervised in _tokenized(records, tokenizer, template):
+        rows, truncated_at, dropped_at, straddled_at, lengths, starts = [], [], [], [], [], []
+        targets = 0
+        left_out = Counter(name for _, record in records for name in getattr(record, "left_out", ()))
+        for where, missing, (ids, spans, straddled) in _tokenized(records, tokenizer, template):
+            left_out.update(missing)
+            straddled_at += [where] * bool(straddled)
             lengths.append(len(ids))
-            starts.append(_first_target(supervised))
-            row = _row(ids[:max_length], supervised[:max_length])
-            if supervised_tokens(row) == 0:
+            starts.append(spans[0][0] if spans else len(ids))
+            row = _row(ids, spans, max_length)
+            n_targets = supervised_tokens(row)
+            if n_targets == 0:
                 dropped_at.append(where)
                 continue
+            targets += n_targets  # as many once packed: the first label of a row never counts
             if len(ids) > max_length:
                 truncated_at.append(where)
             rows.append(row)
@@ -81,14 +90,22 @@ class InstructDataset:
             records=len(records),
             rows=len(rows),
             tokens=n_tokens,
-            supervised_tokens=sum(map(supervised_tokens, rows)),
+            supervised_tokens=targets,
             truncated=len(truncated_at),
             dropped=len(dropped_at),
             padding_efficiency=n_tokens / (len(rows) * self.length),
             longest=max(lengths),
             truncated_at=tuple(truncated_at),
             dropped_at=tuple(dropped_at),
+            straddled=len(straddled_at),
+            straddled_at=tuple(straddled_at),
+            left_out=tuple(left_out.most_common()),
         )
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest id in any row."""
+        return max(int(row.input_ids.max()) for row in self._rows)
 
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of every row's tokens and labels."""
@@ -99,10 +116,6 @@ class InstructDataset:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def largest_id(self) -> int:
-        """The largest token id of all rows."""
-        return max(int(row.input_ids.max()) for row in self._rows)
 
     def row(self, index: int) -> Row:
         """Row `index`: a record, or several when packed.
@@ -117,30 +130,43 @@ class InstructDataset:
 
 def _tokenized(
     records: Sequence[tuple[str, Record]], tokenizer: Tokenizer, template: str
-) -> Iterator[tuple[str, list[int], list[bool]]]:
+) -> Iterator[tuple[str, tuple[str, ...], Encoded]]:
+    """Of each record its place, the names of what its text leaves out, and its ids."""
     bos = added_bos(tokenizer)
     for start in range(0, len(records), _RECORDS_AT_ONCE):
-        stop = start + _RECORDS_AT_ONCE
-        group = [(where, _render(where, record, tokenizer, template)) for where, record in records[start:stop]]
-        encoded = iter(encode_many(tokenizer, [text for _, pieces in group for text, _ in pieces]))
-        for where, pieces in group:
-            ids, supervised = assemble([(next(encoded), flag) for _, flag in pieces], bos=bos)
-            yield where, ids, supervised
+        group = records[start : start + _RECORDS_AT_ONCE]
+        texts = [_rendering(where, record, tokenizer, template) for where, record in group]
+        try:
+            rows = list(encode_pieces(tokenizer, [text.pieces for text in texts], bos=bos))
+        except ValueError:
+            _blame(group, texts, tokenizer, bos)
+            raise
+        for (where, _), text, row in zip(group, texts, rows, strict=True):
+            yield where, text.left_out, row
 
 
-def _render(where: str, record: Record, tokenizer: Tokenizer, template: str) -> list[Piece]:
+def _rendering(where: str, record: Record, tokenizer: Tokenizer, template: str) -> Rendering:
     try:
-        return render(record, tokenizer, template=template)
+        return rendering(record, tokenizer, template=template)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _first_target(supervised: list[bool]) -> int:
-    return supervised.index(True) if True in supervised else len(supervised)
+def _blame(
+    group: Sequence[tuple[str, Record]], texts: Sequence[Rendering], tokenizer: Tokenizer, bos: int | None
+) -> None:
+    """Name the first record that cannot be encoded, found one by one."""
+    for (where, _), text in zip(group, texts, strict=True):
+        try:
+            list(encode_pieces(tokenizer, [text.pieces], bos=bos))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
-def _row(ids: list[int], supervised: list[bool]) -> Row:
-    input_ids = np.asarray(ids, np.int32)
-    labels = np.where(np.asarray(supervised, bool), input_ids, np.int32(IGNORED))
+def _row(ids: list[int], spans: list[tuple[int, int]], max_length: int) -> Row:
+    input_ids = np.asarray(ids[:max_length], np.int32)
+    labels = np.full(len(input_ids), IGNORED, np.int32)
+    for start, stop in spans:
+        labels[start:stop] = input_ids[start:stop]
     labels[:1] = IGNORED  # nothing predicts it
     return Row(input_ids, labels)

@@ -1,9 +1,10 @@
 """What a data set looks like: a few rows as text, and its counts."""
 
+from functools import partial
 from itertools import groupby
 
 from jlora.data.batches import IGNORED, Dataset
-from jlora.data.tokens import Tokenizer
+from jlora.data.tokens import Tokenizer, continuation
 
 
 def preview(dataset: Dataset, tokenizer: Tokenizer, *, rows: int) -> list[list[tuple[str, bool]]]:
@@ -24,14 +25,17 @@ def preview(dataset: Dataset, tokenizer: Tokenizer, *, rows: int) -> list[list[t
 
 
 def _runs(dataset: Dataset, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
+    show = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     row = dataset.row(index)
     supervised = (row.labels != IGNORED).tolist()
     segments = [0] * len(supervised) if row.segment_ids is None else row.segment_ids.tolist()
-    runs = []
+    runs, segment_of, before = [], None, []
     tokens = zip(row.input_ids.tolist(), supervised, segments, strict=True)
-    for (flag, _), run in groupby(tokens, key=lambda token: token[1:]):
+    for (flag, segment), run in groupby(tokens, key=lambda token: token[1:]):
+        before = before if segment == segment_of else []
         ids = [token_id for token_id, _, _ in run]
-        runs.append((tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag))
+        runs.append((continuation(show, before, ids), flag))
+        segment_of, before = segment, before + ids
     return runs
 
 
@@ -51,4 +55,7 @@ def summary(dataset: Dataset) -> dict[str, int | float | tuple[str, ...]]:
         "truncated_at": stats.truncated_at,
         "dropped": stats.dropped,
         "dropped_at": stats.dropped_at,
+        "straddled": stats.straddled,
+        "straddled_at": stats.straddled_at,
+        "left_out": stats.left_out_shown,
     }

@@ -5,21 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from jlora.data.columns import Record as Record
+from jlora.data.columns import cut, kind, normalized
 
 _LISTED = 10  # bad records named in one error
-_COLUMNS = "`instruction` and `output` (and optionally `input`), or `messages`, or `conversations`"
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names, https://github.com/lm-sys/FastChat/blob/main/docs/training.md
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 def read_records(source: str | Path) -> list[tuple[str, Record]]:
     """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
 
-    A record comes back as {"instruction", "input", "output"} (strings; a missing or null `input` is "") or as
-    {"messages": [{"role", "content"}, …]}; other columns are left out, and ShareGPT's `conversations` become messages.
-    Blank lines are no records.
+    A record comes back as `columns.normalized` makes it: {"instruction", "input", "output", …} or
+    {"messages": [{"role", "content", …}, …], …}. Blank lines are no records.
 
     Args:
         source: a path that ends in `.jsonl` or `.json`, else the id of a data set on the Hugging Face hub.
@@ -39,7 +35,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
         try:
             if isinstance(value, ValueError):
                 raise value
-            records.append((where, _normalized(value)))
+            records.append((where, normalized(value)))
         except ValueError as error:
             problems.append(f"  {where}: {error}")
             if len(problems) == _LISTED:
@@ -63,7 +59,7 @@ def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
                     f"a line must be UTF-8; got byte 0x{raw[error.start]:02x} at its offset {error.start}"
                 )
             except json.JSONDecodeError as error:
-                value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {_cut(line)}")
+                value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {cut(line)}")
             else:
                 if not line:
                     continue
@@ -88,7 +84,7 @@ def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
         ) from error
     if not isinstance(values, list):
         raise ValueError(
-            f"{source}:1: a `.json` file must be a list of records; got {_kind(values)}. "
+            f"{source}:1: a `.json` file must be a list of records; got {kind(values)}. "
             f"Write the list itself, or one object a line in a `.jsonl` file."
         )
     for line, value in zip(_element_lines(text), values, strict=True):
@@ -129,66 +125,3 @@ def _hub(source: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list}
-
-
-def _normalized(value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError(f"a record must be a JSON object; got {_kind(value)}: {_cut(repr(value))}")
-    if value.get("messages") is not None:
-        return {"messages": _messages(value["messages"], role="role", content="content")}
-    if value.get("conversations") is not None:
-        return {"messages": _messages(value["conversations"], role="from", content="value")}
-    missing = [name for name in ("instruction", "output") if name not in value]
-    if missing:
-        raise ValueError(
-            f"a record needs the columns {_COLUMNS}; got {', '.join(map(repr, value)) or 'none'}, "
-            f"so {' and '.join(map(repr, missing))} is missing. Rename the columns."
-        )
-    record = {"instruction": value["instruction"], "input": value.get("input"), "output": value["output"]}
-    if record["input"] is None:
-        record["input"] = ""
-    for name, text in record.items():
-        if not isinstance(text, str):
-            raise ValueError(f"column {name!r} must be a string; got {_kind(text)}: {_cut(repr(text))}")
-    return record
-
-
-def _messages(turns: Any, *, role: str, content: str) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"messages must be a list with at least one turn; got {_kind(turns)}: {_cut(repr(turns))}")
-    messages = []
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or not isinstance(turn.get(content), str):
-            raise ValueError(
-                f"turn {index} must be an object with strings {role!r} and {content!r}; got {_cut(repr(turn))}"
-            )
-        unknown = [name for name in ("tool_calls", "weight") if turn.get(name) is not None]
-        if unknown:
-            # Left out, they would change what the record says or which turns it trains.
-            raise ValueError(
-                f"turn {index} must be plain text; got {' and '.join(map(repr, unknown))}. Remove the turn"
-            )
-        name = _SHAREGPT.get(turn[role], turn[role])
-        if name not in _ROLES:
-            raise ValueError(
-                f"the role of turn {index} must be one of {', '.join((*_ROLES, *_SHAREGPT))}; got {turn[role]!r}"
-            )
-        messages.append({"role": name, "content": turn[content]})
-    if messages[0]["role"] == "assistant":
-        raise ValueError("a conversation must not start with the assistant: there is no prompt. Remove its first turn")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(
-            f"a conversation needs a turn of the assistant to learn from; got only "
-            f"{', '.join(dict.fromkeys(message['role'] for message in messages))}"
-        )
-    return messages
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
-        type(value), type(value).__name__
-    )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

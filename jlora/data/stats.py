@@ -15,7 +15,10 @@ class Stats:
     dropped: records with no supervised token within `max_length`; they are not trained on.
     padding_efficiency: share of the positions of all rows, padded to the data set's length, that hold a token.
     longest: tokens of the longest record before truncation.
-    truncated_at, dropped_at: where those records stand in their file.
+    straddled: records of which a response begins within a token of its prompt when the text is encoded as a whole; the
+        prompt keeps the tokens that generation will feed, and the response continues them.
+    truncated_at, dropped_at, straddled_at: where those records stand in their file.
+    left_out: what records say and the rows do not, by the name of the column or key, and in how many records.
     """
 
     records: int
@@ -28,8 +31,21 @@ class Stats:
     longest: int
     truncated_at: tuple[str, ...] = ()
     dropped_at: tuple[str, ...] = ()
+    straddled: int = 0
+    straddled_at: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def left_out_shown(self) -> tuple[str, ...]:
+        """`left_out` as text, the most frequent first: "text (10,000 records)"."""
+        return tuple(f"{name} ({count:,} {'record' if count == 1 else 'records'})" for name, count in self.left_out)
 
     def cut(self) -> list[str]:
-        """What `max_length` took, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
-        places = {"truncated": self.truncated_at, "dropped": self.dropped_at}
-        return [f"{len(at)} records {what} at max_length (first: {at[0]})" for what, at in places.items() if at]
+        """What the rows lack or part, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
+        places = {
+            "truncated at max_length": self.truncated_at,
+            "dropped at max_length": self.dropped_at,
+            "whose response begins within a token of the prompt, which keeps its tokens": self.straddled_at,
+        }
+        found = [f"{len(at)} records {what} (first: {at[0]})" for what, at in places.items() if at]
+        return found + ([f"not in the text: {', '.join(self.left_out_shown)}"] if self.left_out else [])

@@ -1,14 +1,13 @@
 """A record as text: what the model is given, and what it is to say."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jlora.data.conversations import Conversation, Message, conversation_of, left_out_of, turn_content
+from jlora.data.encoding import Piece, encode_pieces
 from jlora.data.records import Record
-from jlora.data.tokens import Tokenizer, added_bos, encode_many
-
-Piece = tuple[str, bool]  # text, and whether the loss is taken on it
+from jlora.data.tokens import Tokenizer, added_bos
 
 # https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py, PROMPT_DICT: nothing follows "### Response:".
 ALPACA_WITH_INPUT = (
@@ -27,23 +26,40 @@ ALPACA_WITHOUT_INPUT = (
 CHAT_DATE = date(2024, 7, 26)
 
 
+class Rendering(NamedTuple):
+    """A record as text.
+
+    pieces: the text, each piece supervised or not; joined they are the whole.
+    left_out: what the record says and the text does not, by name, once each.
+    """
+
+    pieces: list[Piece]
+    left_out: tuple[str, ...] = ()
+
+
 def render(record: Record, tokenizer: Tokenizer, *, template: str) -> list[Piece]:
     """The text of a record in pieces, each of them supervised or not; joined they are the whole text.
 
     `alpaca`: the Stanford Alpaca prompt with or without input, then the response closed by one end-of-text token.
-    `chat`: the tokenizer's chat template. Each turn of the assistant is supervised, through its end-of-turn token; if
-    the template closes the last turn with no special token, the end-of-text token is put there. Where a turn begins
-    and ends is found by rendering the conversation up to it; no mark in the template is needed, but each rendering
-    must begin with the one before. A template that asks for the date gets CHAT_DATE.
+    `chat`: the tokenizer's chat template, given all that the record holds (`tools`, reasoning, tool calls …). Each turn
+    of the assistant is supervised, unless it says otherwise (`train`, `weight`), through its end-of-turn token; if the
+    template closes the last turn with no special token, the end-of-text token is put there. Where a turn begins and ends
+    is found by rendering the conversation up to it; no mark in the template is needed, but each rendering must begin
+    with the one before. A template that asks for the date gets CHAT_DATE.
 
     Args:
         record: as from `read_records`.
         tokenizer: a transformers tokenizer.
         template: "alpaca" or "chat".
     Raises:
-        ValueError: an unknown template, a record or tokenizer that does not go with it, or a chat template whose
-            renderings are not prefixes of each other.
+        ValueError: an unknown template, a record or tokenizer that does not go with it, text of the record that the
+            template leaves out, or a chat template whose renderings are not prefixes of each other.
     """
+    return rendering(record, tokenizer, template=template).pieces
+
+
+def rendering(record: Record, tokenizer: Tokenizer, *, template: str) -> Rendering:
+    """`render`, with what the text leaves out."""
     return _template(template).render(record, tokenizer)
 
 
@@ -57,30 +73,13 @@ def prompt_ids(record: Record, tokenizer: Tokenizer, *, template: str) -> list[i
     Raises:
         ValueError: as `render`.
     """
-    pieces = _template(template).prompt(record, tokenizer)
-    encoded = encode_many(tokenizer, [text for text, _ in pieces])
-    return assemble([(ids, False) for ids in encoded], bos=added_bos(tokenizer))[0]
-
-
-def assemble(pieces: Sequence[tuple[Sequence[int], bool]], *, bos: int | None) -> tuple[list[int], list[bool]]:
-    """Encoded pieces, each encoded by itself, as one row: its ids, and which are supervised.
-
-    The row starts with exactly one `bos` (see `added_bos`), whether the text had none, one or more; with None it
-    is left as it is.
-    """
-    ids = [token_id for piece, _ in pieces for token_id in piece]
-    supervised = [flag for piece, flag in pieces for _ in piece]
-    if bos is None:
-        return ids, supervised
-    own = 0
-    while own < len(ids) and ids[own] == bos:
-        own += 1
-    return [bos, *ids[own:]], [False, *supervised[own:]]
+    pieces = _template(template).prompt(record, tokenizer).pieces
+    return next(encode_pieces(tokenizer, [pieces], bos=added_bos(tokenizer))).ids
 
 
 class _Template(NamedTuple):
-    render: Callable[[Record, Tokenizer], list[Piece]]
-    prompt: Callable[[Record, Tokenizer], list[Piece]]
+    render: Callable[[Record, Tokenizer], Rendering]
+    prompt: Callable[[Record, Tokenizer], Rendering]
 
 
 def _template(name: str) -> _Template:
@@ -89,18 +88,24 @@ def _template(name: str) -> _Template:
     return TEMPLATES[name]
 
 
-def _alpaca_prompt(record: Record, tokenizer: Tokenizer) -> list[Piece]:
+def _alpaca_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
     if "instruction" not in record:
         raise ValueError(
             f"the alpaca template needs the columns `instruction` and `output`; got {', '.join(map(repr, record))}. "
             f"Use the template `chat` for conversations."
         )
+    placeless = [name for name in record if name not in ("instruction", "input", "output")]
+    if placeless:
+        raise ValueError(
+            f"the alpaca template has places for `instruction`, `input` and `output` only; got "
+            f"{', '.join(map(repr, placeless))} too. Use the template `chat`, or remove it."
+        )
     form = ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT
-    return [(form.format(instruction=record["instruction"], input=record.get("input")), False)]
+    return Rendering([(form.format(instruction=record["instruction"], input=record.get("input")), False)])
 
 
-def _alpaca(record: Record, tokenizer: Tokenizer) -> list[Piece]:
-    prompt, eos = _alpaca_prompt(record, tokenizer), tokenizer.eos_token
+def _alpaca(record: Record, tokenizer: Tokenizer) -> Rendering:
+    prompt, eos = _alpaca_prompt(record, tokenizer).pieces, tokenizer.eos_token
     if "output" not in record:
         raise ValueError(f"training needs the column `output`; got {', '.join(map(repr, record))}. Add the column.")
     if eos is None:
@@ -108,53 +113,44 @@ def _alpaca(record: Record, tokenizer: Tokenizer) -> list[Piece]:
             "the alpaca template closes a response with the tokenizer's end-of-text token, from which the model learns "
             "to stop; this tokenizer has none. Set `tokenizer.eos_token`."
         )
-    return [*prompt, (record["output"].removesuffix(eos) + eos, True)]
+    return Rendering([*prompt, (record["output"].removesuffix(eos) + eos, True)])
 
 
-def _chat(record: Record, tokenizer: Tokenizer) -> list[Piece]:
-    messages = _turns(record)
-    if all(message["role"] != "assistant" for message in messages):
+def _chat(record: Record, tokenizer: Tokenizer) -> Rendering:
+    conversation = conversation_of(record)
+    if all(message["role"] != "assistant" for message in conversation.messages):
         raise ValueError("training needs a turn of the assistant; got none. Add the column `output`, or the turn.")
-    pieces = _chat_pieces(messages, tokenizer, add_generation_prompt=False)
-    last, supervised = pieces[-1]
-    if supervised and tokenizer.eos_token is not None and not _closed(last, tokenizer):
-        pieces[-1] = (last + tokenizer.eos_token, True)
-    return pieces
+    return _chat_rendering(conversation, tokenizer, prompt=False)
 
 
-def _chat_prompt(record: Record, tokenizer: Tokenizer) -> list[Piece]:
-    messages = _turns(record)
+def _chat_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
+    conversation = conversation_of(record)
+    messages = conversation.messages
     if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return _chat_pieces(messages, tokenizer, add_generation_prompt=True)
+        conversation = conversation._replace(messages=messages[:-1], trained=conversation.trained[:-1])
+    return _chat_rendering(conversation, tokenizer, prompt=True)
 
 
 TEMPLATES = {"alpaca": _Template(_alpaca, _alpaca_prompt), "chat": _Template(_chat, _chat_prompt)}
 
 
-def _turns(record: Record) -> list[dict[str, str]]:
-    if "messages" in record:
-        return record["messages"]
-    if "instruction" not in record:
+def _chat_rendering(conversation: Conversation, tokenizer: Tokenizer, *, prompt: bool) -> Rendering:
+    """The whole conversation, or (`prompt`) what is in front of the next answer."""
+    messages, trained, _, _ = conversation
+    whole = _rendered(conversation, len(messages), tokenizer, add_generation_prompt=prompt)
+    if not whole:
         raise ValueError(
-            f"the chat template needs `messages`, or `instruction` and `output`; got {', '.join(map(repr, record))}. "
-            f"Rename the columns."
+            "a chat template must render a conversation to some text; this tokenizer's renders to none. "
+            "Use another template."
         )
-    request = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-    messages = [{"role": "user", "content": request}]
-    if "output" in record:
-        messages.append({"role": "assistant", "content": record["output"]})
-    return messages
-
-
-def _chat_pieces(messages: list[dict[str, str]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> list[Piece]:
-    whole = _rendered(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+    left_out = left_out_of(conversation, whole, tokenizer.get_chat_template(tools=conversation.tools))
     pieces, done = [], 0
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(messages[:turn], tokenizer, add_generation_prompt=True)
-        through = _rendered(messages[: turn + 1], tokenizer, add_generation_prompt=False)
+        last = turn + 1 == len(messages)
+        before = _rendered(conversation, turn, tokenizer, add_generation_prompt=True)
+        through = whole if last else _rendered(conversation, turn + 1, tokenizer, add_generation_prompt=False)
         for text, beginning in ((before, whole[:done]), (through, before), (whole, through)):
             if not text.startswith(beginning):
                 raise ValueError(
@@ -164,27 +160,38 @@ def _chat_pieces(messages: list[dict[str, str]], tokenizer: Tokenizer, *, add_ge
                     f"Use another template, or conversations with one answer each."
                 )
         response = through[len(before) :]
+        tail = _tail(response, message)
         # White space behind the end-of-turn token belongs to the template: the model has stopped before it.
-        if _closed(response.rstrip(), tokenizer):
-            response = response.rstrip()
-        pieces += [(whole[done : len(before)], False), (response, True)]
+        if _closed(tail.rstrip(), tokenizer):
+            response = response[: len(response) - (len(tail) - len(tail.rstrip()))]
+        elif last and tokenizer.eos_token is not None:
+            response, whole = response + tokenizer.eos_token, whole + tokenizer.eos_token
+        pieces += [(whole[done : len(before)], False), (response, trained[turn])]
         done = len(before) + len(response)
-    return [piece for piece in (*pieces, (whole[done:], False)) if piece[0]]
+    return Rendering([piece for piece in (*pieces, (whole[done:], False)) if piece[0]], left_out)
 
 
-def _rendered(messages: list[dict[str, str]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
+def _rendered(conversation: Conversation, turns: int, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
+    """Its first turns."""
+    from jlora.data.jinja import render_template  # jinja2 is imported where it is used, as transformers does
+
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the template `chat` needs a tokenizer with a chat template; this one has none, as is usual for base "
             "models. Use the template `alpaca`, or the tokenizer of an instruct model."
         )
+    messages = conversation.messages[:turns]
+    variables = {
+        "strftime_now": CHAT_DATE.strftime,
+        **tokenizer.special_tokens_map,
+        **conversation.variables,
+        "messages": messages,
+        "tools": conversation.tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=_dated(tokenizer.get_chat_template()),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        return render_template(tokenizer.get_chat_template(tools=conversation.tools), variables)
     except Exception as error:  # jinja2's, or raised by the template itself over roles it does not know
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
@@ -193,15 +200,17 @@ def _rendered(messages: list[dict[str, str]], tokenizer: Tokenizer, *, add_gener
         ) from error
 
 
-def _dated(template: str) -> str:
-    """The template with transformers' `strftime_now` shadowed by a macro that knows CHAT_DATE only."""
-    if "strftime_now" not in template:
-        return template
-    formats = re.findall(r"""strftime_now\(\s*["']([^"']+)["']""", template)
-    known: dict[str, Any] = {form: CHAT_DATE.strftime(form) for form in formats}
-    # The empty print keeps jinja2 from trimming a newline with which the template may begin.
-    macro = f"{{{{ {known!r}.get(format, {CHAT_DATE.isoformat()!r}) }}}}"
-    return f"{{%- macro strftime_now(format) -%}}{macro}{{%- endmacro %}}{{{{ '' }}}}{template}"
+def _tail(response: str, message: Message) -> str:
+    """What the template wrote behind the content of a turn.
+
+    The content itself may end in what looks like the end of a turn.
+    """
+    content = turn_content(message)
+    for text in (content, content.strip()):
+        place = response.find(text) if text else -1
+        if place >= 0:
+            return response[place + len(text) :]
+    return response
 
 
 def _closed(text: str, tokenizer: Tokenizer) -> bool:

@@ -7,7 +7,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from jlora.data.batches import IGNORED, Row
-from jlora.data.chunks import stable_chunks
+from jlora.data.chunks import context_of, encode_chunks, stable_chunks
 from jlora.data.stats import Stats
-from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id
+from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id
 from jlora.data.vocabulary import beyond
 
 META = "meta.json"
@@ -158,8 +158,9 @@ class TextDataset:
     def __len__(self) -> int:
         return self.stats.rows
 
-    def largest_id(self) -> int:
-        """The largest token id of the split, of the shards as they are."""
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest id in the split, of the shards as they are."""
         return max(int(shard.max()) for shard in self._shards if len(shard))
 
     def digest(self) -> str:
@@ -263,13 +264,13 @@ def _read_blocks(file: Path) -> Iterator[str]:
 
 def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: np.dtype) -> None:
     """All documents' tokens, one after the other, as raw bytes."""
-    bos, eos = added_bos(tokenizer), tokenizer.eos_token_id
+    bos, eos, context = added_bos(tokenizer), tokenizer.eos_token_id, context_of(tokenizer)
     with stream.open("wb") as out:
         for file in files:
             last = None
-            chunks = stable_chunks(_read_blocks(file), partial(encode, tokenizer))
+            chunks = stable_chunks(_read_blocks(file), partial(encode, tokenizer), context=context)
             while group := list(islice(chunks, _BLOCKS_AT_ONCE)):
-                for ids in encode_many(tokenizer, group):
+                for ids in encode_chunks(tokenizer, group):
                     if last is None and bos is not None and ids[:1] != [bos]:
                         ids = [bos, *ids]
                     np.asarray(ids, dtype).tofile(out)

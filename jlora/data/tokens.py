@@ -1,9 +1,13 @@
-"""Text to token ids, and what a tokenizer says of its own special tokens."""
+"""Text to token ids and back, and what a tokenizer says of its own special tokens."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
+from os.path import commonprefix
 from typing import Any
+
+MAX_GROWTH = 10_000  # characters that a tokenizer may make of one
 
 Tokenizer = Any  # a transformers.PreTrainedTokenizerBase; not imported, to keep `import jlora` light
 
@@ -14,22 +18,109 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_many(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text; a fast tokenizer works on them in parallel."""
+    """`encode` of each text; a fast tokenizer works on them in parallel.
+
+    Raises:
+        ValueError: a text with half of a surrogate pair (see `require_text`).
+    """
     if not texts:
         return []
-    # verbose=False: a long text is cut into windows later, so "longer than the maximum length" would be a false alarm.
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        if backend is None:
+            # verbose=False: a long text is cut into windows later; "longer than the maximum length" is no news.
+            return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+        # What the last call of somebody else left behind.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        # "fast": without the characters that each token stands for, which nobody here asks for.
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except TypeError:
+        for text in texts:
+            require_text(text)
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of pyo3, which names it nowhere
+            raise
+        raise ValueError(
+            f"the tokenizer failed on a text ({error}), as when an expression in its tokenizer.json backtracks without end. "
+            f"Use another tokenizer.json."
+        ) from error
+
+
+def require_text(text: str) -> None:
+    """Refuse what is no Unicode text: UTF-8, and so every tokenizer, has no form for half of a surrogate pair.
+
+    Raises:
+        ValueError: naming the first such character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be Unicode; got U+{ord(text[error.start]):04X}, half of a surrogate pair, at character {error.start} "
+            f"({text[max(0, error.start - 20) : error.start]!r} is before it), as when an emoji is cut in two. "
+            f"Correct the text"
+        ) from error
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """What new tokens add to the text of a prompt, special tokens left out. See `continuation`."""
+    return continuation(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), prompt_ids, new_ids)
+
+
+def continuation(decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """What `new_ids` add to the text of `prompt_ids`.
+
+    Decoded by themselves they could lose a space: SentencePiece's decoders drop the one at the start of a text. A
+    character of which the prompt holds the first bytes belongs to what is added.
+
+    Args:
+        decode: token ids to text.
+    """
+    before, whole = decode(list(prompt_ids)), decode([*prompt_ids, *new_ids])
+    # A decoder may also tidy up what was before, such as a space before a comma.
+    return whole[len(commonprefix([before.rstrip("\N{REPLACEMENT CHARACTER}"), whole])) :]
 
 
 def added_bos(tokenizer: Tokenizer) -> int | None:
     """The beginning-of-text id if the tokenizer itself puts one before a text, else None.
 
     Asked of its behavior: `bos_token` alone does not tell (GPT-2 and Qwen name one and add none), and neither does an
-    `add_bos_token` attribute, which fast tokenizers may lack.
+    `add_bos_token` attribute, which fast tokenizers may lack. Whoever encodes asks this first, so tokenizers that blow up
+    text are refused here.
+
+    Raises:
+        ValueError: a tokenizer that makes more than MAX_GROWTH characters of one.
     """
+    _require_bounded(tokenizer)
     bos = tokenizer.bos_token_id
     ids = tokenizer("a", return_attention_mask=False)["input_ids"]
     return bos if bos is not None and ids and ids[0] == bos else None
+
+
+def _require_bounded(tokenizer: Tokenizer) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (backend.normalizer, backend.decoder) if backend is not None else ():
+        growth = _growth(json.loads(part.__getstate__())) if part is not None else 1
+        if growth > MAX_GROWTH:
+            raise ValueError(
+                f"a tokenizer may replace a character by {MAX_GROWTH:,} at most; the `Replace` of this one's tokenizer.json make "
+                f"{growth:,} of it, which could fill the memory. Use another tokenizer.json."
+            )
+
+
+def _growth(state: Any) -> int:
+    """What the texts that a normalizer or decoder puts in place of others make of one character, one after the other."""
+    if isinstance(state, dict):
+        own = len(state["content"]) if isinstance(state.get("content"), str) else 1
+        return max(1, own) * _growth(list(state.values()))
+    if isinstance(state, list):
+        return prod(map(_growth, state))
+    return 1
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

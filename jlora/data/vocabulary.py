@@ -11,7 +11,7 @@ def check_vocabulary(dataset: Dataset, tokenizer: Tokenizer, vocab_size: int) ->
     Raises:
         ValueError: with the token and the start of the row that holds it.
     """
-    if dataset.largest_id() >= vocab_size:
+    if dataset.largest_token >= vocab_size:
         rows = ((index, dataset.row(index).input_ids.tolist()) for index in range(len(dataset)))
         index, ids = next((index, ids) for index, ids in rows if max(ids) >= vocab_size)
         start = tokenizer.decode(ids[:24])[:60]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jlora._numbers import json_number
 from jlora._typing import Array, Batch, Float, Key, Params
+from jlora.data import continuation
 from jlora.generation import generate
 from jlora.lora import remove_lora
 from jlora.models import Model
@@ -90,7 +91,7 @@ def compare(
     Args:
         params: adapted parameters; the base is what `remove_lora` leaves of them.
         prompts: (text, token ids) pairs.
-        decode: token ids to text.
+        decode: token ids to text. A continuation's is what it adds to the text of its prompt.
         held_out: makes the batches on which both perplexities are measured.
     """
     base = remove_lora(params)
@@ -99,7 +100,7 @@ def compare(
     }  # fmt: skip
     ids = [list(row) for _, row in prompts]
     texts = {
-        name: [decode(row) for row in generate(model, tree, ids, **sampling)]
+        name: [continuation(decode, *pair) for pair in zip(ids, generate(model, tree, ids, **sampling), strict=True)]
         for name, tree in (("base", base), ("adapted", params))
     }
     rows = []

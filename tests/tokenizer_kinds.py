@@ -1,0 +1,109 @@
+"""Small tokenizers of every kind, trained where they are asked for."""
+
+import re
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+MARKS = ["<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<unk>", "<s>", "</s>", *MARKS]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _bpe(text, *, normalizer=None, pre=None, decoder=None, alphabet=(), special=SPECIAL, words=False, **model):
+    backend = Tokenizer(models.BPE(unk_token="<unk>", **model))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre is not None:
+        backend.pre_tokenizer = pre
+    if decoder is not None:
+        backend.decoder = decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=list(special), initial_alphabet=list(alphabet), show_progress=False
+    )
+    # By words, as SentencePiece does: where a tokenizer does not split, a trainer would learn whole lines.
+    backend.train_from_iterator(re.split(r"(?= )|\n", text) if words else [text], trainer)
+    return backend
+
+
+def _byte_level(text, prefix, pattern=None):
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)
+    pre = byte if pattern is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte])
+    return _bpe(text, pre=pre, decoder=decoders.ByteLevel(), alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def _llama2(text):
+    """A normalizer that puts a space before every part between special tokens; unknown characters as bytes."""
+    replace = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return _bpe(
+        text,
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        decoder=decoders.Sequence(replace),
+        special=[*SPECIAL, *_BYTES],
+        words=True,
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+
+
+def _metaspace(text, scheme, split):
+    metaspace = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=split)
+    return _bpe(
+        text,
+        pre=metaspace,
+        decoder=decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme=scheme)]),
+        special=[*SPECIAL, *_BYTES],
+        words=True,
+        byte_fallback=True,
+    )
+
+
+def _unigram(text):
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    backend.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False, initial_alphabet=list(set(text))
+    )
+    backend.train_from_iterator(text.split("\n"), trainer)
+    return backend
+
+
+def _wordpiece(text):
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False)
+    backend.train_from_iterator([text], trainer)
+    return backend
+
+
+KINDS = {
+    "gpt2": lambda text: _byte_level(text, False),
+    "add_prefix_space": lambda text: _byte_level(text, True),
+    "llama2": _llama2,
+    "metaspace": lambda text: _metaspace(text, "first", False),
+    "metaspace_always": lambda text: _metaspace(text, "always", True),
+    "unigram": _unigram,
+    "wordpiece": _wordpiece,
+}
+
+
+def make(kind: str, text: str, *, chat: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of a kind, trained on `text`."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=KINDS[kind](text),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=MARKS,
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = chat
+    return made
