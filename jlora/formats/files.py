@@ -5,8 +5,8 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial-"
@@ -112,13 +112,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A directory beside `path` to write into, which becomes `path` when the block ends and is removed when it fails.
 
+    Args:
+        replace: in place of what is at `path`, which goes when the new one is whole.
+
     Raises:
-        FileExistsError: when there is something at `path` other than an empty directory.
+        FileExistsError: without `replace`, when there is something at `path` other than an empty directory.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{str(path)!r} exists; choose another directory or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partial(path)
@@ -129,20 +132,45 @@ def whole_directory(path: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             _flush(file)
         _flush(partial)
+        if replace and path.exists():
+            path.rename(partial.with_name(f"{partial.name}-before"))
         partial.rename(path)  # also onto an empty directory
         _flush(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    remove_partial(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory so that no half of it is ever seen under its name."""
+    remove_partial(path)
+    with suppress(FileNotFoundError):
+        path.rename(path.with_name(f"{_prefix(path)}gone"))
+    remove_partial(path)
 
 
 def remove_partial(path: Path) -> None:
     """Removes what a killed process left of an earlier attempt to write `path`."""
-    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+    _remove(path.parent.glob(f"{glob.escape(_prefix(path))}*"))
+
+
+def remove_all_partial(directory: Path) -> None:
+    """Removes what killed processes left of attempts to write anything in a directory."""
+    _remove(path for path in directory.glob(".*") if is_partial(path.name))
+
+
+def _remove(left: Iterable[Path]) -> None:
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file name is one that is only given while something is written or removed."""
+    return name.startswith(".") and _PARTIAL in name
 
 
 def _prefix(path: Path) -> str:
