@@ -52,12 +52,13 @@ FORKS.set_forkserver_preload(["jlora.cli", "orbax.checkpoint", "transformers.mod
 class Child:
     """`jlora finetune` in a process, with a config file."""
 
-    def __init__(self, config, home, *, resume=False, batch_seconds=0.1):
+    def __init__(self, config, home, *, resume=False, batch_seconds=0.1, dies_at=None):
         self.output = Path(config.output)
         path, self._stderr = home / f"{self.output.name}.yaml", home / f"{self.output.name}.stderr"
         path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
         flags = ["--config", str(path), *(["--resume"] if resume else [])]
-        self.process = FORKS.Process(target=child.finetune, args=(flags, str(self._stderr), batch_seconds), daemon=True)
+        arguments = (flags, str(self._stderr), batch_seconds, dies_at)
+        self.process = FORKS.Process(target=child.finetune, args=arguments, daemon=True)
         self.process.start()
 
     def wait_for(self, reached):
@@ -133,4 +134,42 @@ def test_interrupted_five_times(uninterrupted, home):
             assert (output / "checkpoints" / str(stopped)).is_dir()
     code, said = Child(config, home, resume=True, batch_seconds=0).end()
     assert code == 0, said
+    assert_same(config, uninterrupted)
+
+
+def saved(config):
+    return list(Path(config.output).glob("checkpoints/[0-9]*"))
+
+
+@pytest.mark.parametrize("dies_at", [5, 30, pytest.param(range(1, 400, 13), marks=pytest.mark.slow)])
+def test_killed_at_a_write(uninterrupted, home, dies_at):
+    """Whatever was to be written, renamed or removed next: what saved nothing starts again, and the rest goes on."""
+    for number in [dies_at] if isinstance(dies_at, int) else dies_at:
+        config = dataclasses.replace(uninterrupted, output=home / f"write-{number}")
+        code, said = Child(config, home, batch_seconds=0, dies_at=number).end()
+        if code == 0:
+            assert number > 200, "a run has more writes"
+            break
+        assert code == -signal.SIGKILL, said
+        code, said = Child(config, home, resume=bool(saved(config)), batch_seconds=0).end()
+        assert code == 0, (number, said)
+        assert_same(config, uninterrupted)
+        assert not [path for path in Path(config.output).rglob(".*")], number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_anywhere(uninterrupted, home, seed):
+    config = dataclasses.replace(uninterrupted, output=home / f"anywhere-{seed}")
+    draw, code = random.Random(seed), None
+    for _ in range(8):
+        running = Child(config, home, resume=bool(saved(config)), batch_seconds=0.05)
+        time.sleep(draw.uniform(0, 6))
+        code, said = running.end(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        assert code in (0, INTERRUPTED, *(-n for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))), said
+        if code == 0:
+            break
+    if code != 0:
+        code, said = Child(config, home, resume=bool(saved(config)), batch_seconds=0).end()
+        assert code == 0, said
     assert_same(config, uninterrupted)

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from jlora.train.step import TrainState
 
 RECORD, STATE = "checkpoint.json", "state"
 _PLAIN = re.compile(r"[\w/. -]*")
-_MORE_BYTES = 1 << 16  # of a checkpoint, beside its arrays
+_MORE_BYTES, _MORE_BYTES_A_LEAF = 1 << 17, 1 << 11  # the most that a checkpoint has beside its arrays
 
 
 class Damaged(ValueError):
@@ -110,9 +109,10 @@ class Checkpoints:
         # On the host once, for Orbax and for the digests.
         leaves = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
         path = self.directory / str(step)
-        needed = sum(leaf.nbytes for leaf in leaves.values()) + _MORE_BYTES
+        needed = sum(leaf.nbytes + _MORE_BYTES_A_LEAF for leaf in leaves.values()) + _MORE_BYTES
         with full_disk_said(path, needed=needed), whole_directory(path, replace=True) as partial:
-            with _plain_name(partial) as plain, _full_disk_of_threads_unsaid():
+            _require_space(partial / STATE, needed)
+            with _plain_name(partial) as plain:
                 ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(
                     plain / STATE, args=ocp.args.StandardSave(leaves)
                 )
@@ -276,17 +276,13 @@ def _plain_name(path: Path) -> Iterator[Path]:
         yield link
 
 
-@contextmanager
-def _full_disk_of_threads_unsaid() -> Iterator[None]:
-    """Orbax raises its threads' errors in the caller, who says them; threads would print a traceback as well."""
-    before = threading.excepthook
-
-    def hook(args):
-        if args.exc_value is None or not no_space(args.exc_value):
-            before(args)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
+def _require_space(path: Path, needed: int) -> None:
+    """Raises the OSError of a full disk or quota. Orbax's threads and tensorstore's would print tracebacks of theirs."""
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, needed)
+        except (AttributeError, OSError) as error:  # not on every system, and not in every file system
+            if no_space(error):
+                raise
+            file.write(bytes(needed))
+    path.unlink()
