@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._numbers import NotFinite
 from jlora._typing import Array, Float, Int, Key, Params
 from jlora.lora import is_stacked, linear
 from jlora.models import Model, empty_cache
 
+_LEAST_TEMPERATURE = 1e-6
+"""Below it logits would overflow float32."""
 _BUCKET = 32
 """Prompts are padded to a multiple of this, so that prompts of similar length share a compilation."""
 
@@ -49,7 +52,7 @@ def generate(
 
     Raises:
         ValueError: for an argument out of its range, an empty prompt, an id outside the vocabulary, or more positions
-            than the model has.
+            than the model has; when logits are not finite, with the weight that is not.
     """
     rows = np.asarray(prompt_ids) if hasattr(prompt_ids, "shape") else list(prompt_ids)
     if any(np.ndim(row) != 1 for row in rows):
@@ -67,28 +70,35 @@ def generate(
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    tokens, counts = _generate(
+    tokens, counts, sound = _generate(
         model,
         params,
         padded,
         lengths.astype(np.int32),
         jax.random.key(0) if key is None else key,
         np.float32(temperature),
-        np.int32(top_k or model.config.vocab_size),
-        np.float32(top_p),
+        np.int32(min(top_k or model.config.vocab_size, model.config.vocab_size)),
+        np.maximum(np.float32(top_p), np.finfo(np.float32).tiny),
         np.array(eos or [-1], np.int32),
         max_new_tokens=max_new_tokens,
         greedy=temperature == 0,
     )
+    if not sound:
+        raise NotFinite("The logits are", math.nan, params)
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:
     config = model.config
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"`{name}` must be an integer; got {value!r}.")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1; got {max_new_tokens}.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"`temperature` must be 0 (greedy) or positive; got {temperature}.")
+    if not (temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(
+            f"`temperature` must be 0 (greedy) or positive, at least {_LEAST_TEMPERATURE}; got {temperature}."
+        )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"`top_k` must be 0 (all) or more and `top_p` in (0, 1]; got top_k={top_k}, top_p={top_p}.")
     if key is None and temperature > 0:
@@ -115,25 +125,26 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
 def _generate(model: Any, params, prompts, lengths, key, temperature, top_k, top_p, eos, *, max_new_tokens, greedy):
-    """(tokens [batch, max_new_tokens], how many of each row count)."""
+    """(tokens [batch, max_new_tokens], how many of each row count, whether all logits were finite)."""
     batch, width = prompts.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
     def pick(hidden, step):
         weight, transpose = model.output_head(params)
         logits = linear(hidden, weight, transpose=transpose, out_dtype=jnp.float32)
+        finite = jnp.all(jnp.isfinite(logits))
         if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite
         logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
         at_step = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        return jax.vmap(jax.random.categorical)(at_step, logits).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(at_step, logits).astype(jnp.int32), finite
 
     # A token's cache slot is its position, and a query sees slots up to its own: what prompt padding wrote behind a
     # short row is overwritten before it can be seen.
     cache = empty_cache(model, batch, width + max_new_tokens, stacked=is_stacked(params))
     hidden, cache = model.apply({"params": params}, prompts, cache=cache, head=False)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = pick(last, 0)
+    token, sound = pick(last, 0)
     out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
     ended = jnp.isin(token, eos)
 
@@ -142,16 +153,16 @@ def _generate(model: Any, params, prompts, lengths, key, temperature, top_k, top
         return (step < max_new_tokens) & ~jnp.all(ended)
 
     def extend(carry):
-        step, token, ended, counts, out, cache = carry
+        step, token, ended, counts, sound, out, cache = carry
         positions = (lengths + step - 1)[:, None]
         hidden, cache = model.apply({"params": params}, token[:, None], positions=positions, cache=cache, head=False)
-        token = pick(hidden[:, 0], step)
+        token, finite = pick(hidden[:, 0], step)
         out = out.at[:, step].set(token)
-        return step + 1, token, ended | jnp.isin(token, eos), counts + ~ended, out, cache
+        return step + 1, token, ended | jnp.isin(token, eos), counts + ~ended, sound & finite, out, cache
 
-    carry = (jnp.int32(1), token, ended, jnp.ones(batch, jnp.int32), out, cache)
-    _, _, _, counts, out, _ = jax.lax.while_loop(more, extend, carry)
-    return out, counts
+    carry = (jnp.int32(1), token, ended, jnp.ones(batch, jnp.int32), sound, out, cache)
+    _, _, _, counts, sound, out, _ = jax.lax.while_loop(more, extend, carry)
+    return out, counts, sound
 
 
 def truncate(

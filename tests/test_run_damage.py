@@ -553,15 +553,6 @@ def test_a_base_that_is_not_finite_is_named(finished, tmp_path, tensor, value, s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_with_a_hole(finished, tmp_path, monkeypatch):
-    tokenizer = jlora.load_tokenizer(finished.model)
-    vocabulary = tokenizer.get_vocab() | {"far": 5000}
-    tokenizer.get_vocab = lambda: vocabulary
-    monkeypatch.setattr(loop, "load_tokenizer", lambda _: tokenizer)
-    with pytest.raises(ValueError, match=r"ids up to 5000, the model's embedding \d+ rows"):
-        jlora.finetune(dataclasses.replace(finished, output=tmp_path / "out"))
-
-
 def test_the_log_is_json_where_a_perplexity_overflows(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished, output=tmp_path / "out")
     monkeypatch.setattr(loop, "perplexity", lambda loss: float("inf"))

@@ -466,3 +466,27 @@ def test_only_public_modules_of_jax():
             assert not wrong, f"{file.name}: {wrong}"
             if isinstance(node, ast.Attribute):
                 assert node.attr != "_src", file.name
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_kernels_taken_from_beyond_a_stack_are_nan_as_in_jax(jit):
+    w = weight((4, D, D), roles="bio")
+
+    def f(p, x):
+        return jnp.einsum("td,lde->lte", x, jnp.take(p["w"], jnp.array([1, 4, -5, -1]), axis=0))
+
+    wrapped = jlora.wrap(f)
+    assert wrapped.check({"w": w}, X).ok
+    mine = (jax.jit(wrapped) if jit else wrapped)({"w": w}, X)
+    np.testing.assert_allclose(mine, f(jlora.merge({"w": w}), X), atol=1e-4)
+    assert np.isnan(mine).all((1, 2)).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("fill", [1.0, -2, np.inf])
+def test_other_values_for_kernels_beyond_a_stack_are_refused(fill):
+    w = weight((4, D, D), roles="bio")
+    wrapped = jlora.wrap(
+        lambda p, x: jnp.einsum("td,lde->lte", x, p["w"].at[jnp.array([1, 4])].get(mode="fill", fill_value=fill))
+    )
+    with pytest.raises(UnhandledUse, match='fill with NaN or 0 alone, along a stack axis: pass mode="clip"'):
+        wrapped({"w": w}, X)

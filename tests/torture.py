@@ -167,6 +167,42 @@ _add(
     loops=True,
 )
 _add("taken rows of a stack", one(lambda w, x: jnp.einsum("td,lde->lte", x, w[jnp.array([2, 0])])), {"w": STACK})
+for name, take in {
+    "default": lambda w: jnp.take(w, jnp.array([2, 0]), axis=0),
+    "clip": lambda w: jnp.take(w, jnp.array([2, 7]), axis=0, mode="clip"),
+    "wrap": lambda w: jnp.take(w, jnp.array([2, 4]), axis=0, mode="wrap"),
+    "from the end": lambda w: jnp.take(w, jnp.array([-1, -3]), axis=0),
+    "bytes": lambda w: jnp.take(w, jnp.array([2, 0], jnp.uint8), axis=0),
+    "at get": lambda w: w.at[jnp.array([2, 0])].get(mode="fill"),
+    "at get promise": lambda w: w.at[jnp.array([2, 0])].get(mode="promise_in_bounds"),
+    "at get beyond is 0": lambda w: w.at[jnp.array([2, 7])].get(mode="fill", fill_value=0),
+    "of a take": lambda w: jnp.take(0.5 * jnp.take(w, jnp.array([2, 0, 1, 1]), axis=0), jnp.array([3, 1]), axis=0),
+    "along an axis": lambda w: jnp.take_along_axis(w, jnp.array([2, 0])[:, None, None], axis=0),
+    "in jit": lambda w: jax.jit(lambda w, ids: jnp.take(w, ids, axis=0))(w, jnp.array([2, 0])),
+}.items():
+    _add(f"take of a stack, {name}", one(lambda w, x, take=take: jnp.einsum("td,lde->lte", x, take(w))), {"w": STACK})
+_add(
+    "take of a stack, summed",
+    one(lambda w, x: jnp.einsum("ltd,lde->te", x, w.at[jnp.array([2, 7, 1])].get(mode="fill", fill_value=0))),
+    {"w": STACK},
+    (L, T, D),
+)
+_add(
+    "take of the inner of two stacks",
+    one(lambda w, x: jnp.einsum("td,abde->abte", x, jnp.take(w, jnp.array([1, 0, 1]), axis=1))),
+    {"w": ((3, 2, D, E), "bbio")},
+)
+_add(
+    "take of a stack in scan",
+    one(lambda w, x: lax.scan(lambda c, i: (jnp.tanh(c @ jnp.take(w, i, axis=0)), None), x, jnp.array([2, 0]))[0]),
+    {"w": STACK},
+    loops=True,
+)
+_add(
+    "take of a stack in vmap",
+    one(lambda w, x: jax.vmap(lambda i: x @ jnp.take(w, i, axis=0))(jnp.array([2, 0]))),
+    {"w": STACK},
+)
 _add("slice of a stack", one(lambda w, x: lax.scan(_layer, x, w[1:])[0]), {"w": STACK}, loops=True)
 _add("stack reversed", one(lambda w, x: lax.scan(_layer, x, w[::-1])[0]), {"w": STACK}, loops=True)
 _add("scaled stack", one(lambda w, x: lax.scan(_layer, x, w * 0.7)[0]), {"w": STACK}, loops=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from jlora._numbers import check_seed
 from jlora.data import InstructDataset, TextDataset, load_data
 from jlora.io import base_model_of, load, load_adapter, load_tokenizer
 from jlora.models import has_adapted_tie, untie
@@ -87,6 +88,9 @@ class EvaluationData:
     seed: int = 0
     """Of the choice of validation records, and of sampling."""
 
+    def __post_init__(self):
+        check_seed(self.seed)
+
 
 def require_data(options: EvaluationData) -> str:
     """The data's name.
@@ -111,6 +115,7 @@ def open_data(options: EvaluationData, tokenizer: Any, model: Any) -> Iterator[T
             max_length=row_length(options.max_length, model),
             seed=options.seed,
             directory=directory,
+            vocab_size=model.config.vocab_size,
         )
         chosen = validation if options.split == "validation" else train
         if chosen is None:

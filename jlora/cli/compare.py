@@ -1,13 +1,13 @@
 """`jlora compare`."""
 
 import dataclasses
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import jax
 
+from jlora._numbers import json_text
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
 from jlora.data import eval_batches
@@ -50,4 +50,4 @@ def run(options: Compare) -> None:
         directory = Path(options.output)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "compare.md").write_text(result.to_markdown())
-        (directory / "compare.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        (directory / "compare.json").write_text(json_text(result.to_json(), indent=2) + "\n")

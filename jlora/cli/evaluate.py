@@ -1,9 +1,9 @@
 """`jlora evaluate`."""
 
 import dataclasses
-import json
 from pathlib import Path
 
+from jlora._numbers import json_text
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
 from jlora.train import evaluate
@@ -34,7 +34,7 @@ def run(options: Evaluate) -> None:
         "batch_size": options.batch_size,
         "max_length": data.length,
     }
-    text = json.dumps(report, indent=2)
+    text = json_text(report, indent=2)
     if options.output is not None:
         path = Path(options.output)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from jlora.data import prepare_text
-from jlora.io import load_tokenizer
+from jlora.io import find, load_tokenizer, read_config
+from jlora.models import model_from_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,14 @@ class Prepare:
 
 
 def run(options: Prepare) -> None:
+    directory = find(options.model)
+    model = model_from_config(read_config(directory), dtype=jnp.float32)
     meta = prepare_text(
-        options.data, load_tokenizer(options.model), directory=options.output, eval_fraction=options.eval_fraction
+        options.data,
+        load_tokenizer(directory),
+        directory=options.output,
+        eval_fraction=options.eval_fraction,
+        vocab_size=model.config.vocab_size,
     )
     counts = ", ".join(f"{tokens:,} {split} tokens" for split, tokens in meta["tokens"].items())
     Console(highlight=False).print(f"{counts} in [bold]{options.output}[/]")

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from jlora._numbers import check_seed
 from jlora.data import prompt_ids, read_records
 
 
@@ -27,6 +28,9 @@ class Prompts:
     """Then among those that together reach this probability."""
     seed: int = 0
     """Of sampling."""
+
+    def __post_init__(self):
+        check_seed(self.seed)
 
 
 Prompt: TypeAlias = tuple[str, dict[str, Any]]

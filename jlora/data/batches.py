@@ -38,6 +38,10 @@ class Dataset(Protocol):
 
     def row(self, index: int) -> Row: ...
 
+    def largest_id(self) -> int:
+        """Of all tokens of all rows."""
+        ...
+
 
 def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:
     """The batch of one optimizer step; the same arguments give the same bytes.

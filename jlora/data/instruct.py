@@ -100,6 +100,10 @@ class InstructDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def largest_id(self) -> int:
+        """The largest token id of all rows."""
+        return max(int(row.input_ids.max()) for row in self._rows)
+
     def row(self, index: int) -> Row:
         """Row `index`: a record, or several when packed.
 

@@ -11,6 +11,7 @@ from jlora.data.records import Record, read_records
 from jlora.data.shards import EVALUATION
 from jlora.data.text import TextDataset, prepare_text
 from jlora.data.tokens import Tokenizer, pad_id
+from jlora.data.vocabulary import check_vocabulary
 
 EVAL_FRACTION = 0.1  # the share to evaluate on where nothing is said
 
@@ -33,6 +34,7 @@ def load_data(
     seed: int,
     directory: str | Path,
     pack: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[TextDataset | InstructDataset, TextDataset | InstructDataset | None]:
     """The training data and the evaluation data, or None without one.
 
@@ -48,10 +50,11 @@ def load_data(
         seed: of the choice of records, >= 0.
         directory: where the shards of raw text are kept; `eval_data` goes to its folder `evaluation`.
         pack: put several records into a row. Raw text fills its rows already.
+        vocab_size: rows of the model's embedding, which every token must be one of; None: not compared.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: both an evaluation file and a share, an unsupported file type, too little data, or what
-            `read_records`, `InstructDataset` and `prepare_text` raise.
+        ValueError: both an evaluation file and a share, an unsupported file type, too little data, a token beyond
+            the vocabulary, or what `read_records`, `InstructDataset` and `prepare_text` raise.
     """
     if eval_data is not None and eval_fraction:
         raise ValueError(
@@ -68,7 +71,7 @@ def load_data(
         return InstructDataset(records, tokenizer, template=template, max_length=max_length, pack=pack)
 
     def of_text(source: Source, into: Path, share: float) -> tuple[TextDataset, TextDataset | None]:
-        prepare_text(source, tokenizer, directory=into, eval_fraction=share)
+        prepare_text(source, tokenizer, directory=into, eval_fraction=share, vocab_size=vocab_size)
         splits = ("train", "validation") if share else ("train",)
         made = [TextDataset(into, split, length=max_length, pad_id=pad_id(tokenizer)) for split in splits]
         return made[0], made[1] if share else None
@@ -83,6 +86,9 @@ def load_data(
             evaluation, _ = of_text(eval_data, Path(directory) / EVALUATION, 0.0)
         else:
             evaluation = of_records(read_records(_single(eval_data)))
+    for dataset in (train, evaluation):
+        if dataset is not None and vocab_size is not None:
+            check_vocabulary(dataset, tokenizer, vocab_size)
     return train, evaluation
 
 

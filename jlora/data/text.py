@@ -33,13 +33,11 @@ from jlora.data.shards import (
 )
 from jlora.data.stats import Stats
 from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id
+from jlora.data.vocabulary import beyond
 from jlora.formats.files import full_disk_said, remove_all_partial
 from jlora.formats.lock import LOCK, only_writer
 
 _FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
-# Of text in a natural language, for a guess at what is needed where a disk was full: a token has four bytes of it, and is kept
-# twice, in two bytes each, while it is prepared.
-_BYTES_A_WORD, _BYTES_A_TOKEN = 4, 4
 _BLOCK_BYTES = 1 << 18
 _BLOCKS_AT_ONCE = 16  # encoded in one call: the cores of a fast tokenizer, and about 150 MB of its bookkeeping
 _LISTED = 10
@@ -52,6 +50,7 @@ def prepare_text(
     directory: str | Path,
     eval_fraction: float,
     shard_tokens: int = 1 << 26,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Tokenize text files into `directory`, unless it already holds exactly this.
 
@@ -72,13 +71,14 @@ def prepare_text(
         directory: where the shards go; other files in it are left alone.
         eval_fraction: share of the tokens for validation, 0 <= eval_fraction < 1; 0 makes no validation split.
         shard_tokens: tokens in a shard, >= 1.
+        vocab_size: rows of the model's embedding; None: ids are not compared with it.
     Returns:
         The content of `meta.json`: `request` (what it was made from), `documents`, `dtype`, and by split `tokens`, `shards` (the
         tokens in each shard) and `sha256` (of each shard's file).
     Raises:
         FileNotFoundError: no such file, or no `.txt` file in the folder.
-        ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range,
-            or a `meta.json` in `directory` that is not ours.
+        ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range, an id
+            that is no row of the embedding (nothing is written then), or a `meta.json` in `directory` that is not ours.
         InUse: another process writes to `directory`.
         NoSpace: the disk is full.
     """
@@ -96,14 +96,16 @@ def prepare_text(
     }
     if (meta := reusable(directory, request)) is not None:
         return meta
-    needed = _BYTES_A_TOKEN * sum(file.stat().st_size for _, file in sources) // _BYTES_A_WORD
+    # A token of about four bytes of text is kept twice, in two bytes each, while it is prepared.
+    needed = sum(file.stat().st_size for _, file in sources)
     with full_disk_said(directory, needed=needed):
         directory.mkdir(parents=True, exist_ok=True)
         with only_writer(directory, "prepared"):
             remove_all_partial(directory)
             if (wrong := damage(directory, request)) is not None:
                 warnings.warn(f"{wrong}; the text is tokenized again.", stacklevel=2)
-            return _prepare(directory, request, [file for _, file in sources], tokenizer, eval_fraction, shard_tokens)
+            files = [file for _, file in sources]
+            return _prepare(directory, request, files, tokenizer, eval_fraction, shard_tokens, vocab_size)
 
 
 def _prepare(
@@ -113,6 +115,7 @@ def _prepare(
     tokenizer: Tokenizer,
     eval_fraction: float,
     shard_tokens: int,
+    vocab_size: int | None,
 ) -> dict[str, Any]:
     building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=directory))
     try:
@@ -121,6 +124,8 @@ def _prepare(
         # Before the file is mapped: an empty one cannot be.
         n_validation = _n_validation(stream.stat().st_size // dtype.itemsize, eval_fraction)
         tokens = np.memmap(stream, dtype, mode="r")
+        if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+            raise ValueError(beyond(largest, tokenizer, vocab_size))
         splits = dict(zip(SPLITS, np.split(tokens, [len(tokens) - n_validation]), strict=True))
         written = {split: write_shards(building, split, part, shard_tokens) for split, part in splits.items()}
         meta = {
@@ -190,6 +195,10 @@ class TextDataset:
 
     def __len__(self) -> int:
         return self.stats.rows
+
+    def largest_id(self) -> int:
+        """The largest token id of the split, of the shards as they are."""
+        return max(int(shard.max()) for shard in self._shards if len(shard))
 
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""

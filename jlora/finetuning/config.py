@@ -1,10 +1,12 @@
 """`FinetuneConfig`: every option of a fine-tuning run, and the one home of each default."""
 
 import dataclasses
+import math
 import os
 import re
 from typing import Literal
 
+from jlora._numbers import MAX_COUNT, check_seed
 from jlora.lora import LoraConfig
 
 
@@ -121,24 +123,28 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"`{name}` must be at least 1; got {value}."
+            elif value is not None and value > MAX_COUNT:
+                yield f"`{name}` must be at most {MAX_COUNT}; got {value}."
         if self.max_length is not None and self.max_length < 2:
             yield f"`max_length` must be at least 2, a token and the one it predicts; got {self.max_length}."
         if self.steps is not None and self.epochs is not None:
             yield f"`steps` and `epochs` exclude each other; got steps={self.steps} and epochs={self.epochs}."
-        if self.epochs is not None and not self.epochs > 0:
-            yield f"`epochs` must be positive; got {self.epochs}."
-        if not self.learning_rate > 0:
-            yield f"`learning_rate` must be positive; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
+        if self.epochs is not None and not 0 < self.epochs <= MAX_COUNT:
+            yield f"`epochs` must be positive, and at most {MAX_COUNT}; got {self.epochs}."
+        if not 0 < self.learning_rate < math.inf:
+            yield f"`learning_rate` must be positive, and finite; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
         if not 0 <= self.warmup_fraction < 1:
             yield f"`warmup_fraction` must be in [0, 1); got {self.warmup_fraction}."
         for name in ("weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                yield f"`{name}` must be 0 or positive; got {getattr(self, name)}."
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"`{name}` must be 0 or positive, and finite; got {getattr(self, name)}."
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"`{name}` must be in [0, 1); got {getattr(self, name)}."
-        if self.seed < 0:
-            yield f"`seed` must be 0 or positive; got {self.seed}."
+        try:
+            check_seed(self.seed)
+        except ValueError as error:
+            yield str(error)
         if self.eval_data is not None and self.eval_fraction:
             yield "`eval_data` and `eval_fraction` exclude each other; leave one out."
         if self.init == "pissa" and self.quantize is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jlora._numbers import json_number
 from jlora.formats.files import full_disk_said, whole_file
 from jlora.formats.structured import parse_json
 
@@ -71,7 +72,7 @@ class Log:
 
 def strict(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The entry with None for numbers that are not finite."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return {name: json_number(value) if isinstance(value, float) else value for name, value in entry.items()}
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
-from jlora.finetuning.base import check_finite, check_vocabulary, fingerprint
+from jlora.finetuning.base import check_finite, fingerprint
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.log import lowest
@@ -28,6 +28,7 @@ from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
     Checkpoints,
+    NotFinite,
     adamw,
     causal_lm_loss,
     evaluate,
@@ -154,7 +155,6 @@ class _Job:
             raise ValueError(
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
-        check_vocabulary(tokenizer, model)
         check_finite(params)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
@@ -168,6 +168,7 @@ class _Job:
             seed=config.seed,
             directory=run.data,
             pack=config.pack,
+            vocab_size=model.config.vocab_size,
         )
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
@@ -320,8 +321,9 @@ class _Training:
             except Stopped:
                 self.checkpoints.save(self.state, unlogged=entry)
                 raise Stopped(self._stopped(step)) from None
-            if not math.isfinite(loss):
-                raise TrainingDiverged(_diverged(step, loss, entry["grad_norm"], self.checkpoints.latest, config))
+            except NotFinite as error:
+                said = _diverged(step, error.value, entry["grad_norm"], self.checkpoints.latest, config)
+                raise TrainingDiverged(said) from error
             entry = entry | {"eval_loss": loss, "perplexity": perplexity(loss)}
             job.display.evaluated(step, loss)
         self._log(entry)
@@ -353,10 +355,10 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
+        change = f" ({after / before - 1:+.0%})" if math.isfinite(after / before) else ""
         display.say(
-            "\nperplexity ", (f"{before:.2f}", "bold"), " before, ", (f"{after:.2f}", "bold"),
-            f" after ({after / before - 1:+.0%})" if math.isfinite(before) else " after",
-        )  # fmt: skip
+            "\nperplexity ", (f"{before:.2f}", "bold"), " before, ", (f"{after:.2f}", "bold"), f" after{change}"
+        )
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
     display.say(f"adapter of step {chosen}: ", (str(run.adapter), "bold"), f" ({size / 1024:,.0f} KiB, loads in PEFT)")
     return result

@@ -36,7 +36,8 @@ def add_lora(
         params: kernels [in, out], dense or quantized; per-layer or stacked (`stack_layers`).
         config: see `LoraConfig`.
         key: initializes lora_A (float32 [in, rank]); lora_B (float32 [rank, out]) is zero, so outputs do not change.
-            In an embedding it is the other way round. "pissa" draws nothing.
+            In an embedding it is the other way round. "pissa" draws nothing. `jax.random.key` keeps 32 bits of a seed:
+            those of 1 and 2**32 + 1 are one key.
         roles: module pattern (as in `rank_pattern`) -> what each axis of the kernel is for, one letter an axis: "i" in, "o"
             out, "b" a leading stack axis. Kernels with more axes than two are adapted only where theirs are stated:
             {"query": "ioo"} for (d_model, heads, head_dim), {"conv": "iiio"} for HWIO. lora_A is then [*stack, *in, rank],

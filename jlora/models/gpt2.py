@@ -45,6 +45,7 @@ class GPT2Config:
 
     model_type = "gpt2"
     layers_path = "transformer/h"
+    learned_positions = True  # an embedding, which has no rows beyond `max_length`
     embedding_path = "transformer/wte/embedding"
     transposed_kernels = False  # Hugging Face's Conv1D stores [in, out], as we do
 
@@ -162,14 +163,17 @@ class GPT2(nn.Module):
         *,
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Int[Array, "batch seq"] | None = None,
         cache: list[KVCache] | KVCache | None = None,
         head: bool = True,
     ) -> Any:
         """Logits; `head=False`: the final hidden states. With a cache: (that, the updated cache).
 
+        `attention_mask` as in transformers: 1 for tokens, 0 for padding on either side; positions count from the row's start.
+
         Positions past the last learned one are clipped to it: callers check `config.max_length`.
         """
-        context = make_context(input_ids, positions, segment_ids, cache)
+        context = make_context(input_ids, positions, segment_ids, attention_mask, cache)
         transformer = Transformer(self.config, self.dtype, self.remat, name="transformer")
         out, new_cache = transformer(input_ids, context, cache)
         if head:

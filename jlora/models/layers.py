@@ -34,6 +34,8 @@ class Context(NamedTuple):
     """Which keys each query sees; None: plain causal, which has faster kernels."""
     rope: tuple[Float[Array, "batch seq head_dim"], Float[Array, "batch seq head_dim"]] | None
     """cos and sin of the rotary angles, float32."""
+    blind: Bool[Array, "batch seq"] | None = None
+    """Queries that see no key at all, such as those of padding on the left; None: there is none."""
 
 
 def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
@@ -244,7 +246,11 @@ def attend(q, k, v, context: Context, cache: KVCache | None):
             cache.v.at[rows, context.positions].set(v.astype(cache.v.dtype), mode="drop"),
         )
         k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-    return attention(q, k, v, context.mask), cache
+    y = attention(q, k, v, context.mask)
+    if context.blind is not None:
+        # As torch's `scaled_dot_product_attention` has it.
+        y = jnp.where(context.blind[:, :, None, None], jnp.zeros((), y.dtype), y)
+    return y, cache
 
 
 def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -259,20 +265,40 @@ def make_context(
     input_ids: Int[Array, "batch seq"],
     positions: Int[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
+    attention_mask: Bool[Array, "batch seq"] | None,
     cache: Any,
 ) -> Context:
-    """Positions and mask of one call (without rope). With a cache, a query at position p sees the keys at 0..p."""
+    """Positions and mask of one call (without rope). With a cache, a query at position p sees the keys at 0..p.
+
+    Raises:
+        ValueError: for both kinds of mask at once, one of them with a cache, or a mask that is not [batch, seq].
+    """
     shape = input_ids.shape
+    masks = {"segment_ids": segment_ids, "attention_mask": attention_mask}
+    given = [name for name, mask in masks.items() if mask is not None]
+    if len(given) + (cache is not None) > 1:
+        raise ValueError(
+            f"`{given[0]}` does not go together with {'a cache' if cache is not None else '`attention_mask`'}: give one of them."
+        )
+    for name in given:
+        mask = jnp.asarray(masks[name])
+        if mask.shape != shape or jnp.issubdtype(mask.dtype, jnp.inexact):
+            raise ValueError(
+                f"`{name}` must be integers {list(shape)} like the ids; got {mask.dtype} {list(mask.shape)}."
+            )
     if positions is None:
         index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
         positions = index if segment_ids is None else segment_positions(segment_ids)
     if cache is not None:
         length = jax.tree.leaves(cache)[0].shape[-3]
         return Context(positions, jnp.arange(length) <= positions[..., None], None)
-    if segment_ids is None:
+    if not given:
         return Context(positions, None, None)
     causal = jnp.tril(jnp.ones((shape[1], shape[1]), bool))
-    return Context(positions, causal & (segment_ids[:, :, None] == segment_ids[:, None, :]), None)
+    if segment_ids is not None:
+        return Context(positions, causal & (segment_ids[:, :, None] == segment_ids[:, None, :]), None)
+    seen = jnp.asarray(attention_mask, bool)
+    return Context(positions, causal & seen[:, None, :], None, jnp.cumsum(seen, axis=1) == 0)
 
 
 class Layers(nn.Module):

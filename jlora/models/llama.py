@@ -67,6 +67,7 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     layers_path = "model/layers"
+    learned_positions = False  # angles, which any position has
     embedding_path = "model/embed_tokens/embedding"
     transposed_kernels = True  # torch's Linear stores [out, in]
 
@@ -254,12 +255,16 @@ class Llama(nn.Module):
         *,
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Int[Array, "batch seq"] | None = None,
         cache: list[KVCache] | KVCache | None = None,
         head: bool = True,
     ) -> Any:
-        """Logits; `head=False`: the final hidden states. With a cache: (that, the updated cache)."""
+        """Logits; `head=False`: the final hidden states. With a cache: (that, the updated cache).
+
+        `attention_mask` as in transformers: 1 for tokens, 0 for padding on either side; positions count from the row's start.
+        """
         config = self.config
-        context = make_context(input_ids, positions, segment_ids, cache)
+        context = make_context(input_ids, positions, segment_ids, attention_mask, cache)
         out, new_cache = Model(config, self.dtype, self.remat, name="model")(input_ids, context, cache)
         if head:
             if not config.tie_word_embeddings:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._numbers import json_number
 from jlora._typing import Array, Batch, Float, Key, Params
 from jlora.generation import generate
 from jlora.lora import remove_lora
@@ -39,7 +40,11 @@ class Comparison:
         held_out = None
         if self.base is not None and self.adapted is not None:
             held_out = {
-                name: {"loss": e.loss, "perplexity": e.perplexity, "supervised_tokens": e.supervised_tokens}
+                name: {
+                    "loss": e.loss,
+                    "perplexity": json_number(e.perplexity),
+                    "supervised_tokens": e.supervised_tokens,
+                }
                 for name, e in (("base", self.base), ("adapted", self.adapted))
             }
         return {"prompts": [dataclasses.asdict(p) for p in self.prompts], "held_out": held_out}

@@ -2,6 +2,7 @@
 
 from jlora.train.checkpoints import Checkpoints as Checkpoints
 from jlora.train.evaluation import Evaluation as Evaluation
+from jlora.train.evaluation import NotFinite as NotFinite
 from jlora.train.evaluation import evaluate as evaluate
 from jlora.train.evaluation import perplexity as perplexity
 from jlora.train.loss import LossFn as LossFn

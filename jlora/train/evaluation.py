@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import jax
 
+from jlora._numbers import NotFinite as NotFinite
 from jlora._typing import Batch, Params
 from jlora.models import Model
 from jlora.train.loss import causal_lm_loss
@@ -34,21 +35,26 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _batch_loss(model, params, batch):
-    return causal_lm_loss(model)(params, batch, None)
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _batch_loss(loss_fn, params, batch):
+    return loss_fn(params, batch, None)
 
 
 def evaluate(model: Model, params: Params, batches: Iterable[Batch]) -> Evaluation:
-    """Loss over batches of `input_ids` and `labels` (and `segment_ids`), int32 [batch, seq] of one shape.
+    """Loss over batches as `causal_lm_loss` takes them, each shape of which is compiled once.
 
     Raises:
-        ValueError: when no token is supervised.
+        NotFinite: when the loss is NaN or infinite, a ValueError that names the tensor.
+        ValueError: when no token is supervised, or a batch is none that the loss takes.
     """
+    loss_fn = causal_lm_loss(model)
     total, tokens, n = 0.0, 0, 0
     for batch in batches:
-        loss, supervised = _batch_loss(model, params, dict(batch))
+        loss_fn.check(batch, wait=True)
+        loss, supervised = _batch_loss(loss_fn, params, dict(batch))
         total, tokens, n = total + float(loss), tokens + int(supervised), n + 1
+        if not math.isfinite(total):
+            raise NotFinite("The loss is", float(loss), params)
     if tokens == 0:
         raise ValueError(
             f"There is nothing to evaluate: {n} batches without a supervised token. Check the data's labels."

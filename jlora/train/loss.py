@@ -1,5 +1,6 @@
 """The causal language model loss, whose logits never exist all at once."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -10,8 +11,9 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
 from jlora._weight import Weight
-from jlora.lora import RoutedWeight, linear, route, with_dropout
+from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
+from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
 
 LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
@@ -23,38 +25,78 @@ On two CPU cores GPT-2's head and loss take 316 ms of CPU time with 256, 348 wit
 float32: 791, 781 and 911); a new page costs about as much as its use, and the head is packed once a chunk.
 """
 
-IGNORE = -100  # transformers' `ignore_index`
 
-
-def causal_lm_loss(model: Model, *, chunk: int | None = None) -> LossFn:
+def causal_lm_loss(model: Model, *, chunk: int | None = None) -> "CausalLMLoss":
     """The loss of a model: summed cross-entropy of the next token, and how many tokens were supervised.
 
     `batch["labels"]` are at the positions of `input_ids` and shifted here, as in transformers; -100 is not supervised, nor
-    is a label whose predecessor lies in another segment, nor padding (segment 0). `batch["adapter_ids"]` (int32 [batch],
-    optional) sends each row through its own adapter (`route`). `key` switches adapter dropout on; None
-    leaves it off. Ask for the sum, not the mean: sums add up over micro-batches. `chunk`: see `CHUNK`.
-    """
+    is a label whose predecessor lies in another segment, nor padding (segment 0). Optional, of the same shape:
 
-    def loss_fn(params: Params, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Array]:
+    - `segment_ids` (0 padding, 1 and more segments), `positions`.
+    - `attention_mask` and `position_ids` as in transformers: 1 for tokens and 0 for padding on either side; positions that
+      restart make segments where there is no mask. Every label but -100 counts beside a mask, as it does there.
+    - `adapter_ids` (int32 [batch]) sends each row through its own adapter (`route`).
+
+    Other keys are refused. `key` switches adapter dropout on; None leaves it off. Ask for the sum, not the mean: sums add up
+    over micro-batches. `chunk`: see `CHUNK`.
+
+    Ids and labels outside the vocabulary, and other numbers without a meaning, raise where the host can look at them; inside
+    `jit` they make loss and gradient NaN. `make_step` looks before every step, at what lies in the host's memory.
+    """
+    return CausalLMLoss(model, chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMLoss:
+    """Made by `causal_lm_loss`; a `LossFn`."""
+
+    model: Model
+    chunk: int | None
+
+    @property
+    def limits(self) -> Limits:
+        config = self.model.config
+        return Limits(config.vocab_size, config.max_length if config.learned_positions else None)
+
+    def check(self, batch: Batch, *, wait: bool = False) -> None:
+        """Refuses a batch before a step. `wait`: look at arrays on an accelerator too, which holds the host until it is there.
+
+        Raises:
+            ValueError: for a key, a shape, a dtype or a number that has no meaning here, with the edit to make.
+        """
+        check_form(batch, self.limits)
+        check_numbers(batch, self.limits, wait=wait)
+
+    def __call__(self, params: Params, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Array]:
+        self.check(batch, wait=True)
+        model = self.model
         if key is not None:
             params = with_dropout(params, key)
+        sound = soundness(batch, self.limits)
         if "adapter_ids" in batch:
+            sound *= _known(batch["adapter_ids"], len(adapter_names(params)))
             params = route(params, batch["adapter_ids"])
-        optional = {k: batch[k] for k in ("positions", "segment_ids") if k in batch}
-        hidden = model.apply({"params": params}, batch["input_ids"], **optional, head=False)
+        arguments = model_arguments(batch)
+        ids = jnp.asarray(batch["input_ids"], jnp.int32)
+        hidden = model.apply({"params": params}, ids, **arguments, head=False)
         weight, transpose = model.output_head(params)
         if isinstance(weight, RoutedWeight) and weight.per_row:
             raise ValueError(
                 "The loss takes the tokens of all rows together, and cannot send them through a head that differs by row. Leave "
                 "`lm_head` out of the adapters' targets, or choose one adapter for the whole batch."
             )
-        targets, supervised = next_tokens(batch["labels"], batch.get("segment_ids"))
+        targets, supervised = next_tokens(jnp.asarray(batch["labels"], jnp.int32), arguments.get("segment_ids"))
         flat = hidden.reshape(-1, hidden.shape[-1])
-        size = chunk or CHUNK.get(jax.default_backend(), CHUNK["gpu"])
+        size = self.chunk or CHUNK.get(jax.default_backend(), CHUNK["gpu"])
         loss = cross_entropy(flat, weight, targets.reshape(-1), supervised.reshape(-1), transpose=transpose, chunk=size)
-        return loss, jnp.sum(supervised, dtype=jnp.int32)
+        return loss * sound, jnp.sum(supervised, dtype=jnp.int32)
 
-    return loss_fn
+
+def _known(adapter_ids: Any, adapters: int) -> Array:
+    """1 or NaN, as `soundness`: `route` cannot refuse traced numbers, and takes the nearest adapter."""
+    if not isinstance(adapter_ids, jax.core.Tracer):
+        return jnp.ones(())
+    return jnp.where(jnp.all((adapter_ids >= -1) & (adapter_ids < adapters)), 1.0, jnp.nan)
 
 
 def next_tokens(
@@ -83,7 +125,8 @@ def cross_entropy(
 
     Supervised tokens are brought to the front and taken `chunk` at a time; chunks without any are not computed. The
     gradient is taken in the forward pass, while a chunk's logits are there, so they are made once: 4 rather than 6
-    floating point operations a token and head weight, for a residual of the size of `hidden`.
+    floating point operations a token and head weight, for a residual of the size of `hidden`. Supervised targets must be in the
+    vocabulary: the caller checks.
 
     Reference: the idea is Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.
     """

@@ -1,5 +1,7 @@
 """One jitted training step: gradient of the adapter alone, accumulated by tokens, applied by optax."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._tree import path_string
 from jlora._typing import Array, Batch, Int, Key
 from jlora.lora import combine
 from jlora.train.loss import LossFn
@@ -25,15 +28,59 @@ Step: TypeAlias = Callable[[TrainState, Any, Batch, Key[Array, ""]], tuple[Train
 
 
 def init_state(adapter: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The adapter is copied: steps donate their state, and yours stays usable.
+    """The state before the first step. Every leaf is an array of its own: steps donate their state, and yours stays usable
+    (some optimizers begin with the parameters themselves, or with one array in several places).
 
     Raises:
-        ValueError: when there is nothing to train.
+        ValueError: when there is nothing to train, or the optimizer cannot begin with the adapter.
     """
     if not jax.tree.leaves(adapter):
         raise ValueError("`init_state` got no trainable leaves. Pass the adapter half of `jlora.split(params)`.")
-    adapter = jax.tree.map(jnp.copy, adapter)
-    return TrainState(jnp.zeros((), jnp.int32), adapter, tx.init(adapter))
+    adapter, tx = _owned(adapter), _optimizer(tx)
+    try:
+        opt_state = tx.init(adapter)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`tx.init` fails on the adapter: {error}. The parameters are a tree of arrays, with None where nothing is trained; "
+            "optimizers of another kind of tree (such as `optax.lookahead`, of `LookaheadParams`) are not for `make_step`."
+        ) from error
+    return TrainState(jnp.zeros((), jnp.int32), adapter, _owned(_as_updated(tx, adapter, opt_state)))
+
+
+def _owned(tree: Any) -> Any:
+    """Copies of all leaves, none of them weakly typed: a step gives strong types back, and would be compiled again for them."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), tree)
+
+
+def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
+    """The state with the dtypes that updates give it: gradients are float32 at least, and so are moments of a bfloat16 adapter
+    from the first step on. It would be compiled again for them."""
+    if all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter)):
+        return opt_state
+    grads = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), adapter)
+
+    def loss(adapter):
+        return (
+            jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(adapter)])),
+            jnp.int32(1),
+            grads,
+        )
+
+    extra = {"value": jnp.zeros(()), "grad": grads, **_functions(loss)}
+    try:
+        after = jax.eval_shape(lambda s: _updated(tx, grads, TrainState(jnp.int32(0), adapter, s), extra)[1], opt_state)
+    except (ValueError, TypeError):
+        return opt_state  # the step itself says what is wrong
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), opt_state, after)
+
+
+def _optimizer(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """`tx` as a transformation that takes extra arguments."""
+    if isinstance(tx, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)  # pyright: ignore[reportArgumentType]
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(f"`tx` must be an optax transformation; got {tx!r}. Call its maker: `optax.adamw(1e-4)`.")
+    return optax.with_extra_args_support(tx)
 
 
 def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
@@ -43,9 +90,14 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
     fine-tuning) gets no gradient, moment or copy. With `accumulate=k` the batch's rows are cut into k micro-batches, whose
     summed losses and gradients are divided by their supervised tokens once: the result is that of the whole batch.
 
+    A loss with a method `check(batch)`, as `causal_lm_loss` makes them, is asked before every step; it looks at what lies in
+    the host's memory and never waits for a device. Inside another `jit`, and in `step.lower(…).compile()`, nothing can be
+    looked at; such a loss then is NaN.
+
     Args:
         loss_fn: (params, batch, key) -> (summed loss, supervised tokens).
-        tx: any optax transformation, clipping included.
+        tx: any optax transformation, clipping included. Those that ask for them get `value` (the mean loss), `grad`, and
+            `value_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, momo, sam, reduce_on_plateau.
         accumulate: micro-batches in a batch; must divide its rows.
 
     Returns:
@@ -53,10 +105,12 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
         A batch without supervised tokens has loss 0 and a zero gradient.
 
     Raises:
-        ValueError: on the first call, when `accumulate` does not divide the rows.
+        ValueError: on the first call, when `accumulate` does not divide the rows, when `tx` asks for what a step does not
+            have, or leaves some gradients as they are (`optax.masked` does: adding them would climb).
     """
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
+    tx = _optimizer(tx)
 
     def summed(adapter, base, batch, key):
         return loss_fn(combine(adapter, base), batch, key)
@@ -66,12 +120,7 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
     def accumulated(adapter, base, batch, key):
         if accumulate == 1:
             return gradient(adapter, base, batch, key)
-        rows = batch["input_ids"].shape[0]
-        if rows % accumulate:
-            raise ValueError(
-                f"`accumulate` must divide the rows of a batch; got {rows} rows and accumulate={accumulate}."
-            )
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), dict(batch))
+        micro = _micro_batches(dict(batch), accumulate)
         start = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
             jax.eval_shape(gradient, adapter, base, jax.tree.map(lambda x: x[0], micro), key),
@@ -84,12 +133,95 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
 
         return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
 
-    def step(state: TrainState, base: Any, batch: Batch, key: Key[Array, ""]):
-        (loss, tokens), grads = accumulated(state.adapter, base, batch, key)
+    def mean(adapter, base, batch, key):
+        (loss, tokens), grads = accumulated(adapter, base, batch, key)
         weight = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g * weight, grads)
-        metrics = {"loss": loss * weight, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.global_norm(grads)}
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
+        return loss * weight, tokens, jax.tree.map(lambda g: g * weight, grads)
+
+    def step(state: TrainState, base: Any, batch: Batch, key: Key[Array, ""]):
+        loss, tokens, grads = mean(state.adapter, base, batch, key)
+        metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.global_norm(grads)}
+        again = functools.partial(mean, base=base, batch=batch, key=key)
+        extra = {"value": loss, "grad": grads, **_functions(again)}
+        updates, opt_state = _updated(tx, grads, state, extra)
         return TrainState(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return _Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
+
+
+class _Step:
+    """A jitted step whose batch is looked at before; everything else of it (`lower`, `trace`, …) is the jitted one's."""
+
+    def __init__(self, jitted: Any, check: Callable[[Batch], None] | None):
+        self._jitted, self._check = jitted, check
+        functools.update_wrapper(self, jitted, updated=())
+
+    def __call__(self, state: TrainState, base: Any, batch: Batch, key: Key[Array, ""]):
+        if self._check is not None:
+            self._check(batch)
+        return self._jitted(state, base, batch, key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+
+def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]:
+    """The rows of every array, cut: [batch, …] -> [accumulate, batch / accumulate, …]."""
+    counts = {name: jnp.shape(x)[0] if jnp.ndim(x) else 0 for name, x in batch.items()}
+    rows = next(iter(counts.values()))
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"`accumulate` cuts the rows of every array of a batch; got {counts} rows. Give each its own.")
+    if rows % accumulate:
+        raise ValueError(f"`accumulate` must divide the rows of a batch; got {rows} rows and accumulate={accumulate}.")
+    return jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
+
+
+def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Callable]:
+    """What line searches and SAM evaluate at other parameters; traced by those alone that use it."""
+
+    @jax.custom_vjp
+    def value(adapter):
+        return mean(adapter)[0]
+
+    # The loss of a batch is a scan over micro-batches, whose gradient is taken within: it is not differentiated again.
+    def forward(adapter):
+        loss, _, grads = mean(adapter)
+        return loss, grads
+
+    value.defvjp(forward, lambda grads, g: (jax.tree.map(lambda x: g * x, grads),))
+
+    # A line search refuses extra arguments that its function does not take.
+    def value_fn(adapter, grad_fn=None):
+        return value(adapter)
+
+    return {"value_fn": value_fn, "grad_fn": lambda adapter, index: mean(adapter)[2]}
+
+
+def _updated(tx: Any, grads: Any, state: TrainState, extra: dict[str, Any]) -> tuple[Any, Any]:
+    """(updates, optimizer state).
+
+    Raises:
+        ValueError: when `tx` fails, or leaves some gradients as they are.
+    """
+    taken = inspect.signature(tx.update).parameters
+    if not any(p.kind == p.VAR_KEYWORD for p in taken.values()):
+        extra = {name: value for name, value in extra.items() if name in taken}
+    try:
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapter, **extra)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`tx.update` fails: {error}. A training step gives an optimizer {', '.join(extra) or 'no extra arguments'} and the "
+            "adapter as a tree of arrays (None where nothing is trained). Those that need more, such as `optax.lookahead` (two "
+            "copies) and `optax.contrib.sophia` (second derivatives), are not for it."
+        ) from error
+    raw = [
+        path_string(path)
+        for (path, g), u in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(updates), strict=True)
+        if u is g
+    ]
+    if raw and len(raw) < len(jax.tree.leaves(grads)):
+        raise ValueError(
+            f"`tx` leaves the gradients of {len(raw)} parameters as they are ({raw[0]!r} first), and adding them would raise the "
+            'loss. `optax.masked` does so; freeze with `optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)`.'
+        )
+    return updates, opt_state

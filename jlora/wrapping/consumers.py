@@ -171,9 +171,15 @@ def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, 
     base = "".join(stored[c] for c in range(len(weight.canonical_shape)))
     missing = [letter for letter in letters.out if letter not in letters.x + base]
     out = "".join(letter for letter in letters.out if letter not in missing)
-    y = weight.times_base(_Product(f"{letters.x},{base}->{out}", precision, jnp.dtype(dtype).name), x)
     lead, middle = len(weight.stack), len(weight.stack) + len(weight.ins)
-    stack, rank = base[:lead], next(c for c in reversed(string.ascii_letters) if c not in letters.x + base)
+    stack = base[:lead]
+    if weight.scale is not None and weight.scale.ndim and not set(stack) <= set(out):
+        if not set(stack) <= set(letters.x):
+            raise Unhandled("a stack whose rows were scaled differently is summed over")
+        # What is summed over is scaled before.
+        x, weight = (x * _along(weight.scale, stack, letters.x)).astype(x.dtype), weight.replace(scale=None)
+    y = weight.times_base(_Product(f"{letters.x},{base}->{out}", precision, jnp.dtype(dtype).name), x)
+    rank = next(c for c in reversed(string.ascii_letters) if c not in letters.x + base)
     terms = {"i": stack + base[lead:middle] + rank, "o": stack + rank + base[middle:]}
     first, second = (terms["i"], terms["o"]) if side == "i" else (terms["o"], terms["i"])
     for k, ((a, b), scaling) in enumerate(zip(weight.factors, weight.scalings, strict=True)):
@@ -184,11 +190,7 @@ def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, 
         u = _Product(f"{letters.x},{first}->{between}", precision, x.dtype.name)(dropped, one)
         y = y + (scaling * _Product(f"{between},{second}->{out}", precision, x.dtype.name)(u, two)).astype(dtype)
     if weight.scale is not None and weight.scale.ndim:
-        if not set(stack) <= set(out):
-            raise Unhandled("a stack whose rows were scaled differently is summed over")
-        shape = [weight.stack[stack.index(c)] if c in stack else 1 for c in out]
-        order = sorted(range(lead), key=lambda k: out.index(stack[k]))
-        y = y * jnp.transpose(weight.scale, order).reshape(shape)
+        y = y * _along(weight.scale, stack, out)
     elif weight.scale is not None:
         y = y * weight.scale
     if missing:
@@ -196,6 +198,12 @@ def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, 
         sizes = [size[c] if c in missing else y.shape[out.index(c)] for c in letters.out]
         y = lax.broadcast_in_dim(y, sizes, [letters.out.index(c) for c in out])
     return y.astype(dtype)
+
+
+def _along(scale: Array, stack: str, letters: str) -> Array:
+    """A factor for each row of a stack, shaped to multiply an array whose axes have these letters."""
+    order = sorted(range(len(stack)), key=lambda k: letters.index(stack[k]))
+    return jnp.transpose(scale, order).reshape([scale.shape[stack.index(c)] if c in stack else 1 for c in letters])
 
 
 def _dropped(x: Array, letters: str, stack: str, weight: Factored) -> Array:
@@ -328,13 +336,23 @@ def _gather(ctx, eqn, values):
             y = jnp.where(valid.reshape(*valid.shape, *[1] * (y.ndim - valid.ndim)), y, jnp.asarray(value, y.dtype))
         batch = [k for k in range(y.ndim) if k not in places]
         return [jnp.transpose(y.astype(eqn.outvars[0].aval.dtype), _inverse([*batch, *places]))]
+    taken = cut(weight, axis, SideOp.take(0), ids)
     if fill is not None:
-        if weight.role(axis) != "b" or weight.scale is not None or not jnp.isnan(fill[1]):
-            raise Unhandled('a lookup of weights with mode "fill": pass mode="clip" or "promise_in_bounds"')
-        marked = jnp.where(fill[0], jnp.float32(1.0), jnp.float32(fill[1]))
-        weight = cut(weight, axis, SideOp.take(0), ids).replace(scale=marked)
-        return [_placed(weight, axis, ids.ndim, places)]
-    return [_placed(cut(weight, axis, SideOp.take(0), ids), axis, ids.ndim, places)]
+        taken = _filled(taken, weight, axis, *fill)
+    return [_placed(taken, axis, ids.ndim, places)]
+
+
+def _filled(taken: Factored, weight: Factored, axis: int, valid: Array, value: float) -> Factored:
+    """The weight after a lookup along a stack axis, with `value` for all of a kernel whose index is out of range."""
+    if weight.role(axis) != "b" or not (value == 0 or math.isnan(value)):
+        raise Unhandled(
+            'a lookup of weights with mode "fill" (the default of take), which can fill with NaN or 0 alone, along a stack axis: '
+            'pass mode="clip" or "promise_in_bounds"'
+        )
+    c = weight.axes[axis]
+    factor = jnp.where(valid, jnp.float32(1.0), jnp.float32(value))
+    factor = factor.reshape(*[1] * c, *valid.shape, *[1] * (len(weight.stack) - c - 1))
+    return taken.replace(scale=jnp.broadcast_to(factor if taken.scale is None else taken.scale * factor, taken.stack))
 
 
 def _inverse(order: list[int]) -> list[int]:
