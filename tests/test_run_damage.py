@@ -106,16 +106,16 @@ def raising(error):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(begun, finished, damage, capsys):
     damage(Path(begun.output))
     jlora.finetune(dataclasses.replace(begun, quiet=False))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint 6 is damaged (" in said and "resuming after step 4 of 6" in said
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: checkpoint 6 is damaged (") and "resuming after step 4 of 6" in said.out
     assert_same(begun, finished)
 
 
 def test_without_a_whole_checkpoint_the_run_begins_again(begun, finished, capsys):
     for step in (Path(begun.output) / "checkpoints").iterdir():
         flip(step / "checkpoint.json")
-    jlora.finetune(dataclasses.replace(begun, quiet=False))
-    assert "starting from the beginning" in capsys.readouterr().out
+    jlora.finetune(begun)
+    assert "starting from the beginning" in capsys.readouterr().err, "also where nothing else is said"
     assert_same(begun, finished)
 
 
@@ -153,8 +153,8 @@ def test_a_damaged_log_is_named_and_loses_no_good_line(begun, finished, capsys):
     path = Path(begun.output) / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], "garbage", *lines[2:], ""]))
-    jlora.finetune(dataclasses.replace(begun, quiet=False))
-    said = "".join(capsys.readouterr().out.split("\n"))
+    jlora.finetune(begun)
+    said = capsys.readouterr().err
     assert "line 4 is left out: it is no JSON ('garbage')" in said
     assert "line 5 is left out: step 2 stands above already" in said
     assert_same(begun, finished)

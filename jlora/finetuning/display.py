@@ -45,10 +45,11 @@ def device_name() -> str:
 
 
 class Display:
-    """Prints to a rich console; `quiet` prints nothing."""
+    """Prints to a rich console; `quiet` prints nothing but warnings, which go to the standard error."""
 
     def __init__(self, *, quiet: bool):
         self.console = Console(quiet=quiet, highlight=False)
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = 0.0
@@ -102,3 +103,7 @@ class Display:
     def say(self, *parts: str | tuple[str, str]) -> None:
         """Prints a line of texts and (text, style): as they are, since a path may look like markup."""
         self.console.print(Text.assemble(*parts))
+
+    def warn(self, text: str) -> None:
+        """What a user must hear of: something that was damaged, and what is made of it."""
+        self._errors.print(Text.assemble(("warning: ", "bold yellow"), text))

@@ -289,10 +289,10 @@ class _Training:
         with_best = job.config.save == "best"
         state, record, damaged = self.checkpoints.resume(self.state, with_best=with_best)
         for said in damaged:
-            job.display.say(said)
+            job.display.warn(said)
         if state is None or record is None:
             if damaged:
-                job.display.say("no checkpoint is whole: starting from the beginning, to the same result")
+                job.display.warn("no checkpoint is whole: starting from the beginning, to the same result")
             job.run.log.rewind(-1, first=0)
             return self._start()
         self.state, self.began = state, True
@@ -300,7 +300,7 @@ class _Training:
         logged = record.step if record.unlogged is None else record.step - 1
         self.history, wrong = job.run.log.rewind(logged, first=0 if job.evaluation is not None else 1)
         for said in wrong:
-            job.display.say(f"{job.run.log.path}: {said}")
+            job.display.warn(f"{job.run.log.path}: {said}")
         self.best = min(lowest(self.history), record.best[1] if record.best else math.inf)
         return record.step, None if record.unlogged is None else dict(record.unlogged)
 
