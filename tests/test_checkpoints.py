@@ -252,7 +252,12 @@ def test_the_entry_of_a_step_that_is_not_logged_is_kept_until_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left on device")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),
+    ],
 )
 def test_a_full_disk_leaves_the_ones_before(directory, monkeypatch, error):
     made = Checkpoints(directory, keep=2)
@@ -263,7 +268,10 @@ def test_a_full_disk_leaves_the_ones_before(directory, monkeypatch, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_text", full)
-        with pytest.raises(NoSpace, match=r"^no space left on /\S* for '.*/8': needs about \d+ KiB, .* free\.$"):
+        with pytest.raises(
+            NoSpace,
+            match=r"^(no space left|the disk quota is used up) on /\S* for '.*/8': needs about \d+ KiB, .* free\.?$",
+        ):
             made.save(state_of(8))
     assert sorted(p.name for p in directory.iterdir()) == ["2", "4", "6"] and made.latest == 6
     made.save(state_of(8))

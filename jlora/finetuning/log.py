@@ -65,7 +65,7 @@ class Log:
         entries = [kept[step] for step in sorted(kept)]
         after = "".join(map(_line, entries)).encode()
         if after != before:
-            with full_disk_said(self.path), whole_file(self.path) as partial:
+            with whole_file(self.path) as partial:
                 partial.write_bytes(after)
         return entries, wrong
 

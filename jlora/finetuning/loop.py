@@ -108,7 +108,7 @@ def _in_directory(config: FinetuneConfig, run: Run, display: Display, stop: Stop
         if interrupted:
             raise Stopped(f"Stopped; {_what_stays(saved, config)}") from error
         if full := no_space(error, run.directory):
-            raise NoSpace(f"{full.rstrip('.')}. Make room; {_what_stays(saved, config)}") from error
+            raise NoSpace(full, f"Make room; {_what_stays(saved, config)}") from error
         raise
 
 

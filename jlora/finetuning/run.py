@@ -203,5 +203,5 @@ def _refuse_changes(
 
 
 def _write(path: Path, text: str) -> None:
-    with full_disk_said(path), whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(text)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jlora._tree import path_string
-from jlora.formats.files import full_disk_said, no_space, remove_all_partial, remove_directory, whole_directory
+from jlora.formats.files import no_space, remove_all_partial, remove_directory, whole_directory
 from jlora.formats.structured import read_json
 from jlora.train.step import TrainState
 
@@ -110,7 +110,7 @@ class Checkpoints:
         leaves = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
         path = self.directory / str(step)
         needed = sum(leaf.nbytes + _MORE_BYTES_A_LEAF for leaf in leaves.values()) + _MORE_BYTES
-        with full_disk_said(path, needed=needed), whole_directory(path, replace=True) as partial:
+        with whole_directory(path, replace=True, needed=needed) as partial:
             _require_space(partial / STATE, needed)
             with _plain_name(partial) as plain:
                 ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(
