@@ -120,6 +120,9 @@ def open_data(options: EvaluationData, tokenizer: Any, model: Any) -> Iterator[T
         chosen = validation if options.split == "validation" else train
         if chosen is None:
             raise ValueError("An --eval-fraction of 0 leaves no validation split; use --split all.")
+        for part in chosen.stats.cut():
+            # Not on standard output, which is JSON in `jlora evaluate`.
+            Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"{part}; raise --max-length")
         yield chosen
 
 

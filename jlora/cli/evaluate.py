@@ -33,6 +33,8 @@ def run(options: Evaluate) -> None:
         "supervised_tokens": result.supervised_tokens,
         "batch_size": options.batch_size,
         "max_length": data.length,
+        "truncated": data.stats.truncated,
+        "dropped": data.stats.dropped,
     }
     text = json_text(report, indent=2)
     if options.output is not None:
