@@ -1,6 +1,8 @@
 """Raw text: shards, windows, streaming, and what is refused."""
 
+import io
 import json
+import os
 import shutil
 import warnings
 from functools import partial
@@ -15,6 +17,8 @@ from jlora.data import IGNORED, TextDataset, kind_of, load_data, prepare_text, p
 from jlora.data import text as text_module
 from jlora.data.chunks import CONTEXT, context_of, encode_chunks, stable_chunks
 from jlora.data.tokens import encode, fingerprint, pad_id
+from jlora.formats.files import NoSpace
+from jlora.formats.lock import InUse, only_writer
 
 EOT = "<|endoftext|>"
 STORY = "".join(
@@ -219,13 +223,158 @@ def test_reused_exactly_when_nothing_changed(tmp_path, story, tokenizer):
     assert rebuilt(shard_tokens=100_000) and len(list(out.glob("train-*.npy"))) == 1, "stale shards are gone"
     assert rebuilt() and prepare_text(story, tokenizer, **arguments) == made
     assert rebuilt(tok=byte_level("llama3")) and rebuilt()
-    np.save(out / "train-00000.npy", np.zeros(3, np.uint16))
-    assert rebuilt(), "a shard was cut short"
-    (out / "train-00001.npy").unlink()
-    assert rebuilt(), "a shard was lost"
     story.write_text(STORY[:-1], newline="")
     assert rebuilt() and not rebuilt()
     assert (out / "mine.npy").read_bytes() == b"kept"
+
+
+def change(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "shard cut short": ("train-00000.npy", lambda file: np.save(file, np.zeros(3, np.uint16))),
+    "shard of other tokens": ("train-00001.npy", lambda file: np.save(file, np.load(file)[::-1])),
+    "shard of ids beyond the vocabulary": (
+        "train-00000.npy",
+        lambda file: np.save(file, np.full(500, 60000, np.uint16)),
+    ),
+    "shard with a bit flipped": ("validation-00000.npy", lambda file: flip(file, -1)),
+    "shard with a bit of its header flipped": ("train-00000.npy", lambda file: flip(file, 30)),
+    "shard empty": ("train-00000.npy", lambda file: file.write_bytes(b"")),
+    "shard lost": ("train-00001.npy", lambda file: file.unlink()),
+    "shard of another type": ("train-00000.npy", lambda file: np.save(file, np.load(file).astype(np.int64))),
+    "meta empty": ("meta.json", lambda file: file.write_bytes(b"")),
+    "meta cut": ("meta.json", lambda file: file.write_text(file.read_text()[:100])),
+    "meta a list": ("meta.json", lambda file: file.write_text("[]")),
+    "meta binary": ("meta.json", lambda file: file.write_bytes(b"\xff\x00")),
+    "meta without shards": ("meta.json", lambda file: change(file, shards=None)),
+    "meta of an older version": ("meta.json", lambda file: change(file, sha256=None)),
+    "meta with another count": ("meta.json", lambda file: change(file, tokens={"train": 9, "validation": 3})),
+    "meta with other counts that agree": (
+        "meta.json",
+        lambda file: change(file, tokens={"train": 9, "validation": 3}, shards={"train": [9], "validation": [3]}),
+    ),
+    "meta with another type": ("meta.json", lambda file: change(file, dtype="uint99")),
+    "meta with text for counts": ("meta.json", lambda file: change(file, shards={"train": ["5"], "validation": []})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_named_and_made_again(tmp_path, story, tokenizer, damage):
+    out = tmp_path / "out"
+    made = prepare_text(story, tokenizer, directory=out, eval_fraction=0.1, shard_tokens=500)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    name, how = DAMAGES[damage]
+    how(out / name)
+    with pytest.warns(UserWarning, match=rf"{name} is not what was written; the text is tokenized again"):
+        assert prepare_text(story, tokenizer, directory=out, eval_fraction=0.1, shard_tokens=500) == made
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["shard cut short", "shard empty", "shard lost", "shard of another type"])
+def test_a_damaged_shard_is_not_opened(tmp_path, story, tokenizer, damage):
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1, shard_tokens=500)
+    name, how = DAMAGES[damage]
+    how(tmp_path / "out" / name)
+    with pytest.raises(
+        ValueError, match=rf"{name} (is no shard|must hold 500 tokens of uint16).* Prepare the text again"
+    ):
+        TextDataset(tmp_path / "out", "train", length=8, pad_id=0)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, story, tokenizer):
+    out = tmp_path / "out"
+    for name in (".partial-1234", ".partial-abc", ".meta.json.partial-x"):
+        (out / name).mkdir(parents=True)
+        (out / name / "tokens.bin").write_bytes(b"\0\1")
+    (out / ".lock").write_text("1234 elsewhere")
+    prepare_text(story, tokenizer, directory=out, eval_fraction=0.0)
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train-00000.npy"]
+
+
+def test_one_writer(tmp_path, story, tokenizer):
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    with only_writer(tmp_path / "out", "prepared"):
+        prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)  # there is nothing to write
+        with pytest.raises(InUse, match=rf"out' is being prepared by process {os.getpid()} on"):
+            prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.2)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 500, 100_000])
+def test_shards_are_the_bytes_of_numpy(tmp_path, story, tokenizer, tokens):
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.0, shard_tokens=max(tokens, 100))
+    for file in (tmp_path / "out").glob("*.npy"):
+        np.save(tmp_path / "theirs.npy", np.load(file))
+        assert (tmp_path / "theirs.npy").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("write", ["tokens.bin", "train-00000.npy", "meta.json"])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, story, tokenizer, monkeypatch, write):
+    """The error of the last bytes too, which numpy's own writers lose."""
+
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    plain = io.open
+
+    def opened(file, mode="r", *args, **kwargs):
+        if write.split(".")[0] in str(file) and "w" in mode:
+            raw = io.BufferedWriter(Full(file, "w"), buffer_size=1 << 16)
+            return raw if "b" in mode else io.TextIOWrapper(raw)
+        return plain(file, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", opened)
+        with pytest.raises(NoSpace, match=r"no space left on /\S* for '.*out': needs about \d+ KiB, .* free"):
+            prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix != ".npy"]
+    prepare_text(story, tokenizer, directory=tmp_path / "out", eval_fraction=0.1)
+
+
+RUN = ("config.yaml", "run.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        (("run/config.yaml", "run/run.json", "run/checkpoints/2/x.txt"), ["run"]),
+        (("run/config.yaml", "run/.lock", "run/x.txt"), ["run"]),
+        (("a/b/run/config.yaml", "a/b/run/run.json", "a/b/run/x.txt", "a/b/y.txt"), ["a/b/run"]),
+        (("r1/config.yaml", "r1/run.json", "r1/x.txt", "r2/config.yaml", "r2/run.json", "r2/adapter/x.txt"), ["r1", "r2"]),
+        (("run/config.yaml", "run/run.json", "run/data/meta.json"), []),
+        (("project/config.yaml", "project/x.txt"), []),
+        (("project/run.json", "project/x.txt"), []),
+        (("config.yaml", "x.txt"), []),
+    ],
+)  # fmt: skip
+def test_files_of_runs_are_no_documents(tmp_path, story, tokenizer, files, left_out):
+    folder = tmp_path / "texts"
+    for name in ("story.txt", *files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("a text of its own")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        meta = prepare_text(folder, tokenizer, directory=tmp_path / "out", eval_fraction=0.0)
+    names = [source["name"] for source in meta["request"]["sources"]]
+    texts = ["story.txt", *(name for name in files if name.endswith(".txt"))]
+    assert names == sorted(n for n in texts if not any(n.startswith(run + "/") for run in left_out))
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == bool(left_out) and all(str(folder / run) in said[0] for run in left_out)
+
+
+def test_a_run_for_a_folder_of_text(tmp_path, tokenizer):
+    for name in (*RUN, "x.txt"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has only 1 `\.txt` files of runs .*Give the text's own folder"):
+        prepare_text(tmp_path, tokenizer, directory=tmp_path / "out", eval_fraction=0.0)
 
 
 def test_a_failed_build_leaves_the_old_one(tmp_path, story, tokenizer):

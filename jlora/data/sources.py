@@ -8,6 +8,7 @@ import numpy as np
 
 from jlora.data.instruct import InstructDataset
 from jlora.data.records import Record, read_records
+from jlora.data.shards import EVALUATION
 from jlora.data.text import TextDataset, prepare_text
 from jlora.data.tokens import Tokenizer, pad_id
 from jlora.data.vocabulary import check_vocabulary
@@ -82,7 +83,7 @@ def load_data(
         train, evaluation = of_records(kept), of_records(held_out) if held_out else None
     if eval_data is not None:
         if kinds[1] == "text":
-            evaluation, _ = of_text(eval_data, Path(directory) / "evaluation", 0.0)
+            evaluation, _ = of_text(eval_data, Path(directory) / EVALUATION, 0.0)
         else:
             evaluation = of_records(read_records(_single(eval_data)))
     for dataset in (train, evaluation):

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -16,13 +18,26 @@ import numpy as np
 
 from jlora.data.batches import IGNORED, Row
 from jlora.data.chunks import context_of, encode_chunks, stable_chunks
+from jlora.data.shards import (
+    BUILDING,
+    META,
+    SPLITS,
+    damage,
+    open_shard,
+    publish,
+    read_meta,
+    reusable,
+    sha256,
+    shard_name,
+    write_shards,
+)
 from jlora.data.stats import Stats
 from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id
 from jlora.data.vocabulary import beyond
+from jlora.formats.files import full_disk_said, remove_all_partial
+from jlora.formats.lock import LOCK, only_writer
 
-META = "meta.json"
-SPLITS = ("train", "validation")
-_FORMAT = 1  # of the folder; a change makes older folders be rebuilt
+_FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
 _BLOCK_BYTES = 1 << 18
 _BLOCKS_AT_ONCE = 16  # encoded in one call: the cores of a fast tokenizer, and about 150 MB of its bookkeeping
 _LISTED = 10
@@ -46,22 +61,26 @@ def prepare_text(
 
     The folder holds `train-00000.npy`, …, `validation-00000.npy`, … (1-d; uint16, or uint32 for more than 65536 ids)
     and `meta.json`, which is written last: a folder with it is complete. It is reused iff the SHA-256 of each file,
-    the tokenizer's fingerprint, `eval_fraction` and `shard_tokens` are the ones in `meta.json`.
+    the tokenizer's fingerprint, `eval_fraction` and `shard_tokens` are the ones in `meta.json`, and the SHA-256 of each shard
+    too; a folder that is damaged is made again, with a warning.
 
     Args:
-        path: a text file, a folder of `.txt` files (read with its subfolders), or a list of files.
+        path: a text file, a folder of `.txt` files (read with its subfolders, but for directories of runs, which are named in a
+            warning where they hold such files), or a list of files.
         tokenizer: a transformers tokenizer.
         directory: where the shards go; other files in it are left alone.
         eval_fraction: share of the tokens for validation, 0 <= eval_fraction < 1; 0 makes no validation split.
         shard_tokens: tokens in a shard, >= 1.
         vocab_size: rows of the model's embedding; None: ids are not compared with it.
     Returns:
-        The content of `meta.json`: `request` (what it was made from), `documents`, `dtype`, `tokens` and `shards`
-        (each by split; the tokens in each shard).
+        The content of `meta.json`: `request` (what it was made from), `documents`, `dtype`, and by split `tokens`, `shards` (the
+        tokens in each shard) and `sha256` (of each shard's file).
     Raises:
         FileNotFoundError: no such file, or no `.txt` file in the folder.
         ValueError: an empty file, bytes that are not UTF-8, too few tokens for the splits, an argument out of range, an id
             that is no row of the embedding (nothing is written then), or a `meta.json` in `directory` that is not ours.
+        InUse: another process writes to `directory`.
+        NoSpace: the disk is full.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to validate on.")
@@ -70,35 +89,54 @@ def prepare_text(
     directory, sources = Path(directory), _sources(path)
     request = {
         "format": _FORMAT,
-        "sources": [{"name": name, "sha256": _sha256(file)} for name, file in sources],
+        "sources": [{"name": name, "sha256": sha256(file)} for name, file in sources],
         "tokenizer": fingerprint(tokenizer),
         "eval_fraction": float(eval_fraction),
         "shard_tokens": int(shard_tokens),
     }
-    meta = _read_meta(directory)
-    if meta is not None and meta["request"] == request and _complete(directory, meta):
+    if (meta := reusable(directory, request)) is not None:
         return meta
-    directory.mkdir(parents=True, exist_ok=True)
-    building = directory / f".partial-{os.getpid()}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    # A token of about four bytes of text is kept twice, in two bytes each, while it is prepared.
+    needed = sum(file.stat().st_size for _, file in sources)
+    with full_disk_said(directory, needed=needed):
+        directory.mkdir(parents=True, exist_ok=True)
+        with only_writer(directory, "prepared"):
+            remove_all_partial(directory)
+            if (wrong := damage(directory, request)) is not None:
+                warnings.warn(f"{wrong}; the text is tokenized again.", stacklevel=2)
+            files = [file for _, file in sources]
+            return _prepare(directory, request, files, tokenizer, eval_fraction, shard_tokens, vocab_size)
+
+
+def _prepare(
+    directory: Path,
+    request: dict[str, Any],
+    files: list[Path],
+    tokenizer: Tokenizer,
+    eval_fraction: float,
+    shard_tokens: int,
+    vocab_size: int | None,
+) -> dict[str, Any]:
+    building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=directory))
     try:
         stream, dtype = building / "tokens.bin", _dtype(tokenizer)
-        _write_stream([file for _, file in sources], tokenizer, stream, dtype)
+        _write_stream(files, tokenizer, stream, dtype)
         # Before the file is mapped: an empty one cannot be.
         n_validation = _n_validation(stream.stat().st_size // dtype.itemsize, eval_fraction)
         tokens = np.memmap(stream, dtype, mode="r")
         if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
             raise ValueError(beyond(largest, tokenizer, vocab_size))
         splits = dict(zip(SPLITS, np.split(tokens, [len(tokens) - n_validation]), strict=True))
+        written = {split: write_shards(building, split, part, shard_tokens) for split, part in splits.items()}
         meta = {
             "request": request,
-            "documents": len(sources),
+            "documents": len(files),
             "dtype": dtype.name,
             "tokens": {split: len(part) for split, part in splits.items()},
-            "shards": {split: _write_shards(building, split, part, shard_tokens) for split, part in splits.items()},
+            "shards": {split: [n for n, _ in shards] for split, shards in written.items()},
+            "sha256": {split: [digest for _, digest in shards] for split, shards in written.items()},
         }
-        _publish(building, directory, meta)
+        publish(building, directory, meta)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return meta
@@ -117,7 +155,7 @@ class TextDataset:
         pad_id: the id to pad with.
     Raises:
         FileNotFoundError: the folder is not prepared.
-        ValueError: `length` < 2, an unknown split, or one with fewer than 2 tokens.
+        ValueError: `length` < 2, an unknown split, or one with fewer than 2 tokens; a shard that is not what `meta.json` says.
     """
 
     def __init__(self, directory: str | Path, split: str, *, length: int, pad_id: int):
@@ -126,7 +164,7 @@ class TextDataset:
             raise ValueError(f"`length` must be >= 2, a token and the one it predicts; got {length}. Raise it.")
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}. Name one of these.")
-        meta = _read_meta(directory)
+        meta = read_meta(directory)
         if meta is None:
             raise FileNotFoundError(
                 f"{directory} holds no prepared text ({META} is missing). Run `prepare_text` first."
@@ -140,7 +178,7 @@ class TextDataset:
         self.length, self.pad_id = length, pad_id
         self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
         counts = meta["shards"][split]
-        self._shards = [np.load(directory / _shard(split, i), mmap_mode="r") for i in range(len(counts))]
+        self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
         self._starts = [0, *accumulate(counts)]
         n_rows = -(-(n_tokens - 1) // (length - 1))
         self.stats = Stats(
@@ -196,9 +234,17 @@ def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
     """(name, file) of each document. Names leave out the folder, so that a moved data set is still the same."""
     if isinstance(path, str | Path) and Path(path).is_dir():
         folder = Path(path)
-        found = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*.txt") if file.is_file())
+        files, runs = _text_files(folder)
+        found = sorted((file.relative_to(folder).as_posix(), file) for file in files if file.is_file())
+        left_out = {run: n for run in runs if (n := sum(len(_texts(f)) for _, _, f in os.walk(run)))}
+        said = f"{sum(left_out.values())} `.txt` files of runs ({_few([str(run) for run in left_out])})"
         if not found:
-            raise FileNotFoundError(f"a folder of text needs `.txt` files; {folder} has none. Give the file itself.")
+            raise FileNotFoundError(
+                f"a folder of text needs `.txt` files; {folder} has "
+                + (f"only {said}. Give the text's own folder." if left_out else "none. Give the file itself.")
+            )
+        if left_out:
+            warnings.warn(f"left out of the text in {folder}: {said}.", stacklevel=3)
     else:
         files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
         found = [(file.name, file) for file in files]
@@ -211,13 +257,24 @@ def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
     return found
 
 
+def _text_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(the `.txt` files below a folder, the directories of runs, which are left out): a run keeps such files of its own."""
+    files, runs = [], []
+    for place, below, names in os.walk(folder):
+        if "config.yaml" in names and {"run.json", LOCK} & set(names):
+            runs.append(Path(place))
+            below.clear()
+        else:
+            files += [Path(place, name) for name in _texts(names)]
+    return files, runs
+
+
+def _texts(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.endswith(".txt")]
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -273,49 +330,7 @@ def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: 
                 for ids in encode_chunks(tokenizer, group):
                     if last is None and bos is not None and ids[:1] != [bos]:
                         ids = [bos, *ids]
-                    np.asarray(ids, dtype).tofile(out)
+                    out.write(np.asarray(ids, dtype).tobytes())  # `tofile` loses the error of a full disk
                     last = ids[-1] if ids else last
             if eos is not None and last != eos:
-                np.asarray([eos], dtype).tofile(out)
-
-
-def _shard(split: str, index: int) -> str:
-    return f"{split}-{index:05d}.npy"
-
-
-def _write_shards(directory: Path, split: str, tokens: np.ndarray, shard_tokens: int) -> list[int]:
-    parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
-    for index, part in enumerate(parts):
-        np.save(directory / _shard(split, index), part)
-    return [len(part) for part in parts]
-
-
-def _publish(building: Path, directory: Path, meta: dict[str, Any]) -> None:
-    """Swap the shards in. `meta.json` goes first and comes last, so a crash in between leaves "not prepared"."""
-    (building / META).write_text(json.dumps(meta, indent=2) + "\n")
-    (directory / META).unlink(missing_ok=True)
-    for split in SPLITS:
-        for stale in directory.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].npy"):
-            stale.unlink()
-        for index in range(len(meta["shards"][split])):
-            os.replace(building / _shard(split, index), directory / _shard(split, index))
-    os.replace(building / META, directory / META)
-
-
-def _read_meta(directory: Path) -> dict[str, Any] | None:
-    file = directory / META
-    if not file.is_file():
-        return None
-    meta = json.loads(file.read_text())
-    if not isinstance(meta, dict) or "request" not in meta:
-        raise ValueError(f"{file} was not written by `prepare_text` and would be lost. Choose another `directory`.")
-    return meta
-
-
-def _complete(directory: Path, meta: dict[str, Any]) -> bool:
-    for split, counts in meta["shards"].items():
-        for index, count in enumerate(counts):
-            file = directory / _shard(split, index)
-            if not file.is_file() or np.load(file, mmap_mode="r").shape != (count,):
-                return False
-    return True
+                out.write(np.asarray([eos], dtype).tobytes())

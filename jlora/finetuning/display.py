@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from jlora._modules import module_path
 from jlora._tree import count
@@ -33,7 +34,7 @@ def trained_table(params: Any) -> Table:
     for title in ("kernel", "layers", "rank", "parameters"):
         table.add_column(title, justify="right")
     for (name, rank, shape), weights in groups.items():
-        table.add_row(name, shape, str(len(weights)), rank, f"{sum(w.trained_size for w in weights):,}")
+        table.add_row(Text(name), shape, str(len(weights)), rank, f"{sum(w.trained_size for w in weights):,}")
     return table
 
 
@@ -44,10 +45,11 @@ def device_name() -> str:
 
 
 class Display:
-    """Prints to a rich console; `quiet` prints nothing."""
+    """Prints to a rich console; `quiet` prints nothing but warnings, which go to the standard error."""
 
     def __init__(self, *, quiet: bool):
         self.console = Console(quiet=quiet, highlight=False)
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = 0.0
@@ -57,20 +59,20 @@ class Display:
         table.add_column(style="dim")
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         self.console.print(table)
 
     def trained(self, params: Any, adapter: Any) -> None:
         self.console.print()
         self.console.print(trained_table(params))
         trained, total = count(adapter), count(params)
-        self.console.print(f"[bold]{trained:,}[/] of {total:,} parameters are trained ({trained / total:.2%})\n")
+        self.say((f"{trained:,}", "bold"), f" of {total:,} parameters are trained ({trained / total:.2%})\n")
 
     def start(self, total: int, done: int) -> None:
         if not self.console.is_terminal:
             return
         self._progress = Progress(
-            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
             console=self.console,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=total, completed=done, text="compiling")
@@ -85,16 +87,23 @@ class Display:
             self._progress.update(self._task, completed=entry["step"], text=text)
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or entry["step"] in (1, total):
             self._last_line = time.monotonic()
-            self.console.print(f"step {entry['step']}/{total}  {text}")
+            self.say(f"step {entry['step']}/{total}  {text}")
 
     def evaluated(self, step: int, loss: float) -> None:
         where = "before training" if step == 0 else f"step {step}"
-        self.console.print(f"{where}: evaluation loss [bold]{loss:.4f}[/], perplexity [bold]{perplexity(loss):.2f}[/]")
+        self.say(
+            f"{where}: evaluation loss ", (f"{loss:.4f}", "bold"), ", perplexity ", (f"{perplexity(loss):.2f}", "bold")
+        )
 
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
-    def say(self, text: str) -> None:
-        self.console.print(text)
+    def say(self, *parts: str | tuple[str, str]) -> None:
+        """Prints a line of texts and (text, style): as they are, since a path may look like markup."""
+        self.console.print(Text.assemble(*parts))
+
+    def warn(self, text: str) -> None:
+        """What a user must hear of: something that was damaged, and what is made of it."""
+        self._errors.print(Text.assemble(("warning: ", "bold yellow"), text))

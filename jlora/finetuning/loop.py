@@ -1,15 +1,13 @@
 """`finetune`: the loop over data, step, evaluation and checkpoints."""
 
 import dataclasses
-import hashlib
+import filecmp
 import math
 import re
-import signal
-import threading
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -18,9 +16,13 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
+from jlora.finetuning.base import check_finite, fingerprint
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
+from jlora.finetuning.log import lowest
 from jlora.finetuning.run import Run
+from jlora.finetuning.signals import StopSignals
+from jlora.formats.files import NoSpace, full_disk_said, no_space, whole_directory
 from jlora.io import find, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
@@ -40,7 +42,6 @@ from jlora.train import (
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_MAX_LENGTH = 512
-_SAMPLE_BYTES = 1 << 20  # hashing all of a large model would take longer than loading it
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
 
 
@@ -49,7 +50,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run after its state was saved."""
+    """A signal ended the run; its state is saved, or it had none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,26 +71,52 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     Example: `finetune(FinetuneConfig(model="gpt2", data="my.txt", output="runs/mine"))`
 
     Raises:
-        FileExistsError: `output` exists and `resume` is off.
+        FileExistsError: `output` exists and `resume` is off. (A run that saved nothing is replaced.)
         FileNotFoundError: a model, data file or run that is not there.
+        InUse: another process trains in `output`.
+        NoSpace: the disk is full; the last checkpoint stays.
         ValueError: options, data or a resumed run that do not fit.
         TrainingDiverged: the loss is not finite; the last good checkpoint stays.
-        Stopped: on SIGINT or SIGTERM, after saving.
+        Stopped: on SIGINT or SIGTERM, after saving, or after taking back what a run before its first step has written.
     """
-    run = Run(config)
     display = Display(quiet=config.quiet)
+    with StopSignals() as stop:
+        try:
+            with Run(config) as run:
+                if run.replaces:
+                    display.say("replacing a run that had saved nothing, in ", (str(run.directory), "bold"))
+                return _in_directory(config, run, display, stop)
+        finally:
+            display.stop()
+
+
+def _in_directory(config: FinetuneConfig, run: Run, display: Display, stop: StopSignals) -> FinetuneResult:
+    """The run, with every way to its end: what is taken back, what is kept, and what is said of it."""
+    training = None
     try:
-        job = _Job.prepare(config, run, display)
-    except BaseException:
-        run.abandon()
+        training = _Training(_Job.prepare(config, run, display), stop)
+        return training.run()
+    except BaseException as error:
+        began = training is not None and training.began
+        # Before the first step libraries make errors of their own of an interrupt; later, an error is one.
+        interrupted = stop.asked and (not began or isinstance(error, KeyboardInterrupt))
+        if training is None or (interrupted and not began):
+            run.abandon()
+        if isinstance(error, Stopped) and error.args:
+            raise
+        saved = training.checkpoints.latest if training is not None else run.saved
+        if interrupted:
+            raise Stopped(f"Stopped; {_what_stays(saved, config)}") from error
+        if full := no_space(error, run.directory):
+            raise NoSpace(full, f"Make room; {_what_stays(saved, config)}") from error
         raise
-    checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
-    try:
-        with _stop_flag() as stop:
-            return _train(job, checkpoints, stop)
-    finally:
-        display.stop()
-        checkpoints.close()
+
+
+def _what_stays(saved: int | None, config: FinetuneConfig) -> str:
+    """What there is after a run has ended early, and how to go on."""
+    if saved is not None:
+        return f"the state of step {saved} is saved. Continue with --resume."
+    return "no state is saved yet. " + ("Continue with --resume." if config.resume else "Start it again.")
 
 
 @dataclasses.dataclass
@@ -115,6 +142,8 @@ class _Job:
     def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "_Job":
         directory = find(config.model)
         tokenizer = load_tokenizer(directory)
+        with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
+            tokenizer.save_pretrained(place)
         lora = config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
@@ -126,6 +155,7 @@ class _Job:
             raise ValueError(
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
+        check_finite(params)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
         train, evaluation = data_lib.load_data(
@@ -148,7 +178,7 @@ class _Job:
                 "steps": steps,
                 "data": train.digest(),
                 "evaluation": evaluation and evaluation.digest(),
-                "base": _fingerprint(directory),
+                "base": fingerprint(directory),
             }
         )
         display.facts(
@@ -168,86 +198,150 @@ class _Job:
             config.eval_every or every, config.checkpoint_every or every,
         )  # fmt: skip
 
-    def evaluate(self, adapter: Any) -> float:
+    def evaluate(self, adapter: Any, stop: StopSignals) -> float:
+        """The loss on the evaluation data.
+
+        Raises:
+            Stopped: when a signal came.
+        """
         assert self.evaluation is not None
-        batches = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
-        return evaluate(self.model, combine(adapter, self.base), batches).loss
+        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
+
+        def batches():
+            for batch in every:
+                if stop.asked:
+                    raise Stopped
+                yield batch
+
+        return evaluate(self.model, combine(adapter, self.base), batches()).loss
 
 
-def _train(job: _Job, checkpoints: Checkpoints, stop: threading.Event) -> FinetuneResult:
-    config, run, display = job.config, job.run, job.display
-    schedule = warmup_cosine(
-        peak=config.learning_rate, steps=job.steps, warmup_steps=math.ceil(config.warmup_fraction * job.steps)
-    )
-    tx = adamw(
-        schedule, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, b1=config.beta1, b2=config.beta2
-    )
-    state = init_state(job.adapter, tx)
-    # Its own stream: the initialization drew from the seed's key itself.
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+class _Training:
+    """The steps of a job, from the last checkpoint to the adapter."""
 
-    restored = checkpoints.latest if config.resume else None
-    if restored is not None:
-        state = checkpoints.restore(state, restored)
-        display.say(f"resuming after step {restored} of {job.steps}")
-    history = run.rewind_log(-1 if restored is None else restored)
-    done = restored or 0
-    best = min((entry["eval_loss"] for entry in history if entry["step"] and "eval_loss" in entry), default=math.inf)
+    def __init__(self, job: _Job, stop: StopSignals):
+        config = job.config
+        self.job, self.stop = job, stop
+        self.checkpoints = Checkpoints(job.run.checkpoints, keep=config.keep)
+        self.began = False
+        """Whether a step was made or a checkpoint found: there is something to keep."""
+        self.schedule = warmup_cosine(
+            peak=config.learning_rate, steps=job.steps, warmup_steps=math.ceil(config.warmup_fraction * job.steps)
+        )
+        self.tx = adamw(
+            self.schedule,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            b1=config.beta1,
+            b2=config.beta2,
+        )
+        self.state = init_state(job.adapter, self.tx)
+        # Its own stream: the initialization drew from the seed's key itself.
+        self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        self.history: list[dict[str, Any]] = []
+        self.best = math.inf
+        """The lowest evaluation loss after the first step."""
 
-    def log(entry):
-        run.log(entry)
-        history.append(entry)
+    def run(self) -> FinetuneResult:
+        job, display = self.job, self.job.display
+        done, unlogged = self._resume() if job.config.resume else self._start()
+        display.start(job.steps, done)
+        batch, tokens = self._batch(done + 1)
+        # Compiled ahead of its first call, for the compiler's own account of the memory; another shape would be an error.
+        step_fn = make_step(causal_lm_loss(job.model), self.tx, accumulate=job.config.accumulate)
+        step_fn = step_fn.lower(self.state, job.base, batch, self.key).compile()
+        memory = _memory(job, self.state, self.tx, planned(step_fn))
+        self.stop.defer()
+        self.began = True
+        if unlogged is not None:
+            self._complete(unlogged)
+        for step in range(done + 1, job.steps + 1):
+            started = time.perf_counter()
+            self.state, metrics = step_fn(self.state, job.base, batch, jax.random.fold_in(self.key, step))
+            upcoming = self._batch(step + 1)  # while the device works
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingDiverged(_diverged(step, loss, norm, self.checkpoints.latest, job.config))
+            entry = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
+                "grad_norm": norm,
+                "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+            }
+            batch, tokens = upcoming
+            self._complete(entry)
+        display.stop()
+        display.say(memory)
+        return _finish(job, self.checkpoints, self.state, self.history)
 
-    if restored is None and job.evaluation is not None:
-        loss = job.evaluate(state.adapter)
-        log({"step": 0, "eval_loss": loss, "perplexity": perplexity(loss)})
-        display.evaluated(0, loss)
+    def _start(self) -> tuple[int, None]:
+        """The log's entry before the first step."""
+        if self.job.evaluation is not None:
+            loss = self.job.evaluate(self.state.adapter, self.stop)
+            self._log({"step": 0, "eval_loss": loss, "perplexity": perplexity(loss)})
+            self.job.display.evaluated(0, loss)
+        return 0, None
 
-    def batch_of(step):
-        where = {"batch_size": job.rows, "seed": config.seed}
-        return data_lib.batch(job.train, step - 1, **where), data_lib.batch_tokens(job.train, step - 1, **where)
+    def _resume(self) -> tuple[int, dict[str, Any] | None]:
+        """The state of the newest checkpoint that is whole: (steps done, the entry of the last one if it is not in the log)."""
+        job = self.job
+        with_best = job.config.save == "best"
+        state, record, damaged = self.checkpoints.resume(self.state, with_best=with_best)
+        for said in damaged:
+            job.display.warn(said)
+        if state is None or record is None:
+            if damaged:
+                job.display.warn("no checkpoint is whole: starting from the beginning, to the same result")
+            job.run.log.rewind(-1, first=0)
+            return self._start()
+        self.state, self.began = state, True
+        job.display.say(f"resuming after step {record.step} of {job.steps}")
+        logged = record.step if record.unlogged is None else record.step - 1
+        self.history, wrong = job.run.log.rewind(logged, first=0 if job.evaluation is not None else 1)
+        for said in wrong:
+            job.display.warn(f"{job.run.log.path}: {said}")
+        self.best = min(lowest(self.history), record.best[1] if record.best else math.inf)
+        return record.step, None if record.unlogged is None else dict(record.unlogged)
 
-    display.start(job.steps, done)
-    batch, tokens = batch_of(done + 1)
-    # Compiled ahead of its first call, for the compiler's own account of the memory; another shape would be an error.
-    step_fn = make_step(causal_lm_loss(job.model), tx, accumulate=config.accumulate)
-    step_fn = step_fn.lower(state, job.base, batch, key).compile()
-    memory = _memory(job, state, tx, planned(step_fn))
-    for step in range(done + 1, job.steps + 1):
-        started = time.perf_counter()
-        state, metrics = step_fn(state, job.base, batch, jax.random.fold_in(key, step))
-        upcoming = batch_of(step + 1)  # while the device works
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingDiverged(_diverged(step, loss, norm, checkpoints.latest, config))
-        entry = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": float(jnp.asarray(schedule(step - 1))),
-            "grad_norm": norm,
-            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
-        }
-        batch, tokens = upcoming
+    def _batch(self, step: int) -> tuple[dict[str, Any], int]:
+        """(the batch of a step, its tokens)."""
+        where = {"batch_size": self.job.rows, "seed": self.job.config.seed}
+        return data_lib.batch(self.job.train, step - 1, **where), data_lib.batch_tokens(
+            self.job.train, step - 1, **where
+        )
+
+    def _complete(self, entry: dict[str, Any]) -> None:
+        """What comes after a step: evaluation, log, checkpoint, and the end if a signal asked for it."""
+        job, config, step = self.job, self.job.config, entry["step"]
         last = step == job.steps
         if job.evaluation is not None and (last or step % job.eval_every == 0):
             try:
-                entry["eval_loss"] = job.evaluate(state.adapter)
+                loss = job.evaluate(self.state.adapter, self.stop)
+            except Stopped:
+                self.checkpoints.save(self.state, unlogged=entry)
+                raise Stopped(self._stopped(step)) from None
             except NotFinite as error:
-                raise TrainingDiverged(_diverged(step, error.value, norm, checkpoints.latest, config)) from error
-            entry["perplexity"] = perplexity(entry["eval_loss"])
-            display.evaluated(step, entry["eval_loss"])
-        log(entry)
-        display.step(entry, job.steps)
+                said = _diverged(step, error.value, entry["grad_norm"], self.checkpoints.latest, config)
+                raise TrainingDiverged(said) from error
+            entry = entry | {"eval_loss": loss, "perplexity": perplexity(loss)}
+            job.display.evaluated(step, loss)
+        self._log(entry)
+        job.display.step(entry, job.steps)
         # The best is the best of all evaluations: one that a signal happened to save must not be preferred.
-        improved = entry.get("eval_loss", math.inf) < best
-        best = min(best, entry.get("eval_loss", math.inf))
-        if last or stop.is_set() or step % job.checkpoint_every == 0 or (improved and config.save == "best"):
-            checkpoints.save(state, eval_loss=entry["eval_loss"] if improved else None)
-        if stop.is_set() and not last:
-            raise Stopped(f"Stopped after step {step} of {job.steps}; the state is saved. Continue with --resume.")
-    display.stop()
-    display.say(memory)
-    return _finish(job, checkpoints, state, history)
+        improved = entry.get("eval_loss", math.inf) < self.best
+        self.best = min(self.best, entry.get("eval_loss", math.inf))
+        stopping = self.stop.asked and not last
+        if last or stopping or step % job.checkpoint_every == 0 or (improved and config.save == "best"):
+            self.checkpoints.save(self.state, eval_loss=entry["eval_loss"] if improved else None)
+        if stopping:
+            raise Stopped(self._stopped(step))
+
+    def _stopped(self, step: int) -> str:
+        return f"Stopped after step {step} of {self.job.steps}; the state is saved. Continue with --resume."
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        self.history.append(self.job.run.log.append(entry))
 
 
 def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[str, Any]]) -> FinetuneResult:
@@ -257,16 +351,34 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     if config.save == "best" and checkpoints.best is not None:
         chosen = checkpoints.best
         state = checkpoints.restore(state, chosen)
-    save_adapter(run.adapter, combine(state.adapter, job.base), config=job.lora, base_model=config.model)
-    job.tokenizer.save_pretrained(run.adapter)
+    _write_adapter(job, combine(state.adapter, job.base))
     result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
         change = f" ({after / before - 1:+.0%})" if math.isfinite(after / before) else ""
-        display.say(f"\nperplexity [bold]{before:.2f}[/] before, [bold]{after:.2f}[/] after{change}")
+        display.say(
+            "\nperplexity ", (f"{before:.2f}", "bold"), " before, ", (f"{after:.2f}", "bold"), f" after{change}"
+        )
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
-    display.say(f"adapter of step {chosen}: [bold]{run.adapter}[/] ({size / 1024:,.0f} KiB, loads in PEFT)")
+    display.say(f"adapter of step {chosen}: ", (str(run.adapter), "bold"), f" ({size / 1024:,.0f} KiB, loads in PEFT)")
     return result
+
+
+def _write_adapter(job: _Job, params: Any) -> None:
+    """`OUTPUT/adapter`, whole or not at all. One that is there already, with the same bytes, is left as it is."""
+    path = job.run.adapter
+    with full_disk_said(path), TemporaryDirectory(prefix=".partial-", dir=path.parent) as place:
+        made = Path(place) / path.name
+        save_adapter(made, params, config=job.lora, base_model=job.config.model)
+        job.tokenizer.save_pretrained(made)
+        if path.is_dir() and all(_same(file, path / file.name) for file in made.iterdir()):
+            return
+        with whole_directory(path, replace=True) as partial:
+            shutil.copytree(made, partial, dirs_exist_ok=True)
+
+
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
 def _memory(job: _Job, state: Any, tx: Any, compiled: int) -> str:
@@ -312,43 +424,9 @@ def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any
     return "; ".join(parts)
 
 
-def _fingerprint(directory: Path) -> str:
-    """Of the base checkpoint: its config, and of each file of weights the name, the size, the start and the end."""
-    sha = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, size - _SAMPLE_BYTES))
-            sha.update(file.read())
-    return sha.hexdigest()
-
-
 def _diverged(step: int, loss: float, norm: float, saved: int | None, config: FinetuneConfig) -> str:
     kept = f"The checkpoint of step {saved} is kept." if saved is not None else "No checkpoint was saved before it."
     return (
         f"Step {step} has loss {loss} and gradient norm {norm}: training has diverged, and the run stops here. {kept} Try "
         f"a lower --learning-rate (it was {config.learning_rate:g}), a longer --warmup-fraction, or --dtype float32."
     )
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one interrupts at once. Handlers only live in the main thread."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def on_signal(number, frame):
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,156 @@
+"""The folder of tokenized text: its files, how they are written, and how to tell that they are what was written."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.formats.files import is_partial, whole_file
+from jlora.formats.lock import LOCK
+from jlora.formats.structured import read_json
+
+META = "meta.json"
+EVALUATION = "evaluation"
+"""The folder for evaluation data of its own, in that of the training data."""
+SPLITS = ("train", "validation")
+BUILDING = ".partial-"
+"""Begins the name of the folder in which the shards are made."""
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.npy")
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.npy"
+
+
+def write_shards(directory: Path, split: str, tokens: np.ndarray, shard_tokens: int) -> list[tuple[int, str]]:
+    """(tokens, SHA-256 of the file) of each shard."""
+    parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
+    return [(len(part), _write_array(directory / shard_name(split, index), part)) for index, part in enumerate(parts)]
+
+
+def _write_array(file: Path, array: np.ndarray) -> str:
+    """What `np.save` writes, on the disk when this returns, and no error of it lost; returns the SHA-256."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    sha = hashlib.sha256()
+    with file.open("wb") as stream:
+        for part in (header.getbuffer(), array.data.cast("B")):
+            sha.update(part)
+            stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return sha.hexdigest()
+
+
+def publish(building: Path, directory: Path, meta: dict[str, Any]) -> None:
+    """Swap the shards in. `meta.json` goes first and comes last, so a crash in between leaves "not prepared"."""
+    (directory / META).unlink(missing_ok=True)
+    for stale in [file for file in directory.iterdir() if _SHARD.fullmatch(file.name)]:
+        stale.unlink()
+    for file in sorted(building.glob("*.npy")):
+        file.replace(directory / file.name)
+    with whole_file(directory / META) as partial:
+        partial.write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def holds_only_shards(directory: Path) -> bool:
+    """Whether nothing is in a directory but what `prepare_text` writes, for training and for evaluation data."""
+    ours = {META, LOCK}
+    return directory.is_dir() and all(
+        path.name in ours
+        or is_partial(path.name)
+        or _SHARD.fullmatch(path.name) is not None
+        or (path.name == EVALUATION and holds_only_shards(path))
+        for path in directory.iterdir()
+    )
+
+
+def read_meta(directory: Path) -> dict[str, Any] | None:
+    """`meta.json` as `prepare_text` wrote it; None where there is none or it is damaged.
+
+    Raises:
+        ValueError: for one that is somebody else's.
+    """
+    file = directory / META
+    try:
+        meta = read_json(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        meta = {}
+    if _is_meta(meta):
+        return meta
+    if "request" not in meta and not any(_SHARD.fullmatch(path.name) for path in directory.iterdir()):
+        raise ValueError(f"{file} was not written by `prepare_text` and would be lost. Choose another `directory`.")
+    return None
+
+
+def _is_meta(meta: Mapping[str, Any]) -> bool:
+    try:
+        return isinstance(meta["request"], dict) and all(
+            isinstance(meta["tokens"][split], int)
+            and sum(meta["shards"][split]) == meta["tokens"][split]
+            and all(isinstance(n, int) and n > 0 for n in meta["shards"][split])
+            and len(meta["sha256"][split]) == len(meta["shards"][split])
+            and np.dtype(meta["dtype"]).kind == "u"
+            for split in SPLITS
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def reusable(directory: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """`meta.json`, if it is that of the request and the shards are what it says."""
+    meta = read_meta(directory)
+    if meta is None or meta["request"] != request or _damaged_shard(directory, meta) is not None:
+        return None
+    return meta
+
+
+def damage(directory: Path, request: dict[str, Any]) -> str | None:
+    """What is wrong with a folder that was made for this request, in words."""
+    meta = read_meta(directory)
+    if meta is None:
+        return f"{directory / META} is not what was written" if (directory / META).exists() else None
+    if meta["request"] == request and (shard := _damaged_shard(directory, meta)) is not None:
+        return f"{shard} is not what was written"
+    return None
+
+
+def _damaged_shard(directory: Path, meta: Mapping[str, Any]) -> Path | None:
+    for split, digests in meta["sha256"].items():
+        for index, digest in enumerate(digests):
+            file = directory / shard_name(split, index)
+            if not file.is_file() or sha256(file) != digest:
+                return file
+    return None
+
+
+def open_shard(file: Path, count: int, dtype: str) -> np.ndarray:
+    """The tokens of a shard, memory-mapped.
+
+    Raises:
+        ValueError: when the file is not one of `count` tokens of `dtype`.
+    """
+    try:
+        shard = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no shard of tokens ({error}). Prepare the text again.") from error
+    if shard.shape != (count,) or shard.dtype != dtype:
+        raise ValueError(
+            f"{file} must hold {count} tokens of {dtype}, as {META} says; got {shard.shape} of {shard.dtype}. "
+            "Prepare the text again."
+        )
+    return shard
