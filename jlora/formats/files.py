@@ -107,69 +107,6 @@ def _size(n_bytes: int) -> str:
             return f"{n_bytes / (1 << exponent):,.1f} {unit}"
     return f"{n_bytes} bytes"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FULL_TEXTS = ("no space left on device", "disk quota exceeded", "(os error 28)", "(os error 122)")
-"""What libraries make of the two where they do not raise an OSError: tensorstore, safetensors, tokenizers."""
-
-
-class NoSpace(OSError):
-    """A full disk, in words for the user."""
-
-
-def no_space(error: BaseException, path: str | os.PathLike | None = None, *, needed: int | None = None) -> str | None:
-    """One line on the full disk (or quota) behind an error, its causes included; None when it is another error.
-
-    Args:
-        error: of any library; a `NoSpace` speaks for itself.
-        path: what was being written; default: the file that the error names.
-        needed: bytes that were to be written, where that is known.
-    """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    for cause in chain:
-        if isinstance(cause, NoSpace):
-            return str(cause)
-    full = [c for c in chain if getattr(c, "errno", None) in _FULL or any(t in str(c).lower() for t in _FULL_TEXTS)]
-    if not full:
-        return None
-    names = [path, *(getattr(c, "filename", None) for c in full)]
-    place = Path(next((os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)), "."))
-    return f"no space left on {_disk(place)} for {str(place)!r}" + (
-        f": needs about {_size(needed)}, {_size(_free(place))} free" if needed else f": {_size(_free(place))} free"
-    )
-
-
-@contextmanager
-def full_disk_said(path: str | os.PathLike, *, needed: int | None = None, advice: str = "") -> Iterator[None]:
-    """Turns an error for want of space into a `NoSpace` that names `path`, followed by `advice`."""
-    try:
-        yield
-    except Exception as error:
-        if said := no_space(error, path, needed=needed):
-            raise NoSpace(f"{said}. {advice}".strip()) from error
-        raise
-
-
-def _there(path: Path) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    return next((p for p in (path.absolute(), *path.absolute().parents) if p.exists()), Path("/"))
-
-
-def _disk(path: Path) -> str:
-    """Where the file system of a path is mounted."""
-    return next(str(p) for p in (_there(path), *_there(path).parents) if p.is_mount() or p == p.parent)
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(_there(path)).free
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.1f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:,.0f} KiB"
-
 
 def refuse_existing(path: str | os.PathLike) -> Path:
     """The path, when nothing is there yet and something can be written there.
