@@ -9,8 +9,8 @@ from jlora.io.hf import find as find
 from jlora.io.hf import load as load
 from jlora.io.hf import load_tokenizer as load_tokenizer
 from jlora.io.hf import read_config as read_config
-from jlora.io.hf import save_pretrained as save_pretrained
-from jlora.io.hf import save_quantized as save_quantized
+from jlora.io.hf_save import save_pretrained as save_pretrained
+from jlora.io.hf_save import save_quantized as save_quantized
 from jlora.io.mlx import save_mlx_adapter as save_mlx_adapter
 from jlora.io.peft import save_adapter as save_adapter
 from jlora.io.torch_file import save_torch as save_torch

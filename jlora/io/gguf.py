@@ -22,7 +22,7 @@ from jlora._tree import flatten, is_weight, per_layer_paths
 from jlora._typing import Params
 from jlora._weight import materialize
 from jlora.formats.files import refuse_existing, whole_file
-from jlora.io.hf import layer_rows
+from jlora.io.hf_save import layer_rows
 from jlora.io.names import mismatches
 from jlora.io.peft import check_config, without_residuals
 from jlora.io.updates import check_shapes, kernel_shapes, more_than_updates

@@ -7,7 +7,7 @@ import numpy as np
 
 from jlora._typing import Params
 from jlora.formats.files import refuse_existing, whole_file
-from jlora.io.hf import merged_tensors
+from jlora.io.hf_save import merged_tensors
 from jlora.io.names import HEAD, hf_name
 from jlora.models import Model
 
