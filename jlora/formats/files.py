@@ -141,9 +141,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def whole_file(
-    path: Path, *, new: bool = False, needed: int | None = None, exactly: int | None = None
-) -> Iterator[Path]:
+def whole_file(path: Path, *, new: bool = False, needed: int | None = None) -> Iterator[Path]:
     """A name to write to, which becomes `path` when the block ends; when it fails, nothing of it is left.
 
     The name is new and nobody else's, what a killed process left of an earlier attempt is removed, the bytes are on the disk
@@ -152,17 +150,14 @@ def whole_file(
     Args:
         new: refuse to replace a file.
         needed: about how many bytes it will have, for the error of a full disk.
-        exactly: how many it must have; some libraries lose the errors of their last writes.
 
     Raises:
         FileExistsError: when `new`, and there is one by then.
         NoSpace: when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_said(path, needed=exactly or needed), _workshop(path) as partial:
+    with full_disk_said(path, needed=needed), _workshop(path) as partial:
         yield partial
-        if exactly is not None:
-            _check_size(partial, exactly)
         partial.chmod((path if path.is_file() else partial.parent / _LOCK).stat().st_mode & 0o777)
         _flush(partial)
         if new:
@@ -257,7 +252,8 @@ def remove_partial(path: Path) -> None:
             _remove(work, lock)
 
 
-def _check_size(path: Path, expected: int) -> None:
+def check_size(path: Path, expected: int) -> None:
+    """Raises an OSError when the file has another size, since something lost the error of a write."""
     size = path.stat().st_size
     if size != expected:
         full = shutil.disk_usage(path.parent).free < expected - size

@@ -12,6 +12,7 @@ import numpy as np
 from jlora._tree import flatten, is_weight, per_layer_paths, split_layer_path
 from jlora._typing import Params
 from jlora.formats import save_sharded
+from jlora.formats.files import check_writable, whole_files, write_text
 from jlora.io.bnb import quantization_config, to_tensors
 from jlora.io.names import hf_name, is_transposed
 from jlora.lora import merge
@@ -29,15 +30,15 @@ def save_pretrained(
 ) -> None:
     """A dense transformers checkpoint: safetensors (sharded above `max_shard_bytes`), config.json, tokenizer files.
 
-    Adapters are merged in float32 and cast to the base's dtype. Existing weights in the directory are refused, not overwritten.
+    Adapters are merged in float32 and cast to the base's dtype. Nothing that is in the directory is overwritten.
 
     Raises:
-        FileExistsError: when the directory holds weights already.
+        FileExistsError: when the directory holds weights already, or a file that would be overwritten.
         ValueError: when a merged tensor is not finite, or an adapted embedding is also the output head: `jlora.untie` the
             model first, which makes two tensors of them.
     """
     directory = Path(directory)
-    _refuse_existing(directory)
+    refuse_weights(directory)
     tensors = merged_tensors(model, params)
     dtype = str(next(iter(tensors.values())).dtype)
     _write(directory, model, tensors, {"dtype": dtype, "torch_dtype": dtype}, tokenizer, max_shard_bytes)
@@ -73,12 +74,12 @@ def save_quantized(
         params: with NF4 kernels, from `load(…, quantize=NF4())` or `quantize_params`.
 
     Raises:
-        FileExistsError: when the directory holds weights already.
+        FileExistsError: when the directory holds weights already, or a file that would be overwritten.
         ValueError: when nothing is quantized to NF4, or kernels are adapted or quantized in other ways: `merge` and
             quantize again, or save the adapter beside the quantized base.
     """
     directory = Path(directory)
-    _refuse_existing(directory)
+    refuse_weights(directory)
     tensors: dict[str, np.ndarray] = {}
     packed: dict[str, NF4Tensor] = {}
     dense = []
@@ -121,12 +122,20 @@ def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
             yield row_path, leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
 
 
-def _refuse_existing(directory: Path) -> None:
-    existing = sorted(f.name for f in directory.glob("*.safetensors*"))
+def refuse_weights(directory: str | os.PathLike) -> None:
+    """Raises what writing a checkpoint there would raise, so that it can be said before a model is loaded.
+
+    Raises:
+        FileExistsError: when the directory holds weights or a config already.
+        PermissionError and other OSErrors: when nothing can be written there.
+    """
+    directory = Path(directory)
+    existing = sorted(f.name for pattern in ("*.safetensors*", "config.json") for f in directory.glob(pattern))
     if existing:
         raise FileExistsError(
             f"{str(directory)!r} already holds {existing[0]!r}; choose another directory or remove it first."
         )
+    check_writable(directory)
 
 
 def _write(
@@ -138,12 +147,12 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """Weights, config.json with the fields `extra`, generation_config.json and the tokenizer's files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for _ in save_sharded(directory, tensors, max_shard_bytes=max_shard_bytes):
-        pass
-    fields = {**model.config.to_hf(), **extra}
-    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    special = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields.get(k) is not None}
-    (directory / "generation_config.json").write_text(json.dumps(special, indent=2, sort_keys=True) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    with whole_files(directory, last="config.json", needed=sum(t.nbytes for t in tensors.values())) as partial:
+        for _ in save_sharded(partial, tensors, max_shard_bytes=max_shard_bytes):
+            pass
+        fields = {**model.config.to_hf(), **extra}
+        write_text(partial / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        special = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields.get(k) is not None}
+        write_text(partial / "generation_config.json", json.dumps(special, indent=2, sort_keys=True) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)

@@ -35,7 +35,7 @@ def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
     state = {name: _tensor(torch, array) for name, array in merged_tensors(model, params).items()}
     if model.config.tie_word_embeddings:
         state[HEAD] = state[hf_name(model.config.embedding_path)]
-    with whole_file(path) as partial:
+    with whole_file(path, new=True, needed=sum(t.nbytes for t in state.values())) as partial:
         torch.save(state, partial)
 
 
