@@ -24,7 +24,8 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from test_cli import fails, run  # noqa: F401
 
 import jlora
-from jlora.cli import _flags_of, push
+from jlora.cli import push
+from jlora.cli.config_file import flags_of
 from jlora.report.publication import RunRecord, model_card, read_publication
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -537,10 +538,10 @@ def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):  # noqa: F8
 
 def test_places_are_not_flags(tmp_path):
     (tmp_path / "push.yaml").write_text("private: true\nlicense: mit\n")
-    assert _flags_of(push.Push, tmp_path / "push.yaml") == ["--private", "--license", "mit"]
+    assert flags_of(push.Push, tmp_path / "push.yaml") == ["--private", "--license", "mit"]
     (tmp_path / "push.yaml").write_text("repo: a/b\n")
     with pytest.raises(ValueError, match="given on the command line, without a flag"):
-        _flags_of(push.Push, tmp_path / "push.yaml")
+        flags_of(push.Push, tmp_path / "push.yaml")
 
 
 def test_the_hub_client_is_a_dependency():

@@ -11,6 +11,7 @@ import jax
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
 from jlora.data import eval_batches
+from jlora.formats.files import check_writable, whole_files, write_text
 from jlora.report import compare, print_comparison
 
 
@@ -28,6 +29,8 @@ class Compare(EvaluationData, Prompts, Weights):
 def run(options: Compare) -> None:
     if options.adapter is None:
         raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
+    if options.output is not None:
+        check_writable(options.output)
     found = read_prompts(options)
     model, params, tokenizer = load_weights(options)
     prompts = encode_prompts(found, options, tokenizer)
@@ -47,7 +50,6 @@ def run(options: Compare) -> None:
         )
     print_comparison(result)
     if options.output is not None:
-        directory = Path(options.output)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "compare.md").write_text(result.to_markdown())
-        (directory / "compare.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        with whole_files(Path(options.output), last="compare.json", replace=True) as partial:
+            write_text(partial / "compare.md", result.to_markdown())
+            write_text(partial / "compare.json", json.dumps(result.to_json(), indent=2) + "\n")

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
+from jlora.formats.files import check_writable, write_text
 from jlora.train import evaluate
 
 
@@ -19,6 +19,8 @@ class Evaluate(EvaluationData, Weights):
 
 def run(options: Evaluate) -> None:
     require_data(options)
+    if options.output is not None:
+        check_writable(options.output)
     model, params, tokenizer = load_weights(options)
     with open_data(options, tokenizer, model) as data:
         result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
@@ -35,8 +37,6 @@ def run(options: Evaluate) -> None:
         "max_length": data.length,
     }
     text = json.dumps(report, indent=2)
+    print(text, flush=True)  # before the file, whose disk may have filled up meanwhile
     if options.output is not None:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    print(text)
+        write_text(options.output, text + "\n")

@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
-from rich.console import Console
 
+from jlora._terminal import console, say
 from jlora.cli.base import Weights, load_weights, mergeable
 from jlora.io import load, save_pretrained
+from jlora.io.hf_save import refuse_weights
 from jlora.report import next_token_distance
 
 PROBE = 64  # random tokens on which the merged model is compared with the adapted one
@@ -23,16 +24,20 @@ class Merge(Weights):
 def run(options: Merge) -> None:
     if options.adapter is None:
         raise ValueError("There is nothing to merge without --adapter OUTPUT/adapter.")
-    console = Console(highlight=False)
+    refuse_weights(options.output)
+    terminal = console()
     model, params, tokenizer = load_weights(options)
     ids = jax.random.randint(jax.random.key(0), (1, min(PROBE, model.config.max_length)), 0, model.config.vocab_size)
     before = model.apply({"params": params}, ids)
-    model, params = mergeable(model, params, console)
+    model, params = mergeable(model, params, terminal)
     save_pretrained(options.output, model, params, tokenizer=tokenizer)
     del params  # one model at a time
     model, merged = load(options.output, dtype=model.dtype)
     kl = jax.vmap(next_token_distance)(model.apply({"params": merged}, ids)[0], before[0])[0]
-    console.print(
-        f"merged checkpoint: [bold]{options.output}[/] (loads in transformers); read back, its next-token distributions are "
-        f"{float(kl.mean()):.1e} nats (KL, mean of {kl.size} positions) from those with the adapter"
+    say(
+        terminal,
+        "merged checkpoint: ",
+        (options.output, "bold"),
+        " (loads in transformers); read back, its next-token distributions are "
+        f"{float(kl.mean()):.1e} nats (KL, mean of {kl.size} positions) from those with the adapter",
     )

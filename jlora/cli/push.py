@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tyro.conf import Positional, arg
 
+from jlora._terminal import console, say
 from jlora.formats.adapters import CONFIG, open_adapter
 from jlora.io.hub import Content, is_hub_id, push_files, size_of
 from jlora.report import plot_history
@@ -67,19 +66,22 @@ def run(options: Push) -> None:
             files[CARD] = model_card(
                 publication, options.repo, base_model=options.base_model, license=options.license, curve=CURVE in files
             ).encode()
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(_plan(options, files, publication))
+        terminal = console(soft_wrap=True)
+        terminal.print(_plan(options, files, publication))
         if written_here:
-            console.print(f"{CARD} is the one in {options.directory}; --overwrite-card writes one from the run")
+            say(terminal, f"{CARD} is the one in {options.directory}; --overwrite-card writes one from the run")
         if publication.base and not is_hub_id(publication.base) and options.base_model is None:
-            console.print(
-                Text(f"the base model is a local path, {publication.base}: others need --base-model HUB/ID to use this")
-            )
+            said = f"the base model is a local path, {publication.base}: others need --base-model HUB/ID to use this"
+            say(terminal, said)
         if options.dry_run:
             card = files[CARD]
-            console.rule(CARD, align="left")
-            print((card if isinstance(card, bytes) else card.read_bytes()).decode(), end="")
-            console.rule("nothing was sent", align="left")
+            terminal.rule(CARD, align="left")
+            say(
+                terminal,
+                (card if isinstance(card, bytes) else card.read_bytes()).decode(errors="backslashreplace"),
+                end="",
+            )
+            terminal.rule("nothing was sent", align="left")
             return
         pushed = push_files(
             options.repo,
@@ -90,9 +92,9 @@ def run(options: Push) -> None:
             # A card that is generated gives way to one that somebody has put there.
             keep=() if options.overwrite_card or written_here else (CARD,),
         )
-    console.print(f"pushed: [bold]{pushed.url}[/]")
+    say(terminal, "pushed: ", (pushed.url, "bold"))
     if pushed.kept:
-        console.print(f"{CARD} of the repository was kept; --overwrite-card replaces it")
+        say(terminal, f"{CARD} of the repository was kept; --overwrite-card replaces it")
 
 
 def contents(options: Push, publication: Publication, scratch: Path) -> dict[str, Content]:

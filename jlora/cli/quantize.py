@@ -4,10 +4,11 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
-from rich.console import Console
 
+from jlora._terminal import console, say
 from jlora._tree import count, nbytes
 from jlora.io import load, load_tokenizer, save_quantized
+from jlora.io.hf_save import refuse_weights
 from jlora.quant import NF4
 
 
@@ -29,9 +30,13 @@ class Quantize:
 
 def run(options: Quantize) -> None:
     spec = NF4(block_size=options.block_size, double_quant=options.double_quant)
+    refuse_weights(options.output)
     model, params = load(options.model, dtype=jnp.dtype(options.dtype), quantize=spec)
     save_quantized(options.output, model, params, tokenizer=load_tokenizer(options.model))
-    Console(highlight=False).print(
-        f"4-bit checkpoint: [bold]{options.output}[/], {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB "
-        f"({8 * nbytes(params) / count(params):.2f} bits a parameter, {options.dtype} embeddings and norms included)"
+    say(
+        console(),
+        "4-bit checkpoint: ",
+        (options.output, "bold"),
+        f", {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB ({8 * nbytes(params) / count(params):.2f} bits a "
+        f"parameter, {options.dtype} embeddings and norms included)",
     )

@@ -64,7 +64,10 @@ def no_space(error: BaseException, path: str | os.PathLike | None = None, *, nee
     if not full:
         return None
     names = [path, *(getattr(c, "filename", None) for c in full)]
-    place = Path(next((os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)), "."))
+    name = next((os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)), None)
+    if name is None:
+        return f"{_FULL[next(iter(full.values()))]} the device"
+    place = Path(name)
     free = f"{_size(shutil.disk_usage(_there(place)).free)} free"
     shown = Path(*(part for part in place.parts if not (part.startswith(".") and _PARTIAL in part)))
     return f"{_FULL[next(iter(full.values()))]} {_disk(place)} for {str(shown)!r}: " + (
