@@ -4,7 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
 from jlora.train import evaluate
 
@@ -18,9 +19,10 @@ class Evaluate(EvaluationData, Weights):
 
 
 def run(options: Evaluate) -> None:
+    options, trained = as_trained(options, *OF_DATA, "quantize")
     require_data(options)
-    model, params, tokenizer = load_weights(options)
-    with open_data(options, tokenizer, model) as data:
+    model, params, tokenizer, _ = load_weights(options)
+    with open_data(options, tokenizer, model, trained) as data:
         result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
     report = {
         "model": resolve_model(options),

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights, mergeable, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
 from jlora.formats.files import refuse_existing
 from jlora.io import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
 from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
@@ -34,21 +35,24 @@ def run(options: Export) -> None:
         raise ValueError("There is no adapter to export without --adapter OUTPUT/adapter.")
     if options.to != "transformers":  # that one writes into an existing directory, too
         refuse_existing(options.output)
-    model, params, tokenizer = load_weights(options)
+    options, _ = as_trained(options, "quantize")
+    model, params, tokenizer, tokenizer_files = load_weights(options, to_write=True)
     console = Console(highlight=False, soft_wrap=True)
     if options.to not in _OF_ADAPTERS:  # those are written beside the base as it is
         model, params = mergeable(model, params, console)
-    said = _WRITERS[options.to](options, model, params, tokenizer)
+    said = _WRITERS[options.to](options, model, params, tokenizer_files if options.to == "transformers" else tokenizer)
     console.print(f"[bold]{options.output}[/]: {said}")
 
 
 def _transformers(options: Export, model, params, tokenizer) -> str:
-    save_pretrained(options.output, model, params, tokenizer=tokenizer)
+    save_pretrained(
+        options.output, model, params, tokenizer=tokenizer, base=resolve_model(options), dtype=written_dtype(options)
+    )
     return "a checkpoint that transformers loads"
 
 
 def _torch(options: Export, model, params, tokenizer) -> str:
-    save_torch(options.output, model, params)
+    save_torch(options.output, model, params, base=resolve_model(options), dtype=written_dtype(options))
     return "a state dict for torch.load and load_state_dict"
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights, mergeable
+from jlora.cli.as_trained import as_trained, merged_settings
+from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
 from jlora.io import load, save_pretrained
 from jlora.report import next_token_distance
 
@@ -24,11 +25,21 @@ def run(options: Merge) -> None:
     if options.adapter is None:
         raise ValueError("There is nothing to merge without --adapter OUTPUT/adapter.")
     console = Console(highlight=False)
-    model, params, tokenizer = load_weights(options)
+    options, trained = as_trained(options, "quantize")
+    model, params, _, tokenizer_files = load_weights(options, to_write=True)
     ids = jax.random.randint(jax.random.key(0), (1, min(PROBE, model.config.max_length)), 0, model.config.vocab_size)
     before = model.apply({"params": params}, ids)
     model, params = mergeable(model, params, console)
-    save_pretrained(options.output, model, params, tokenizer=tokenizer)
+    save_pretrained(
+        options.output,
+        model,
+        params,
+        tokenizer=tokenizer_files,
+        base=resolve_model(options),
+        dtype=written_dtype(options),
+    )
+    if trained is not None:
+        merged_settings(trained).write(options.output)
     del params  # one model at a time
     model, merged = load(options.output, dtype=model.dtype)
     kl = jax.vmap(next_token_distance)(model.apply({"params": merged}, ids)[0], before[0])[0]
