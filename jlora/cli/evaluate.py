@@ -3,7 +3,8 @@
 import dataclasses
 import json
 
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
 from jlora.formats.files import check_writable, write_text
 from jlora.train import evaluate
@@ -18,11 +19,12 @@ class Evaluate(EvaluationData, Weights):
 
 
 def run(options: Evaluate) -> None:
+    options, trained = as_trained(options, *OF_DATA, "quantize")
     require_data(options)
     if options.output is not None:
-        check_writable(options.output)
-    model, params, tokenizer = load_weights(options)
-    with open_data(options, tokenizer, model) as data:
+        check_writable(options.output, file=True)
+    model, params, tokenizer, _ = load_weights(options)
+    with open_data(options, tokenizer, model, trained) as data:
         result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
     report = {
         "model": resolve_model(options),

@@ -13,11 +13,13 @@ from tyro.conf import Positional, arg
 from jlora._modules import linear_kernels
 from jlora._terminal import console, say
 from jlora._tree import flatten
-from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import PEFT, adapter_directories, open_adapter
 from jlora.formats.mlx import checkpoint_module
+from jlora.formats.run_settings import RunSettings
 from jlora.io import find, load_tokenizer, read_config
 from jlora.io.adapters import factor_names
 from jlora.io.peft import PREFIX
@@ -44,7 +46,8 @@ def run(options: Inspect) -> None:
         for directory in adapter_directories(options.adapter).values() or (options.adapter,):
             terminal.print(adapter_table(str(directory)))
     if options.data is not None:
-        show_data(options, terminal)
+        options, trained = as_trained(options, *OF_DATA[1:])
+        show_data(options, terminal, trained)
     elif options.adapter is None:
         terminal.print(kernel_table(resolve_model(options)))
 
@@ -61,11 +64,11 @@ def _resolved(options: Inspect) -> Inspect:
     return dataclasses.replace(options, **{field: options.path, "path": None})
 
 
-def show_data(options: Inspect, terminal: Console) -> None:
+def show_data(options: Inspect, terminal: Console, trained: RunSettings | None = None) -> None:
     name = resolve_model(options)
     tokenizer = load_tokenizer(name)
     model = model_from_config(read_config(find(name)), dtype=jnp.float32)
-    with open_data(options, tokenizer, model) as data:
+    with open_data(options, tokenizer, model, trained) as data:
         counts = summary(data)
         for number, runs in enumerate(preview(data, tokenizer, rows=options.rows), start=1):
             terminal.rule(f"row {number} of {counts['rows']}", align="left", style="dim")

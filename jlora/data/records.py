@@ -1,7 +1,7 @@
 """Read instruction and chat records from a file or the hub, telling where each bad one stands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
-def read_records(source: str | Path) -> list[tuple[str, Record]]:
+def read_records(
+    source: str | Path, *, prepare: Callable[[Any], Any] = lambda value: value
+) -> list[tuple[str, Record]]:
     """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
 
     A record comes back as {"instruction", "input", "output"} (strings; a missing or null `input` is "") or as
@@ -23,6 +25,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
 
     Args:
         source: a path that ends in `.jsonl` or `.json`, else the id of a data set on the Hugging Face hub.
+        prepare: what to make of each value before it is read as a record.
     Returns:
         (where, record) pairs in the order of the file; `where` is "file:line", or "id[row]" for the hub.
     Raises:
@@ -39,7 +42,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
         try:
             if isinstance(value, ValueError):
                 raise value
-            records.append((where, _normalized(value)))
+            records.append((where, _normalized(prepare(value))))
         except ValueError as error:
             problems.append(f"  {where}: {error}")
             if len(problems) == _LISTED:

@@ -4,7 +4,9 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shutil
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +19,7 @@ import numpy as np
 from jlora.data.batches import IGNORED, Row
 from jlora.data.chunks import stable_chunks
 from jlora.data.stats import Stats
-from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id
+from jlora.data.tokens import Tokenizer, added_bos, encode, encode_many, fingerprint, largest_id, with_bos
 
 META = "meta.json"
 SPLITS = ("train", "validation")
@@ -186,9 +188,15 @@ def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
     """(name, file) of each document. Names leave out the folder, so that a moved data set is still the same."""
     if isinstance(path, str | Path) and Path(path).is_dir():
         folder = Path(path)
-        found = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*.txt") if file.is_file())
+        files = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
+        found = [(name, file) for name, file in files if file.suffix.lower() == ".txt"]
         if not found:
             raise FileNotFoundError(f"a folder of text needs `.txt` files; {folder} has none. Give the file itself.")
+        left_out = [n for n, file in files if file.suffix.lower() != ".txt" and not re.search(r"(^|/)\.", n)]
+        if left_out:
+            warnings.warn(
+                f"of the folder {folder}, only the `.txt` files are text; left out: {_few(left_out)}", stacklevel=3
+            )
     else:
         files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
         found = [(file.name, file) for file in files]
@@ -261,8 +269,8 @@ def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: 
             chunks = stable_chunks(_read_blocks(file), partial(encode, tokenizer))
             while group := list(islice(chunks, _BLOCKS_AT_ONCE)):
                 for ids in encode_many(tokenizer, group):
-                    if last is None and bos is not None and ids[:1] != [bos]:
-                        ids = [bos, *ids]
+                    if last is None:
+                        ids = with_bos(ids, bos)
                     np.asarray(ids, dtype).tofile(out)
                     last = ids[-1] if ids else last
             if eos is not None and last != eos:

@@ -21,6 +21,7 @@ from jlora.data import InstructDataset, TextDataset
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.run import Run
+from jlora.formats.run_settings import RunSettings
 from jlora.io import find, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
@@ -167,6 +168,22 @@ class _Job:
             config.eval_every or every, config.checkpoint_every or every,
         )  # fmt: skip
 
+    def settings(self) -> RunSettings:
+        config = self.config
+        share = config.eval_fraction
+        if share is None:
+            share = data_lib.EVAL_FRACTION if config.eval_data is None else 0.0
+        return RunSettings(
+            template=config.template if isinstance(self.train, InstructDataset) else None,
+            data=config.data,
+            eval_data=config.eval_data,
+            eval_fraction=share,
+            seed=config.seed,
+            max_length=config.max_length or min(DEFAULT_MAX_LENGTH, self.model.config.max_length),
+            pack=config.pack,
+            quantize=config.quantize,
+        )
+
     def evaluate(self, adapter: Any) -> float:
         assert self.evaluation is not None
         batches = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
@@ -257,6 +274,7 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
         state = checkpoints.restore(state, chosen)
     save_adapter(run.adapter, combine(state.adapter, job.base), config=job.lora, base_model=config.model)
     job.tokenizer.save_pretrained(run.adapter)
+    job.settings().write(run.adapter)
     result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
