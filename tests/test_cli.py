@@ -17,6 +17,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from command import run
 
 import jlora
 from jlora import cli
@@ -31,44 +32,6 @@ FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "
     "--batch-size 2 --accumulate 2 --max-length 32 --seed 3 --checkpoint-every 3 --eval-every 2"
 ).split()
-
-
-def run(*flags):
-    """The exit code of a command, 0 when it returns."""
-    try:
-        cli.main([str(flag) for flag in flags])
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-@pytest.fixture
-def jlora_(capsys):
-    """Runs a command that must succeed; gives what it printed."""
-
-    def call(*flags):
-        capsys.readouterr()
-        code = run(*flags)
-        said = capsys.readouterr()
-        assert code == 0, said.err
-        return said.out
-
-    return call
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail; gives the message."""
-
-    def call(*flags, code=cli.FAILURE):
-        capsys.readouterr()
-        assert run(*flags) == code
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ")
-        assert "Traceback" not in said.err
-        return said.err.removeprefix("error: ")
-
-    return call
 
 
 @pytest.fixture(scope="module")

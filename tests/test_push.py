@@ -19,9 +19,9 @@ import jax
 import pytest
 import tiny
 import yaml
+from command import run
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from test_cli import fails, run  # noqa: F401
 
 import jlora
 from jlora.cli import push
@@ -345,7 +345,7 @@ def test_a_card_beside_the_adapter_is_the_users(hub, finetuned, tmp_path, capsys
     assert (tmp_path / "mine" / "README.md").read_text().endswith("My own words.")
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub, finetuned, fails):  # noqa: F811
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, finetuned, fails):
     assert run("push", finetuned, REPO) == 0
     hub.files().clear()
     assert "exists and is public, so nothing was pushed" in fails("push", finetuned, REPO, "--private")
@@ -444,7 +444,7 @@ def test_only_data_of_the_hub_are_named_as_such(data, shards, named, finetuned, 
         ("/commit/", 413, "(status 413)"),
     ],
 )
-def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkeypatch):
     before = snapshot(finetuned)
     hub.failures = {where: (status, {"error": "no"})}
     if where == "/api/repos/create" and status < 500:
@@ -458,33 +458,33 @@ def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkey
     assert run("push", finetuned, REPO) == 0, "and once it is mended, the same command does it"
 
 
-def test_a_hub_that_fails_after_the_commit(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_a_hub_that_fails_after_the_commit(hub, finetuned, fails, monkeypatch):
     hub.failures = {"/tree/": (500, {"error": "no"})}
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     said = fails("push", finetuned, REPO, "--overwrite-card")
     assert "The files were sent, but not looked at again." in said and "tokenizer.json" in hub.files()
 
 
-def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):  # noqa: F811
+def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\n- a\n- list\n---\n")
     said = fails("push", tmp_path / "mine", REPO)
     assert "Invalid metadata in README.md. - not a mapping" in said and not hub.files()
 
 
-def test_no_token(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_no_token(hub, finetuned, fails, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     said = fails("push", finetuned, REPO)
     assert "There is no Hugging Face token" in said and "hf auth login" in said and not hub.calls
 
 
-def test_a_wrong_token(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_a_wrong_token(hub, finetuned, fails, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     said = fails("push", finetuned, REPO)
     assert "the token was refused" in said and "hf_another" not in said and not hub.repos
 
 
-def test_nobody_answers(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_nobody_answers(hub, finetuned, fails, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "Check the repository's name, the network and HF_ENDPOINT" in fails("push", finetuned, REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -492,11 +492,14 @@ def test_nobody_answers(hub, finetuned, fails, monkeypatch):  # noqa: F811
     assert "OfflineModeIsEnabled" in said and "offline mode" in said and ".." not in said
 
 
-def test_a_name_that_is_none(hub, finetuned, fails):  # noqa: F811
-    assert "HFValidationError" in fails("push", finetuned, "a/b/c") and not hub.calls
+def test_a_name_that_is_none(hub, finetuned, fails):
+    for name in ("a/b/c", "../x", "/x", "x/", "a b/c", "a..b", "a\nb", "", "a/b.git"):
+        for dry in ((), ("--dry-run",)):
+            assert "is called user/name" in fails("push", finetuned, name, *dry) and not hub.calls
+    assert "is called user/name" in fails("push", finetuned, "a/b", "--base-model", "/home/me/gpt2") and not hub.calls
 
 
-def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):  # noqa: F811
+def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):
     """huggingface_hub passes over what the repository's .gitignore names, and says nothing."""
     hub.ignored = {"tokenizer.json"}
     assert "did not take tokenizer.json (does it have a .gitignore" in fails("push", finetuned, REPO)
@@ -525,13 +528,13 @@ def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):  #
         (lambda d: (d / "config.json").write_text("{}"), "There is no model.safetensors"),
     ],
 )
-def test_what_is_not_there_is_not_pushed(make, says, hub, fails, tmp_path):  # noqa: F811
+def test_what_is_not_there_is_not_pushed(make, says, hub, fails, tmp_path):
     (tmp_path / "x").mkdir()
     make(tmp_path / "x")
     assert says in fails("push", tmp_path / "x", REPO) and not hub.calls
 
 
-def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):  # noqa: F811
+def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     assert "`--include` means files of a run" in fails("push", tmp_path / "mine", REPO, "--include", "metrics")
 

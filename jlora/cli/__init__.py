@@ -167,6 +167,10 @@ def _interrupted(stop: BaseException) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if "huggingface_hub" in sys.modules:
+        from jlora.io.hub import without_token
+
+        message = without_token(message)
     say(console(stderr=True), ("error:", "bold red"), f" {message}")
     sys.exit(code)
 

@@ -1,6 +1,7 @@
 """`jlora export`."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,8 @@ def _gguf_adapter(options: Export, model, params, tokenizer) -> str:
 
 def _ollama(options: Export, model, params, tokenizer) -> str:
     directory = Path(options.output)
-    name = f"{directory.name}.gguf"
+    # A Modelfile's lines know no escapes.
+    name = f"{directory.name}.gguf" if re.fullmatch(r"[\w.-]+", directory.name) else "model.gguf"
     text = modelfile(name, tokenizer, model.config)
     with whole_directory(directory) as partial:
         save_gguf(partial / name, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)

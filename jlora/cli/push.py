@@ -12,9 +12,9 @@ from tyro.conf import Positional, arg
 
 from jlora._terminal import console, say
 from jlora.formats.adapters import CONFIG, open_adapter
-from jlora.io.hub import Content, is_hub_id, push_files, size_of
+from jlora.io.hub import Content, check_name, is_hub_id, push_files, size_of
 from jlora.report import plot_history
-from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication
+from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication, refuse_links
 
 Extra = Literal["metrics", "config", "checkpoints"]
 
@@ -55,12 +55,16 @@ class Push:
 
 
 def run(options: Push) -> None:
+    check_name(options.repo)
+    if options.base_model is not None:
+        check_name(options.base_model)
     publication = read_publication(options.directory, run=options.run)
     own_card = publication.root / CARD
     written_here = own_card.is_file() and not options.overwrite_card
     with tempfile.TemporaryDirectory() as scratch:
         files = contents(options, publication, Path(scratch))
         if written_here:
+            refuse_links(publication.root, [own_card])
             files[CARD] = own_card
         else:
             files[CARD] = model_card(
@@ -118,6 +122,7 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         found = [p for pattern in _EXTRAS[extra] for p in sorted(record.directory.glob(pattern)) if p.is_file()]
         if not found:
             raise FileNotFoundError(f"`--include {extra}`: there are none in {str(record.directory)!r}.")
+        refuse_links(record.directory, found)
         files |= {path.relative_to(record.directory).as_posix(): path for path in found}
     return files
 

@@ -127,13 +127,18 @@ def refuse_existing(path: str | os.PathLike) -> Path:
     raise FileExistsError(f"{str(path)!r} exists; choose another file name or remove it first.")
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Tries whether a file or directory can be made at `path`, before the work whose result is to go there.
+def check_writable(path: str | os.PathLike, *, file: bool = False) -> None:
+    """Tries whether something can be made at `path`, or in the directory there, before the work whose result is to go there.
+
+    Args:
+        file: it is to be a file.
 
     Raises:
-        PermissionError, NotADirectoryError and other OSErrors: when it cannot.
+        PermissionError, NotADirectoryError, IsADirectoryError and other OSErrors: when it cannot.
     """
     path = Path(path)
+    if file and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     parent = next(p for p in (path if path.is_dir() else path.parent, *path.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))

@@ -56,7 +56,8 @@ def plot_history(metrics: str | os.PathLike, output: str | os.PathLike) -> None:
         )  # fmt: skip
     loss.set_ylabel("loss (nats a token)")
     loss.legend(frameon=False)
-    rate.plot([e["step"] for e in steps], [e["learning_rate"] for e in steps], color="#5c6b73", linewidth=1)
+    rates = [e for e in steps if "learning_rate" in e]
+    rate.plot([e["step"] for e in rates], [e["learning_rate"] for e in rates], color="#5c6b73", linewidth=1)
     rate.set_ylabel("rate")
     rate.set_xlabel("step")
     for axes in (loss, rate):
