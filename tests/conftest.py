@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 
@@ -169,8 +170,9 @@ def fails(capsys):
         capsys.readouterr()
         assert run(*flags) == code
         said = capsys.readouterr()
-        assert said.err.startswith("error: ")
+        *notes, message = re.split("^error: ", said.err, flags=re.MULTILINE)
+        assert len(notes) == 1 and all(line.startswith("note: ") for line in notes[0].splitlines())
         assert "Traceback" not in said.err
-        return said.err.removeprefix("error: ")
+        return message
 
     return call

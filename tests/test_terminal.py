@@ -206,7 +206,9 @@ def test_a_reader_that_has_seen_enough():
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with open(tmp_path / "file") as only_to_read:
-        done = subprocess.run([*COMMAND, "--version"], stdout=only_to_read, stderr=subprocess.PIPE, text=True)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        pipes = {"stdout": only_to_read, "stderr": subprocess.PIPE}
+        done = subprocess.run([*COMMAND, "--version"], **pipes, text=True, env=buffered)
     assert (done.returncode, done.stderr) == (
         cli.FAILURE,
         "error: standard output cannot be written: Bad file descriptor.\n",

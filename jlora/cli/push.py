@@ -11,7 +11,10 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from jlora._terminal import console, say
+from jlora.data import is_hub_data
+from jlora.formats import run_settings
 from jlora.formats.adapters import CONFIG, open_adapter
+from jlora.formats.run_settings import RunSettings
 from jlora.io.hub import Content, check_name, is_hub_id, push_files, size_of
 from jlora.report import plot_history
 from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication, refuse_links
@@ -108,6 +111,13 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         found = open_adapter(publication.root)
         fields = dict(found.fields) | {found.layout.base: options.base_model}
         files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
+    settings = RunSettings.read(publication.root) if run_settings.FILE in files else None
+    if settings is not None:  # data of this machine are not told
+        told = {
+            name: value for name in ("data", "eval_data") if (value := getattr(settings, name)) and is_hub_data(value)
+        }
+        settings = dataclasses.replace(settings, **{"data": None, "eval_data": None} | told)
+        files[run_settings.FILE] = settings.to_json()
     record = publication.run
     if record is None:
         if options.include:

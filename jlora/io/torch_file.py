@@ -49,7 +49,9 @@ def save_torch(
     if model.config.tie_word_embeddings:
         state[HEAD] = state[hf_name(model.config.embedding_path)]
     with whole_file(path, new=True, needed=sum(t.nbytes for t in state.values())) as partial:
-        torch.save(state, partial)
+        # A file of Python's: torch's own loses what the system says of a full disk.
+        with partial.open("wb") as file:
+            torch.save(state, file)
 
 
 def _tensor(torch: Any, array: np.ndarray) -> Any:

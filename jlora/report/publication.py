@@ -14,19 +14,15 @@ import yaml
 
 from jlora._terminal import visible
 from jlora.data import is_hub_data
-from jlora.formats import Checkpoint
+from jlora.formats import Checkpoint, run_settings
 from jlora.formats.adapters import CONFIG, MLX, PEFT, open_adapter
+from jlora.formats.checkpoint_files import TERMS, TOKENIZER
 from jlora.formats.structured import parse_json, read_text, read_yaml
 from jlora.io.hub import is_hub_id
 from jlora.lora import LoraConfig
 
 CARD = "README.md"
 CURVE = "loss.png"
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja",
-)  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -377,20 +373,28 @@ def _use_gguf(publication: Publication, repo: str) -> Iterator[str]:
 _ADAPTERS: Mapping[str, Kind] = {
     PEFT.name: Kind(
         "LoRA adapter",
-        (CONFIG, PEFT.weights, *_TOKENIZER),
+        (CONFIG, PEFT.weights, run_settings.FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_peft,
     ),
     MLX.name: Kind(
         "LoRA adapter in mlx-lm's layout",
-        (CONFIG, MLX.weights, *_TOKENIZER),
+        (CONFIG, MLX.weights, run_settings.FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_mlx,
     ),
 }
 _CHECKPOINT = Kind(
     "checkpoint",
-    ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER),
+    (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        run_settings.FILE,
+        *TOKENIZER,
+        *TERMS,
+    ),
     {"library_name": "transformers", "pipeline_tag": "text-generation"},
     _use_checkpoint,
 )
