@@ -453,6 +453,7 @@ def test_names_stay_text_in_the_card(name, finetuned, tmp_path):
     record = RunRecord.read(finetuned)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**record.config, "data": name, "targets": [name]}))
     shutil.copy(finetuned / "metrics.jsonl", tmp_path)
+    (tmp_path / "data" / "train").mkdir(parents=True)
     card = model_card(read_publication(tmp_path), REPO)
     plain = model_card(read_publication(finetuned), REPO)
     assert card.count("\n") == plain.count("\n") and "\x1b" not in card
