@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
+from jlora.data import is_hub_data
 from jlora.formats.adapters import CONFIG, open_adapter
+from jlora.formats.run_settings import FILE, RunSettings
 from jlora.io.hub import Content, is_hub_id, push_files, size_of
 from jlora.report import plot_history
 from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication
@@ -102,6 +104,8 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         found = open_adapter(publication.root)
         fields = dict(found.fields) | {found.layout.base: options.base_model}
         files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
+    if FILE in files:
+        files[FILE] = _shared_settings(publication.root)
     record = publication.run
     if record is None:
         if options.include:
@@ -118,6 +122,16 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
             raise FileNotFoundError(f"`--include {extra}`: there are none in {str(record.directory)!r}.")
         files |= {path.relative_to(record.directory).as_posix(): path for path in found}
     return files
+
+
+def _shared_settings(directory: Path) -> bytes:
+    """The run's settings without paths of this machine."""
+    settings = RunSettings.read(directory)
+    assert settings is not None, "its file is among those that were found"
+    named = {"data": settings.data, "eval_data": settings.eval_data}
+    text = settings.template is None
+    local = {name: None for name, value in named.items() if value and (text or not is_hub_data(value))}
+    return dataclasses.replace(settings, **local).to_json()
 
 
 def _plan(options: Push, files: Mapping[str, Content], publication: Publication) -> Table:

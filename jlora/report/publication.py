@@ -13,16 +13,13 @@ import yaml
 from jlora.data import is_hub_data
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import CONFIG, MLX, PEFT, open_adapter
+from jlora.formats.checkpoint_files import TERMS, TOKENIZER
+from jlora.formats.run_settings import FILE
 from jlora.io.hub import is_hub_id
 from jlora.lora import LoraConfig
 
 CARD = "README.md"
 CURVE = "loss.png"
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja",
-)  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -324,20 +321,28 @@ def _use_gguf(publication: Publication, repo: str) -> Iterator[str]:
 _ADAPTERS: Mapping[str, Kind] = {
     PEFT.name: Kind(
         "LoRA adapter",
-        (CONFIG, PEFT.weights, *_TOKENIZER),
+        (CONFIG, PEFT.weights, FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_peft,
     ),
     MLX.name: Kind(
         "LoRA adapter in mlx-lm's layout",
-        (CONFIG, MLX.weights, *_TOKENIZER),
+        (CONFIG, MLX.weights, FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_mlx,
     ),
 }
 _CHECKPOINT = Kind(
     "checkpoint",
-    ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER),
+    (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        FILE,
+        *TOKENIZER,
+        *TERMS,
+    ),  # fmt: skip
     {"library_name": "transformers", "pipeline_tag": "text-generation"},
     _use_checkpoint,
 )
