@@ -120,7 +120,7 @@ def test_evaluate_gives_the_runs_own_figure(chat_run, records_file, call):
         ),
         (("--template", "alpaca"), "template alpaca (it was chat); the figures do not compare with the run's\n"),
         (("--quantize", "none"), "quantize none (it was nf4); the figures do not compare with the run's\n"),
-        (("--max-length", 40), "max_length 40 (it was 48); the figures do not compare with the run's\n"),
+        (("--max-length", 26), "max_length 26 (it was 48); the figures do not compare with the run's\n"),
     ],
 )
 def test_flags_win_and_what_differs_is_said(flags, says, chat_run, records_file, call):
