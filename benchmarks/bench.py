@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -50,7 +51,8 @@ def machine(threads: int) -> dict[str, Any]:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout if shutil.which("git") else ""
     return {
         "cpu": fields.get("model name", platform.processor()),
         "isa": [flag for flag in ISA_FLAGS if flag in fields.get("flags", "").split()],
@@ -58,7 +60,7 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
     }
 
 

@@ -122,11 +122,17 @@ def test_no_recompilation_and_no_allocation(checkpoint):
 def test_attention_kernel_table():
     def choose(**changes):
         return attention_kernel(
-            **({"dtype": jnp.bfloat16, "head_dim": 64, "masked": False, "backend": "gpu"} | changes)
+            **(
+                {"dtype": jnp.bfloat16, "head_dim": 64, "seq": 8, "kv_len": 8, "masked": False, "backend": "gpu"}
+                | changes
+            )
         )
 
-    assert choose() == "cudnn"
-    for change in ({"backend": "cpu"}, {"dtype": jnp.float32}, {"head_dim": 36}, {"head_dim": 256}, {"masked": True}):
+    for change in ({}, {"masked": True}, {"seq": 7, "kv_len": 7}):
+        assert choose(**change) == "cudnn"
+    of_a_cache = {"seq": 1, "masked": True}
+    odd = {"seq": 7, "kv_len": 7, "masked": True}
+    for change in ({"backend": "cpu"}, {"dtype": jnp.float32}, {"head_dim": 36}, {"head_dim": 256}, of_a_cache, odd):
         assert choose(**change) == "xla"
 
 

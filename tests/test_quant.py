@@ -465,7 +465,7 @@ def test_adapters_on_a_quantized_base():
     assert isinstance(weight.base, jlora.NF4Tensor)
 
 
-@pytest.mark.parametrize(("rows", "product"), [(1, "reduce"), (4, "reduce"), (5, "dot_general"), (512, "dot_general")])
+@pytest.mark.parametrize(("rows", "product"), [(1, "reduce"), (2, "dot_general"), (512, "dot_general")])
 def test_what_a_gpu_would_run(rows, product, monkeypatch):
     """Lowered for CUDA, not run: codes are looked up in a table, and a few rows multiply without writing the kernel."""
     q = jlora.quantize(draw(128, 64), jlora.NF4())

@@ -153,13 +153,15 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], rope) -> Float[Array, "b
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-def attention_kernel(*, dtype: Any, head_dim: int, masked: bool, backend: str) -> str:
-    """Which attention runs: "cudnn" (flash) for 16-bit plain causal attention on a GPU, "xla" otherwise.
+def attention_kernel(
+    *, dtype: Any, head_dim: int, seq: int, kv_len: int, masked: bool, backend: str
+) -> Literal["cudnn", "xla"]:
+    """Which attention runs: "cudnn" (flash) for 16-bit attention of a row to itself on a GPU, "xla" otherwise.
 
-    cuDNN takes head_dim a multiple of 8 up to 128, and an explicit mask only as a dense additive bias.
+    cuDNN takes head_dim a multiple of 8 up to 128, and a mask as an additive bias of rows of even length.
     """
     fits = backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and not masked else "xla"
+    return "cudnn" if fits and seq == kv_len and not (masked and seq % 2) else "xla"
 
 
 def attention(
@@ -168,14 +170,18 @@ def attention(
     v: Float[Array, "batch kv_len kv_heads head_dim"],
     mask: Bool[Array, "batch seq kv_len"] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Grouped-query attention, scaled by 1/sqrt(head_dim), softmax in float32. `mask` None: causal, kv_len = seq."""
+    """Grouped-query attention, scaled by 1/sqrt(head_dim), softmax in float32. `mask` None: causal, kv_len = seq.
+
+    Where kv_len = seq a query must not be allowed a later key, which cuDNN leaves out whatever the mask says.
+    """
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    if (
-        attention_kernel(dtype=q.dtype, head_dim=head_dim, masked=mask is not None, backend=jax.default_backend())
-        == "cudnn"
-    ):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    kernel = attention_kernel(
+        dtype=q.dtype, head_dim=head_dim, seq=seq, kv_len=k.shape[1], masked=mask is not None, backend=jax.default_backend()
+    )  # fmt: skip
+    if kernel == "cudnn":
+        heads_alike = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=heads_alike, is_causal=True, implementation="cudnn")
     if mask is None:
         mask = jnp.tril(jnp.ones((seq, seq), bool))[None]
     groups = heads // kv_heads

@@ -29,8 +29,12 @@ def by_reducing(x: Float[Array, "tokens d"], rows: Callable[[], Array], transpos
 
 IMPLEMENTATIONS: Mapping[str, Callable] = {"dequantize": by_dequantizing, "reduce": by_reducing}
 
-REDUCE_UP_TO = {"gpu": 4}
-"""Rows of x up to which "reduce" is chosen, by backend; elsewhere never. See `benchmarks/quantized_matmul.py`."""
+REDUCE_UP_TO = {"gpu": 1}
+"""Rows of x up to which "reduce" is chosen, by backend; elsewhere never.
+
+On an H200 one row takes 15 against 44 us (2048 x 8192) and 41 against 119 us (14336 x 4096), four take 48 against 34 and 204
+against 119 us (`benchmarks/gpu.py`, section "products").
+"""
 
 
 def implementation(rows: int, backend: str) -> str:

@@ -1,0 +1,114 @@
+"""Every path of a GPU lowered for CUDA, where there is none: what `benchmarks/gpu.py` would compile there."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+import jlora
+from jlora import generation
+from jlora.quant.matmul import quantized_matmul
+from jlora.train.loss import cross_entropy
+from jlora.train.memory import abstract_batch, abstract_tree
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import gpu_models
+
+FUSED = {False: "__cudnn$fmhaSoftmax", True: "__cudnn$fmhaScaleBiasSoftmax"}
+"""Whether a mask goes in as a bias -> the name of cuDNN's call."""
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """jlora chooses as on a Hopper GPU with a current cuDNN."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: float(capability) <= 9.0)
+    monkeypatch.setattr(
+        cudnn, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0", raising=False
+    )
+    jax.clear_caches()
+    yield
+    jax.clear_caches()  # what was traced for the GPU must not reach the CPU
+
+
+def lowered(function, *arguments, **static) -> str:
+    function = function if hasattr(function, "trace") else jax.jit(function)
+    return function.trace(*arguments, **static).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def of(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def tree(*, dtype=jnp.bfloat16, nf4=False, stack=True, lora=gpu_models.LORA):
+    quantize = jlora.NF4() if nf4 else None
+    return abstract_tree(gpu_models.model_of("tiny"), lora, dtype=dtype, quantize=quantize, stack=stack)
+
+
+def training_step(*, dtype="bfloat16", nf4=False, stack=True, segments=False, remat="none") -> str:
+    model = gpu_models.model_of("tiny", dtype=dtype, remat=remat)
+    adapter, base = jlora.split(tree(dtype=dtype, nf4=nf4, stack=stack))
+    tx = gpu_models.optimizer()
+    state = jax.eval_shape(lambda a: jlora.train.init_state(a, tx), adapter)
+    step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
+    return lowered(step, state, base, abstract_batch(2, 64, segments=segments), None)
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["one text a row", "packed"])
+@pytest.mark.parametrize(("stack", "remat"), [(True, "none"), (True, "layer"), (False, "none")], ids=str)
+@pytest.mark.parametrize("nf4", [False, True], ids=["LoRA", "QLoRA"])
+def test_a_bfloat16_step_attends_by_cudnn(nf4, stack, remat, segments):
+    text = training_step(nf4=nf4, stack=stack, remat=remat, segments=segments)
+    layers = 1 if stack else gpu_models.SHAPES["tiny"]["num_hidden_layers"]
+    assert text.count(f"{FUSED[segments]}Backward(") == layers, "one backward call a layer"
+    assert text.count(f"{FUSED[segments]}(") >= layers
+    assert ("tensor<16xf32>" in text) == nf4, "NF4's table"
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["one text a row", "packed"])
+def test_float32_attends_by_plain_xla(segments):
+    text = training_step(dtype="float32", segments=segments)
+    assert "fmha" not in text and "stablehlo.exponential" in text
+
+
+@pytest.mark.parametrize(
+    ("nf4", "stack", "batch"), [(False, True, 1), (True, True, 1), (True, True, 8), (True, False, 1)], ids=str
+)
+def test_generation(nf4, stack, batch):
+    text = lowered(
+        generation._generate, gpu_models.model_of("tiny"), tree(nf4=nf4, stack=stack, lora=None), of((batch, 32), jnp.int32),
+        of((batch,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0)), of((), jnp.float32), of((), jnp.int32),
+        of((), jnp.float32), of((1,), jnp.int32), max_new_tokens=16, greedy=True,
+    )  # fmt: skip
+    assert "stablehlo.while" in text and ("tensor<16xf32>" in text) == nf4
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("spec", [jlora.NF4(), jlora.NF4(double_quant=False), jlora.Int8(), jlora.Int4()], ids=repr)
+@pytest.mark.parametrize("way", ["reduce", "dequantize"])
+def test_quantized_products_and_their_gradient(way, spec, transpose):
+    q = jax.eval_shape(lambda w: jlora.quantize(w, spec), of((128, 256)))
+    x = of((4, 256 if transpose else 128))
+
+    def both(x, q):
+        y, pull = jax.vjp(lambda x: quantized_matmul(way, transpose, x.dtype, x.dtype, x, q), x)
+        return y, pull(y)
+
+    assert ("stablehlo.dot_general" in lowered(both, x, q)) == (way == "dequantize")
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_chunked_loss_and_its_gradient(transpose):
+    vocab, tokens = 512, 1200
+
+    def loss(hidden, head, targets, live):
+        return cross_entropy(hidden, head, targets, live, transpose=transpose, chunk=512)
+
+    head = of((vocab, 64) if transpose else (64, vocab))
+    arguments = of((tokens, 64)), head, of((tokens,), jnp.int32), of((tokens,), jnp.bool)
+    text = lowered(jax.value_and_grad(loss), *arguments)
+    assert f"tensor<512x{vocab}xf32>" in text and f"tensor<{tokens}x{vocab}x" not in text
