@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from jlora._terminal import say
 from jlora.cli.as_trained import note
 from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
 from jlora.data.tokens import fingerprint, largest_id
@@ -108,9 +109,10 @@ def mergeable(model: Any, params: Any, console: Console) -> tuple[Any, Any]:
     """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
     if not has_adapted_tie(model, params):
         return model, params
-    console.print(
+    say(
+        console,
         "The adapter changes the embedding, which is the output head too; the head keeps the base's values, as a tensor of its "
-        "own (tie_word_embeddings: false)."
+        "own (tie_word_embeddings: false).",
     )
     return untie(model, params)
 

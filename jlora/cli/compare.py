@@ -12,6 +12,7 @@ from jlora.cli.as_trained import as_trained
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import eval_batches
+from jlora.formats.files import check_writable, whole_files, write_text
 from jlora.formats.run_settings import RunSettings
 from jlora.report import compare, print_comparison
 
@@ -32,6 +33,8 @@ class Compare(EvaluationData, Prompts, Weights):
 def run(options: Compare) -> None:
     if options.adapter is None:
         raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
+    if options.output is not None:
+        check_writable(options.output)
     found = read_prompts(options)
     chosen = options.template
     of_data = ("eval_data", "eval_fraction", "max_length") if options.data else ()
@@ -54,10 +57,9 @@ def run(options: Compare) -> None:
         )
     print_comparison(result)
     if options.output is not None:
-        directory = Path(options.output)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "compare.md").write_text(result.to_markdown())
-        (directory / "compare.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        with whole_files(Path(options.output), last="compare.json", replace=True) as partial:
+            write_text(partial / "compare.md", result.to_markdown())
+            write_text(partial / "compare.json", json.dumps(result.to_json(), indent=2) + "\n")
 
 
 def _held_out(options: Compare, chosen: str | None, trained: RunSettings | None) -> Compare:

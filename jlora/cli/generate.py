@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-from rich.console import Console
 
+from jlora._terminal import Part, console, say
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
@@ -35,12 +35,11 @@ def run(options: Generate) -> None:
         **sampling(options, _base(options)),
         key=jax.random.key(options.seed),
     )
-    console = Console(highlight=False, markup=False)
+    terminal = console()
     for (text, _, name), row in zip(jobs, rows, strict=True):
-        if name:
-            console.print(f"{name}: ", style="bold", end="")
-        console.print(text, style="dim", end="" if options.template in (None, "none") else "\n")
-        console.print(tokenizer.decode(row, skip_special_tokens=True) + "\n", soft_wrap=True)
+        before: list[Part] = [(f"{name}: ", "bold")] if name else []
+        prompt = text if options.template in (None, "none") else f"{text}\n"
+        say(terminal, *before, (prompt, "dim"), tokenizer.decode(row, skip_special_tokens=True) + "\n")
 
 
 def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from rich.console import Console
-
+from jlora._terminal import console, say
 from jlora.data import prepare_text
+from jlora.formats.files import check_writable
 from jlora.io import load_tokenizer
 
 
@@ -23,8 +23,9 @@ class Prepare:
 
 
 def run(options: Prepare) -> None:
+    check_writable(options.output)
     meta = prepare_text(
         options.data, load_tokenizer(options.model), directory=options.output, eval_fraction=options.eval_fraction
     )
     counts = ", ".join(f"{tokens:,} {split} tokens" for split, tokens in meta["tokens"].items())
-    Console(highlight=False).print(f"{counts} in [bold]{options.output}[/]")
+    say(console(), f"{counts} in ", (options.output, "bold"))

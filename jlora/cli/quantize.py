@@ -4,10 +4,11 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
-from rich.console import Console
 
+from jlora._terminal import console, say
 from jlora._tree import count, nbytes
 from jlora.io import load, save_quantized
+from jlora.io.hf_save import refuse_checkpoint
 from jlora.io.origin import Origin
 from jlora.quant import NF4
 
@@ -30,12 +31,16 @@ class Quantize:
 
 def run(options: Quantize) -> None:
     spec = NF4(block_size=options.block_size, double_quant=options.double_quant)
+    refuse_checkpoint(options.output)
     origin = Origin.read(options.model)
     dtype = origin.dtype if options.dtype == "auto" else jnp.dtype(options.dtype)
     exact = dtype if dtype == jnp.bfloat16 else jnp.float32
     model, params = load(origin.directory, dtype=exact, quantize=spec)
     save_quantized(options.output, model, params, base=origin.directory, dtype=dtype)
-    Console(highlight=False).print(
-        f"4-bit checkpoint: [bold]{options.output}[/], {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB "
-        f"({8 * nbytes(params) / count(params):.2f} bits a parameter, {dtype} embeddings and norms included)"
+    say(
+        console(),
+        "4-bit checkpoint: ",
+        (options.output, "bold"),
+        f", {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB ({8 * nbytes(params) / count(params):.2f} bits a "
+        f"parameter, {dtype} embeddings and norms included)",
     )

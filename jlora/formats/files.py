@@ -1,94 +1,350 @@
 """Writing a file or a directory whole or not at all, and taking nothing that is there for ours."""
 
+import errno
 import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial-"
-"""Between an output's name and random characters, in the hidden name that it has while it is written."""
+"""Between an output's name and random characters, in the name of the hidden directory beside it where it is written."""
+_LOCK = ".lock"
+"""In that directory: a file that the writing process holds locked, so that nobody takes a living one's work for a dead one's."""
+_NAME_BYTES = 200
+"""Of an output's name in its hidden directory's, which must stay within the 255 bytes that file systems allow."""
+
+_FULL = {
+    errno.ENOSPC: "no space left on",
+    errno.EDQUOT: "the disk quota is used up on",
+    errno.EFBIG: "a file that large is not allowed on",
+}
+_FULL_TEXTS = {
+    "no space left on device": errno.ENOSPC,
+    "(os error 28)": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "(os error 122)": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+}
+"""What libraries make of them where they do not raise an OSError: tensorstore, safetensors, tokenizers."""
+
+
+class NoSpace(OSError):
+    """A full disk, in words for the user.
+
+    Args:
+        said: one line without a full stop, from `no_space`.
+        advice: what to do.
+    """
+
+    def __init__(self, said: str, advice: str = "Run the same command after making room."):
+        super().__init__(f"{said}. {advice}".strip())
+        self.said = said
+
+
+def no_space(error: BaseException, path: str | os.PathLike | None = None, *, needed: int | None = None) -> str | None:
+    """One line on the full disk (or quota) behind an error, its causes included; None when it is another error.
+
+    Args:
+        error: of any library; a `NoSpace` speaks for itself.
+        path: what was being written; default: the file that the error names.
+        needed: bytes that were to be written, where that is known.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    for cause in chain:
+        if isinstance(cause, NoSpace):
+            return cause.said
+    full = {c: number for c in chain if (number := _full_number(c))}
+    if not full:
+        return None
+    names = [path, *(getattr(c, "filename", None) for c in full)]
+    name = next((os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)), None)
+    if name is None:
+        return f"{_FULL[next(iter(full.values()))]} the device"
+    place = Path(name)
+    free = f"{_size(shutil.disk_usage(_there(place)).free)} free"
+    shown = Path(*(part for part in place.parts if not (part.startswith(".") and _PARTIAL in part)))
+    return f"{_FULL[next(iter(full.values()))]} {_disk(place)} for {str(shown)!r}: " + (
+        f"needs about {_size(needed)}, {free}" if needed else free
+    )
+
+
+@contextmanager
+def full_disk_said(path: str | os.PathLike, *, needed: int | None = None, advice: str | None = None) -> Iterator[None]:
+    """Turns an error for want of space into a `NoSpace` that names `path`; of several around each other the outermost advises."""
+    try:
+        yield
+    except Exception as error:
+        said = no_space(error, path, needed=needed)
+        if said is None or (isinstance(error, NoSpace) and advice is None):
+            raise
+        raise (NoSpace(said) if advice is None else NoSpace(said, advice)) from error
+
+
+def _full_number(error: BaseException) -> int | None:
+    if getattr(error, "errno", None) in _FULL:
+        return error.errno  # pyright: ignore[reportAttributeAccessIssue]
+    text = str(error).lower()
+    return next((number for phrase, number in _FULL_TEXTS.items() if phrase in text), None)
+
+
+def _there(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next((p for p in (path.absolute(), *path.absolute().parents) if p.exists()), Path("/"))
+
+
+def _disk(path: Path) -> str:
+    """Where the file system of a path is mounted."""
+    return next(str(p) for p in (_there(path), *_there(path).parents) if p.is_mount() or p == p.parent)
+
+
+def _size(n_bytes: int) -> str:
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 1 << exponent:
+            return f"{n_bytes / (1 << exponent):,.1f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def refuse_existing(path: str | os.PathLike) -> Path:
-    """The path, when nothing is there yet.
+    """The path, when nothing is there yet and something can be written there.
 
     Raises:
         FileExistsError: when something is.
+        PermissionError, NotADirectoryError and other OSErrors: when nothing can be written there.
     """
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{str(path)!r} exists; choose another file name or remove it first.")
-    return path
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        check_writable(path)
+        return path
+    raise FileExistsError(f"{str(path)!r} exists; choose another file name or remove it first.")
+
+
+def check_writable(path: str | os.PathLike, *, file: bool = False) -> None:
+    """Tries whether something can be made at `path`, or in the directory there, before the work whose result is to go there.
+
+    Args:
+        file: it is to be a file.
+
+    Raises:
+        PermissionError, NotADirectoryError, IsADirectoryError and other OSErrors: when it cannot.
+    """
+    path = Path(path)
+    if file and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    parent = next(p for p in (path if path.is_dir() else path.parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` when the block ends and is removed when it fails.
+def whole_file(path: Path, *, new: bool = False, needed: int | None = None) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the block ends; when it fails, nothing of it is left.
 
-    The name is new and nobody else's, what a killed process left under such a name is removed, and the bytes are on the disk
-    before they get the name `path`.
+    The name is new and nobody else's, what a killed process left of an earlier attempt is removed, the bytes are on the disk
+    before they get the name `path`, and who may read it follows the umask, or the file that it replaces.
+
+    Args:
+        new: refuse to replace a file.
+        needed: about how many bytes it will have, for the error of a full disk.
+
+    Raises:
+        FileExistsError: when `new`, and there is one by then.
+        NoSpace: when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial(path)
-    descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
+    with full_disk_said(path, needed=needed), _workshop(path) as partial:
         yield partial
-        partial.chmod(0o666 & ~_umask())  # `mkstemp` and safetensors leave files that nobody else can read
+        partial.chmod((path if path.is_file() else partial.parent / _LOCK).stat().st_mode & 0o777)
         _flush(partial)
+        if new:
+            refuse_existing(path)
         partial.replace(path)
         _flush(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to write into, which becomes `path` when the block ends and is removed when it fails.
+def whole_directory(path: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` when the block ends; when it fails, nothing of it is left.
 
     Raises:
         FileExistsError: when there is something at `path` other than an empty directory.
+        NoSpace: when the disk is full.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if os.path.lexists(path) and not _is_empty(path):
         raise FileExistsError(f"{str(path)!r} exists; choose another directory or remove it first.")
+    if path.is_dir() and not _can_be_replaced(path):
+        with whole_files(path, last="", needed=needed) as partial:
+            yield partial
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial(path)
-    partial = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-    try:
+    with full_disk_said(path, needed=needed), _workshop(path) as partial:
+        partial.mkdir()
         yield partial
-        partial.chmod(0o777 & ~_umask())
-        for file in partial.rglob("*"):
-            _flush(file)
-        _flush(partial)
+        _flush_all(partial)
         partial.rename(path)  # also onto an empty directory
         _flush(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def whole_files(path: Path, *, last: str, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
+    """A directory to write files into, which all come to be in the directory `path` when the block ends, and else none.
+
+    Other files that are there stay.
+
+    Args:
+        last: the file without which the others are not taken for anything; where there are files already, it is the first to
+            go and the last to come, so that nobody reads new files by an old config.
+        replace: whether files of the same names may be there, which are replaced.
+        needed: about how many bytes they will have.
+
+    Raises:
+        FileExistsError: when a file of one of the names is there, and `replace` is off.
+        NoSpace: when the disk is full.
+    """
+    if not path.is_dir() or (_is_empty(path) and _can_be_replaced(path)):
+        with whole_directory(path, needed=needed) as partial:
+            yield partial
+        return
+    with full_disk_said(path, needed=needed), _workshop(path / (last or "new")) as partial:
+        partial.mkdir()
+        yield partial
+        names = sorted(
+            (p.relative_to(partial) for p in partial.rglob("*") if not p.is_dir()), key=lambda p: str(p) == last
+        )
+        taken = [
+            str(name) for name in names if (path / name).is_dir() or (not replace and os.path.lexists(path / name))
+        ]
+        if taken:
+            raise FileExistsError(
+                f"{str(path)!r} already holds {taken[0]!r}; choose another directory or remove it first."
+            )
+        _flush_all(partial)
+        if last:
+            (path / last).unlink(missing_ok=True)
+        for name in names:
+            (path / name).parent.mkdir(exist_ok=True)
+            (partial / name).replace(path / name)
+        _flush(path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A UTF-8 file, whole or not at all."""
+    content = text.encode("utf-8", "backslashreplace")  # a path that is no UTF-8 has surrogates
+    with whole_file(Path(path), needed=len(content)) as partial:
+        partial.write_bytes(content)
 
 
 def remove_partial(path: Path) -> None:
-    """Removes what a killed process left of an earlier attempt to write `path`."""
-    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    """Removes what killed processes left of earlier attempts to write `path`; what a living one writes stays."""
+    for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        if work.is_symlink() or not work.is_dir():
+            continue  # not ours
+        if not (work / _LOCK).is_file():
+            with suppress(OSError):  # it holds something, and is not ours
+                work.rmdir()
+            continue
+        lock = _locked(work / _LOCK, os.O_RDWR)
+        if lock is not None:
+            _remove(work, lock)
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raises an OSError when the file has another size, since something lost the error of a write."""
+    size = path.stat().st_size
+    if size != expected:
+        full = shutil.disk_usage(path.parent).free < expected - size
+        raise OSError(
+            errno.ENOSPC if full else errno.EIO,
+            f"{path.name} should have {expected:,} bytes and has {size:,}, so that writing it failed somewhere",
+        )
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A name in a new hidden directory beside `path`, which is removed when the block ends, with what is left in it.
+
+    A directory, because libraries write files of their own beside the one they are told to write, and kills leave them.
+    """
+    remove_partial(path)
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+        lock = _locked(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        if lock is not None:
+            break  # else another process took the directory for an abandoned one before it was locked
+    try:
+        yield work / path.name
+    finally:
+        _remove(work, lock)
+
+
+def _remove(work: Path, lock: int) -> None:
+    """The lock last, by which another process knows the rest for ours when this one is killed meanwhile."""
+    for inside in work.iterdir():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside, ignore_errors=True)
+        elif inside.name != _LOCK:
+            inside.unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    os.close(lock)
+
+
+def _locked(path: Path, flags: int) -> int | None:
+    """A descriptor of the file, locked until it is closed; None when another process holds it or has removed it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which does not let open files be removed
+        return os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks: ours is written all the same, and others' are left alone
+        if flags & os.O_CREAT:
+            return descriptor
+        os.close(descriptor)
+        return None
+    if not path.exists():
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name}{_PARTIAL}"
+    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}{_PARTIAL}"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _can_be_replaced(path: Path) -> bool:
+    """Whether another directory can be renamed onto this empty one: not onto a link, a mount or ".", nor where the parent is not
+    ours."""
+    if path.is_symlink() or os.path.ismount(path) or path.name in ("", ".."):
+        return False
+    return os.access(path.absolute().parent, os.W_OK)
+
+
+def _flush_all(directory: Path) -> None:
+    for file in (*directory.rglob("*"), directory):
+        _flush(file)
 
 
 def _flush(path: Path) -> None:

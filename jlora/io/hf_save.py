@@ -15,6 +15,7 @@ from jlora._tree import flatten, is_weight, per_layer_paths, split_layer_path
 from jlora._typing import Params
 from jlora.formats import save_sharded
 from jlora.formats.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
+from jlora.formats.files import check_writable, whole_files
 from jlora.formats.stops import GENERATION_CONFIG, stop_ids, token_ids, with_stops
 from jlora.io.bnb import quantization_config, to_tensors
 from jlora.io.hub import Content
@@ -52,7 +53,7 @@ def save_pretrained(
             the output head: `jlora.untie` the model first, which makes two tensors of them.
     """
     directory = Path(directory)
-    _refuse_existing(directory)
+    refuse_checkpoint(directory)
     origin = None if base is None else Origin.read(base)
     tensors = merged_tensors(model, params, origin=origin, dtype=dtype)
     embedding = tensors[hf_name(model.config.embedding_path)].dtype
@@ -109,12 +110,12 @@ def save_quantized(
         dtype: of the weights that stay dense, and to which the others decode; None: as in `save_pretrained`.
 
     Raises:
-        FileExistsError: when the directory holds weights already.
+        FileExistsError: when the directory holds weights already, or a file that would be overwritten.
         ValueError: when nothing is quantized to NF4, or kernels are adapted or quantized in other ways: `merge` and
             quantize again, or save the adapter beside the quantized base.
     """
     directory = Path(directory)
-    _refuse_existing(directory)
+    refuse_checkpoint(directory)
     origin = None if base is None else Origin.read(base)
     as_loaded = next(leaf.dtype for leaf in flatten(params).values() if not is_weight(leaf))
     chosen = jnp.dtype(dtype) if dtype is not None else origin.dtype if origin is not None else as_loaded
@@ -160,13 +161,20 @@ def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
             yield row_path, leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
 
 
-def _refuse_existing(directory: Path) -> None:
-    """What a checkpoint is made of must not be there yet: two that are mixed are neither."""
+def refuse_checkpoint(directory: str | os.PathLike) -> None:
+    """Raises what writing a checkpoint there would raise, so that it can be said before a model is loaded.
+
+    Raises:
+        FileExistsError: when what a checkpoint is made of is there: two that are mixed are neither.
+        PermissionError and other OSErrors: when nothing can be written there.
+    """
+    directory = Path(directory)
     existing = matching(directory, (*WEIGHTS, CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER))
     if existing:
         raise FileExistsError(
             f"{str(directory)!r} already holds {min(existing)!r}; choose another directory or remove it first."
         )
+    check_writable(directory)
 
 
 def _companions(
@@ -209,11 +217,11 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """Weights, the `files` beside them, and those of a tokenizer that is not copied."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for _ in save_sharded(directory, tensors, max_shard_bytes=max_shard_bytes):
-        pass
-    for name, content in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
-        tokenizer.save_pretrained(directory)
+    with whole_files(directory, last=CONFIG, needed=sum(t.nbytes for t in tensors.values())) as partial:
+        for _ in save_sharded(partial, tensors, max_shard_bytes=max_shard_bytes):
+            pass
+        for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
+            tokenizer.save_pretrained(partial)

@@ -68,7 +68,8 @@ class ChatTemplate:
         if found is None or [found.render(probe) for probe in _PROBES] != expected:
             return None
         texts = (found.start, found.default_system, found.generation, *sum(found.turns.values(), ()))
-        return None if any(mark in text for text in texts for mark in ("{{", '"""')) else found
+        cannot = any(mark in text for text in texts for mark in ("{{", '"""')) or found.go().startswith('"')
+        return None if cannot or found.go().endswith('"') else found
 
     @classmethod
     def _from_renderings(cls, render) -> "ChatTemplate | None":

@@ -48,8 +48,10 @@ def save_torch(
     state = {name: _tensor(torch, array) for name, array in tensors.items()}
     if model.config.tie_word_embeddings:
         state[HEAD] = state[hf_name(model.config.embedding_path)]
-    with whole_file(path) as partial:
-        torch.save(state, partial)
+    with whole_file(path, new=True, needed=sum(t.nbytes for t in state.values())) as partial:
+        # A file of Python's: torch's own loses what the system says of a full disk.
+        with partial.open("wb") as file:
+            torch.save(state, file)
 
 
 def _tensor(torch: Any, array: np.ndarray) -> Any:
