@@ -47,10 +47,8 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
     _refuse_differing(options, settings, names)
     run = next(iter(settings.values()))
     data = getattr(options, "data", None) or (run.data if "data" in names else None)
-    known = {
-        "eval_data": _is_same(data, run.data) or _is_same(data, run.eval_data),
-        **dict.fromkeys(("seed", "eval_fraction"), _is_same(data, run.data)),
-    }
+    of_the_run = _is_same(data, run.data)
+    known = {"seed": of_the_run, "eval_fraction": of_the_run, "eval_data": of_the_run or _is_same(data, run.eval_data)}
     taken: dict[str, Any] = {}
     other: dict[str, tuple[Any, Any]] = {}
     for name in (name for name in names if known.get(name, True)):
@@ -95,8 +93,8 @@ def _differs(other: Mapping[str, tuple[Any, Any]], *, measured: bool, split: boo
 
 
 def _is_same(given: str | None, was: str | None) -> bool:
-    """Whether two names are of one data set; a run's may have moved since."""
+    """Whether a data set is the run's, which may have moved since, or is not told."""
     if given is None or was is None:
-        return False
+        return given is not None
     moved = not Path(was).exists() and Path(given).name == Path(was).name
     return given == was or Path(given).resolve() == Path(was).resolve() or moved

@@ -112,10 +112,9 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         fields = dict(found.fields) | {found.layout.base: options.base_model}
         files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
     settings = RunSettings.read(publication.root) if run_settings.FILE in files else None
-    if settings is not None:  # data of this machine are not told
-        told = {
-            name: value for name in ("data", "eval_data") if (value := getattr(settings, name)) and is_hub_data(value)
-        }
+    if settings is not None:  # data of this machine are not told, and raw text always is of this machine
+        names = () if settings.template is None else ("data", "eval_data")
+        told = {name: value for name in names if (value := getattr(settings, name)) and is_hub_data(value)}
         settings = dataclasses.replace(settings, **{"data": None, "eval_data": None} | told)
         files[run_settings.FILE] = settings.to_json()
     record = publication.run
