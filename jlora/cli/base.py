@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jlora._terminal import say
+from jlora._terminal import console, say
 from jlora.cli.as_trained import note
 from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
 from jlora.data.tokens import fingerprint, largest_id
@@ -105,12 +105,12 @@ def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
     return own, beside
 
 
-def mergeable(model: Any, params: Any, console: Console) -> tuple[Any, Any]:
+def mergeable(model: Any, params: Any, terminal: Console) -> tuple[Any, Any]:
     """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
     if not has_adapted_tie(model, params):
         return model, params
     say(
-        console,
+        terminal,
         "The adapter changes the embedding, which is the output head too; the head keeps the base's values, as a tensor of its "
         "own (tie_word_embeddings: false).",
     )
@@ -181,6 +181,9 @@ def open_data(
                 "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data and "
                 "--split all, or --split all for the loss on what was trained on."
             )
+        for part in chosen.stats.cut():
+            # Not on standard output, which is JSON in `jlora evaluate`.
+            say(console(stderr=True), f"{part}; raise --max-length")
         yield chosen
 
 
