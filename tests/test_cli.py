@@ -369,7 +369,10 @@ def test_resume_with_other_flags(finetuned, fails):
         ("merge --model {gpt2} --output {out}", "nothing to merge without --adapter"),
         ("inspect", "Give --model"),
         ("inspect --model {adapter}", "It holds an adapter"),
-        ("inspect --model {gpt2} --data {text} --split validation --eval-fraction 0", "--split all for the loss on what was trained on"),
+        (
+            "inspect --model {gpt2} --data {text} --split validation --eval-fraction 0",
+            "--split all for the loss on what was trained on",
+        ),
         ("prepare --model {gpt2} --data nowhere.txt --output {out}", "no such text file: nowhere.txt"),
     ],
 )

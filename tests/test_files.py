@@ -435,6 +435,13 @@ def test_the_innermost_says_what_and_the_outermost_what_to_do(tmp_path):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_the_size_is_said_by_whoever_knows_it(tmp_path):
+    with pytest.raises(NoSpace, match="^no space left on .*out': needs about 5 bytes, .* free\\.$"):
+        with full_disk_said(tmp_path / "out", needed=5), whole_directory(tmp_path / "out") as partial:
+            (partial / "x").touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("size", [0, 1, 99, 101])
 def test_a_file_of_another_size_than_it_must_have_is_not_kept(size, tmp_path):
     with (
