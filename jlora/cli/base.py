@@ -178,8 +178,8 @@ def open_data(
         chosen = validation if options.split == "validation" else train
         if chosen is None:
             raise ValueError(
-                "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data and "
-                "--split all, or --split all for the loss on what was trained on."
+                "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data, and for "
+                "all of it use --split all."
             )
         yield chosen
 
