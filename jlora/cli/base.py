@@ -181,6 +181,8 @@ def open_data(
                 "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data, and for "
                 "all of it use --split all."
             )
+        for part in chosen.stats.cut():
+            note(f"{part}; raise --max-length")
         yield chosen
 
 

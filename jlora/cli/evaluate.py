@@ -37,6 +37,8 @@ def run(options: Evaluate) -> None:
         "supervised_tokens": result.supervised_tokens,
         "batch_size": options.batch_size,
         "max_length": data.length,
+        "truncated": data.stats.truncated,
+        "dropped": data.stats.dropped,
     }
     text = json.dumps(report, indent=2)
     print(text, flush=True)  # before the file, whose disk may have filled up meanwhile

@@ -28,3 +28,8 @@ class Stats:
     longest: int
     truncated_at: tuple[str, ...] = ()
     dropped_at: tuple[str, ...] = ()
+
+    def cut(self) -> list[str]:
+        """What `max_length` took, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
+        places = {"truncated": self.truncated_at, "dropped": self.dropped_at}
+        return [f"{len(at)} records {what} at max_length (first: {at[0]})" for what, at in places.items() if at]

@@ -322,13 +322,11 @@ def _is_quantized(leaf: Any) -> bool:
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
     stats = train.stats
-    text = f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised"
+    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *stats.cut()]
     if evaluation is not None:
-        text += f"; {evaluation.stats.supervised_tokens:,} to evaluate on"
-    for name, where in (("truncated", stats.truncated_at), ("dropped", stats.dropped_at)):
-        if where:
-            text += f"; {len(where)} records {name} at max_length (first: {where[0]})"
-    return text
+        cut = [f"of the evaluation data {part}" for part in evaluation.stats.cut()]
+        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *cut]
+    return "; ".join(parts)
 
 
 def _check_vocabulary(tokenizer: Any, model: Any) -> None:

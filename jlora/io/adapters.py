@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jlora._typing import Params
@@ -57,8 +58,20 @@ def load_adapters(directory: str | os.PathLike, params: Params) -> Any:
 
 
 def base_model_of(directory: str | os.PathLike) -> str | None:
-    """The base model that an adapter's config names."""
-    return open_adapter(directory).base_model
+    """The base model that an adapter's config names.
+
+    Raises:
+        ValueError: when that is a hub model at a revision of its own (PEFT's `revision`): other weights than `load`'s.
+    """
+    found = open_adapter(directory)
+    revision, name = found.fields.get("revision"), found.base_model
+    if found.layout == PEFT and revision not in (None, "main") and name and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"The adapter in {os.fspath(directory)!r} is of revision {revision!r} of {name!r}; jlora loads hub models at "
+            f"their newest. Download it, `hf download {name} --revision {revision} --local-dir DIRECTORY`, and give that "
+            "directory as --model."
+        )
+    return name
 
 
 def factor_names(tensors: list[str]) -> dict[str, dict[str, str]]:
