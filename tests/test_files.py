@@ -57,6 +57,15 @@ def write_files(path, *, fail=None, replace=False):
             raise fail
 
 
+def replace_directory(path, *, fail=None):
+    with whole_directory(path, replace=True) as partial:
+        (partial / "config.json").write_text("new")
+        (partial / "sub").mkdir()
+        (partial / "sub" / "a.txt").write_text("new")
+        if fail:
+            raise fail
+
+
 WRITERS = {"file": write_file, "directory": write_directory, "files": write_files}
 NAMES = ["out", "a[1]", "*?", "with space", "ünï", "a" * 250, ".hidden", "a.tar.gz", "new\nline"]
 writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -182,6 +191,60 @@ def test_killed_at_every_call(writer, after, tmp_path):
             write(path)
         assert os.listdir(path.parent) == ["out"]
     assert 8 < at < 99
+
+
+@pytest.mark.parametrize("after", ["before", "after"])
+def test_killed_while_it_is_replaced(after, tmp_path):
+    """What was there is there whole, or what is to be."""
+    source = Path(files.__file__).read_text(), KILLER, inspect.getsource(replace_directory)
+    code = "\n".join((*source, "replace_directory(Path(sys.argv[3]))"))
+    seen = set()
+    for at in range(1, 100):
+        path = tmp_path / str(at) / "out"
+        path.mkdir(parents=True)
+        (path / "old.txt").write_text("old")
+        if subprocess.run([sys.executable, "-S", "-E", "-c", code, str(at), after, str(path)]).returncode == 0:
+            break
+        remove_partial(path)
+        assert os.listdir(path.parent) == ["out"]
+        seen.add(tuple(listing(path)))
+    assert seen == {("old.txt",), ("config.json", "sub", "sub/a.txt")} and 8 < at < 99
+
+
+def test_interrupted_while_it_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if Path(target) == tmp_path / "out" and self.parent.name != ".before":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_directory(tmp_path / "out")
+    assert listing(tmp_path) == ["out", "out/old.txt"]
+
+
+def test_a_directory_is_removed_at_once(tmp_path):
+    write_directory(tmp_path / "out")
+    files.remove_directory(tmp_path / "out")
+    files.remove_directory(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_all_that_is_left_in_a_directory_of_ours(tmp_path):
+    (tmp_path / ".partial-7").mkdir()
+    (tmp_path / ".partial-7" / "shard").touch()
+    (tmp_path / ".x.partial-abc").touch()
+    (tmp_path / ".x.partial-def").mkdir()
+    (tmp_path / ".x.partial-def" / ".lock").touch()
+    (tmp_path / ".mine").touch()
+    with whole_file(tmp_path / "alive") as partial:
+        partial.write_text("new")
+        files.remove_all_partial(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".mine", "alive"]
 
 
 def test_killed_within(tmp_path):
@@ -351,8 +414,8 @@ def test_a_full_disk_is_said(error, says, tmp_path):
     with pytest.raises(NoSpace) as raised, full_disk_said(path, needed=5 << 30):
         raise error
     said = str(raised.value)
-    assert said.startswith(says) and f"for {str(path)!r}: needs about 5.0 GiB, " in said and " free. " in said
-    assert said.endswith("Run the same command after making room.") and "\n" not in said and ".partial" not in said
+    assert said.startswith(says) and f"for {str(path)!r}: needs about 5.0 GiB, " in said and said.endswith(" free.")
+    assert "\n" not in said and ".partial" not in said
     assert raised.value.__cause__ is error
 
 

@@ -126,7 +126,7 @@ def _advice(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     full = no_space(error)
     if full is not None:
-        return str(error if isinstance(error, NoSpace) else NoSpace(full))
+        return str(NoSpace(full, getattr(error, "advice", "") or "Run the same command after making room."))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return (
             f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: --quantize nf4, a smaller --batch-size with more "

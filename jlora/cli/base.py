@@ -105,12 +105,12 @@ def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
     return own, beside
 
 
-def mergeable(model: Any, params: Any, console: Console) -> tuple[Any, Any]:
+def mergeable(model: Any, params: Any, terminal: Console) -> tuple[Any, Any]:
     """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
     if not has_adapted_tie(model, params):
         return model, params
     say(
-        console,
+        terminal,
         "The adapter changes the embedding, which is the output head too; the head keeps the base's values, as a tensor of its "
         "own (tie_word_embeddings: false).",
     )

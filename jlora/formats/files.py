@@ -13,6 +13,8 @@ _PARTIAL = ".partial-"
 """Between an output's name and random characters, in the name of the hidden directory beside it where it is written."""
 _LOCK = ".lock"
 """In that directory: a file that the writing process holds locked, so that nobody takes a living one's work for a dead one's."""
+_BEFORE = ".before"
+"""In that directory: what is being replaced, until what replaces it is in its place."""
 _NAME_BYTES = 200
 """Of an output's name in its hidden directory's, which must stay within the 255 bytes that file systems allow."""
 
@@ -36,12 +38,12 @@ class NoSpace(OSError):
 
     Args:
         said: one line without a full stop, from `no_space`.
-        advice: what to do.
+        advice: what to do, where more is to be said than to make room.
     """
 
-    def __init__(self, said: str, advice: str = "Run the same command after making room."):
+    def __init__(self, said: str, advice: str = ""):
         super().__init__(f"{said}. {advice}".strip())
-        self.said = said
+        self.said, self.advice = said, advice
 
 
 def no_space(error: BaseException, path: str | os.PathLike | None = None, *, needed: int | None = None) -> str | None:
@@ -69,22 +71,22 @@ def no_space(error: BaseException, path: str | os.PathLike | None = None, *, nee
         return f"{_FULL[next(iter(full.values()))]} the device"
     place = Path(name)
     free = f"{_size(shutil.disk_usage(_there(place)).free)} free"
-    shown = Path(*(part for part in place.parts if not (part.startswith(".") and _PARTIAL in part)))
+    shown = Path(*(part for part in place.parts if not is_partial(part)))
     return f"{_FULL[next(iter(full.values()))]} {_disk(place)} for {str(shown)!r}: " + (
         f"needs about {_size(needed)}, {free}" if needed else free
     )
 
 
 @contextmanager
-def full_disk_said(path: str | os.PathLike, *, needed: int | None = None, advice: str | None = None) -> Iterator[None]:
+def full_disk_said(path: str | os.PathLike, *, needed: int | None = None, advice: str = "") -> Iterator[None]:
     """Turns an error for want of space into a `NoSpace` that names `path`; of several around each other the outermost advises."""
     try:
         yield
     except Exception as error:
         said = no_space(error, path, needed=needed)
-        if said is None or (isinstance(error, NoSpace) and advice is None):
+        if said is None or (isinstance(error, NoSpace) and not advice):
             raise
-        raise (NoSpace(said) if advice is None else NoSpace(said, advice)) from error
+        raise NoSpace(said, advice) from error
 
 
 def _full_number(error: BaseException) -> int | None:
@@ -105,9 +107,9 @@ def _disk(path: Path) -> str:
 
 
 def _size(n_bytes: int) -> str:
-    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    for exponent, shown in ((30, ",.1f"), (20, ",.1f"), (10, ",.0f")):
         if n_bytes >= 1 << exponent:
-            return f"{n_bytes / (1 << exponent):,.1f} {unit}"
+            return f"{n_bytes / (1 << exponent):{shown}} {'KMG'[exponent // 10 - 1]}iB"
     return f"{n_bytes} bytes"
 
 
@@ -175,16 +177,20 @@ def whole_file(path: Path, *, new: bool = False, needed: int | None = None) -> I
 
 
 @contextmanager
-def whole_directory(path: Path, *, needed: int | None = None) -> Iterator[Path]:
+def whole_directory(path: Path, *, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """A directory to write into, which becomes `path` when the block ends; when it fails, nothing of it is left.
 
+    Args:
+        replace: in place of what is at `path`, which goes when the new one is whole.
+        needed: about how many bytes it will have.
+
     Raises:
-        FileExistsError: when there is something at `path` other than an empty directory.
+        FileExistsError: without `replace`, when there is something at `path` other than an empty directory.
         NoSpace: when the disk is full.
     """
-    if os.path.lexists(path) and not _is_empty(path):
+    if os.path.lexists(path) and not replace and not _is_empty(path):
         raise FileExistsError(f"{str(path)!r} exists; choose another directory or remove it first.")
-    if path.is_dir() and not _can_be_replaced(path):
+    if not replace and path.is_dir() and not _can_be_replaced(path):
         with whole_files(path, last="", needed=needed) as partial:
             yield partial
         return
@@ -193,6 +199,10 @@ def whole_directory(path: Path, *, needed: int | None = None) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         _flush_all(partial)
+        if replace and os.path.lexists(path):
+            before = partial.parent / _BEFORE
+            before.mkdir()
+            path.rename(before / path.name)
         partial.rename(path)  # also onto an empty directory
         _flush(path.parent)
 
@@ -246,18 +256,48 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         partial.write_bytes(content)
 
 
+def remove_directory(path: Path) -> None:
+    """Removes a directory so that no half of it is ever seen under its name."""
+    if os.path.lexists(path):
+        with _workshop(path) as aside:
+            path.rename(aside)
+
+
 def remove_partial(path: Path) -> None:
     """Removes what killed processes left of earlier attempts to write `path`; what a living one writes stays."""
     for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        if work.is_symlink() or not work.is_dir():
-            continue  # not ours
-        if not (work / _LOCK).is_file():
-            with suppress(OSError):  # it holds something, and is not ours
-                work.rmdir()
+        _remove_abandoned(work)
+
+
+def remove_all_partial(directory: Path) -> None:
+    """The same of attempts to write anything in a directory that is ours, temporary files of other names among them."""
+    for left in directory.glob(".*"):
+        if not is_partial(left.name):
             continue
-        lock = _locked(work / _LOCK, os.O_RDWR)
-        if lock is not None:
-            _remove(work, lock)
+        if (left / _LOCK).is_file():
+            _remove_abandoned(left)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file name is one that is only given while something is written or removed."""
+    return name.startswith(".") and _PARTIAL in name
+
+
+def _remove_abandoned(work: Path) -> None:
+    """Removes a directory of `_workshop` whose process is dead."""
+    if work.is_symlink() or not work.is_dir():
+        return  # not ours
+    if not (work / _LOCK).is_file():
+        with suppress(OSError):  # it holds something, and is not ours
+            work.rmdir()
+        return
+    lock = _locked(work / _LOCK, os.O_RDWR)
+    if lock is not None:
+        _remove(work, lock)
 
 
 def check_size(path: Path, expected: int) -> None:
@@ -290,7 +330,10 @@ def _workshop(path: Path) -> Iterator[Path]:
 
 
 def _remove(work: Path, lock: int) -> None:
-    """The lock last, by which another process knows the rest for ours when this one is killed meanwhile."""
+    """What was about to be replaced is put back first, and the lock goes last, by which another process knows the rest for ours."""
+    for before in (work / _BEFORE).glob("*"):
+        if not os.path.lexists(work.parent / before.name):
+            before.rename(work.parent / before.name)
     for inside in work.iterdir():
         if inside.is_dir() and not inside.is_symlink():
             shutil.rmtree(inside, ignore_errors=True)
