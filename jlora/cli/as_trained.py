@@ -1,11 +1,11 @@
 """Flags that are left out of a command on a run's adapter: what they were in the run, and a line that says so."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jlora._terminal import console, say
 from jlora.formats.adapters import adapter_directories
 from jlora.formats.run_settings import FILE, RunSettings
 from jlora.io import find
@@ -18,7 +18,7 @@ _NONE = {"template": "none", "quantize": "none"}
 
 def note(text: str) -> None:
     """A line for people, beside the output for programs."""
-    print(f"note: {text}", file=sys.stderr)
+    say(console(stderr=True), f"note: {text}")
 
 
 def settings_of(adapter: str | None, model: str | None = None) -> dict[str, RunSettings]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jlora._terminal import console, say
+from jlora._terminal import say
 from jlora.cli.as_trained import note
 from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
 from jlora.data.tokens import fingerprint, largest_id
@@ -178,12 +178,11 @@ def open_data(
         chosen = validation if options.split == "validation" else train
         if chosen is None:
             raise ValueError(
-                "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data and "
-                "--split all, or --split all for the loss on what was trained on."
+                "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data, and for "
+                "all of it use --split all."
             )
         for part in chosen.stats.cut():
-            # Not on standard output, which is JSON in `jlora evaluate`.
-            say(console(stderr=True), f"{part}; raise --max-length")
+            note(f"{part}; raise --max-length")
         yield chosen
 
 
