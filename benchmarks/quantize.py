@@ -115,7 +115,7 @@ def measure(label: str, shape: tuple[int, int], args: Args, copy_rate: float, pe
 
 
 def table(results: list[dict], copy_rate: float) -> Table:
-    out = Table("weight [out, in]", "operation", "format", title=f"copying in this run: {copy_rate / 1e9:.1f} GB/s")
+    out = Table(r"weight \[out, in]", "operation", "format", title=f"copying in this run: {copy_rate / 1e9:.1f} GB/s")
     for column in ("jlora G/s", "GB/s", "of copying", "bitsandbytes G/s", "ratio (quartiles)"):
         out.add_column(column, justify="right")
     for r in results:

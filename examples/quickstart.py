@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 
 import jlora
 from jlora.report import plot_history, print_comparison
@@ -63,11 +64,10 @@ def main(output: Path, steps: int) -> int:
     console.rule("[bold]3  what you have now", align="left")
     before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
     console.print(f"held-out perplexity  {before:.2f} -> [bold green]{after:.2f}[/] ({after / before - 1:+.0%})")
-    console.print(f"adapter              {result.adapter_dir}, which PEFT loads")
-    console.print(f"curve, samples       {output / 'curve.png'}, {output / 'compare.md'}")
-    console.print(
-        f"try it               .venv/bin/jlora generate --adapter {result.adapter_dir} --prompts 'Dear ledger'"
-    )
+    adapter = escape(str(result.adapter_dir))  # square brackets in a path are no markup
+    console.print(f"adapter              {adapter}, which PEFT loads")
+    console.print(f"curve, samples       {escape(f'{output}/curve.png, {output}/compare.md')}")
+    console.print(f"try it               .venv/bin/jlora generate --adapter {adapter} --prompts 'Dear ledger'")
     if after > 0.8 * before:
         console.print("[bold red]The perplexity should have fallen by at least 20 %.[/]")
         return 1

@@ -1,5 +1,6 @@
 """jlora: LoRA and QLoRA for JAX."""
 
+from jlora import _start as _start
 from jlora import train as train
 from jlora._tree import cast as cast
 from jlora._tree import count as count

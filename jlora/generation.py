@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora._numbers import NotFinite
 from jlora._typing import Array, Float, Int, Key, Params
+from jlora.formats.stops import stop_ids, token_ids
 from jlora.lora import is_stacked, linear
 from jlora.models import Model, empty_cache
 
@@ -45,7 +46,7 @@ def generate(
         top_k: sample among the k most likely tokens; 0: all.
         top_p: then among the most likely ones that together reach this probability, in (0, 1].
         key: required unless `temperature` is 0.
-        eos_token_id: one id or several that end a row; None: the model's own.
+        eos_token_id: one id or several that end a row; [] for none; None: the model's own, all that its checkpoint names.
 
     Returns:
         The new tokens of each row, up to and including end-of-text.
@@ -61,9 +62,7 @@ def generate(
         )
     prompts = [list(map(int, row)) for row in rows]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
-    if eos_token_id is None:
-        eos_token_id = model.config.eos_token_id
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    eos = _stops(model, eos_token_id)
 
     lengths = np.array([len(p) for p in prompts])
     width = -(-int(lengths.max()) // _BUCKET) * _BUCKET
@@ -86,6 +85,20 @@ def generate(
     if not sound:
         raise NotFinite("The logits are", math.nan, params)
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
+
+
+def _stops(model: Model, eos_token_id: int | Sequence[int] | None) -> Sequence[int]:
+    """The ids that end a row; of the model's own, those of its vocabulary."""
+    vocab_size = model.config.vocab_size
+    if eos_token_id is None:
+        return stop_ids(token_ids(model.config.eos_token_id, where="the model's config"), vocab_size=vocab_size)
+    ids: Sequence[Any] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
+    for i in ids:
+        if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < vocab_size:
+            raise ValueError(
+                f"`eos_token_id` must be token ids in 0..{vocab_size - 1}; got {i!r}. Pass [] to go on to `max_new_tokens`."
+            )
+    return [int(i) for i in ids]
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 
@@ -26,6 +27,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from command import run
+
+from jlora.cli import FAILURE
 
 VOCAB = 97
 LLAMA3_ROPE = {
@@ -142,3 +146,33 @@ def quick_compilation():
     yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
+
+
+@pytest.fixture
+def jlora_(capsys):
+    """Runs a command that must succeed; gives what it printed."""
+
+    def call(*flags):
+        capsys.readouterr()
+        code = run(*flags)
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail; gives the message."""
+
+    def call(*flags, code=FAILURE):
+        capsys.readouterr()
+        assert run(*flags) == code
+        said = capsys.readouterr()
+        *notes, message = re.split("^error: ", said.err, flags=re.MULTILINE)
+        assert len(notes) == 1 and all(line.startswith("note: ") for line in notes[0].splitlines())
+        assert "Traceback" not in said.err
+        return message
+
+    return call

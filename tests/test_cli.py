@@ -17,9 +17,11 @@ import tiny
 import torch
 import transformers
 import yaml
+from command import run
 
 import jlora
 from jlora import cli
+from jlora.cli.config_file import positional, with_config_file
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,44 +32,6 @@ FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "
     "--batch-size 2 --accumulate 2 --max-length 32 --seed 3 --checkpoint-every 3 --eval-every 2"
 ).split()
-
-
-def run(*flags):
-    """The exit code of a command, 0 when it returns."""
-    try:
-        cli.main([str(flag) for flag in flags])
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-@pytest.fixture
-def jlora_(capsys):
-    """Runs a command that must succeed; gives what it printed."""
-
-    def call(*flags):
-        capsys.readouterr()
-        code = run(*flags)
-        said = capsys.readouterr()
-        assert code == 0, said.err
-        return said.out
-
-    return call
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail; gives the message."""
-
-    def call(*flags, code=cli.FAILURE):
-        capsys.readouterr()
-        assert run(*flags) == code
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ")
-        assert "Traceback" not in said.err
-        return said.err.removeprefix("error: ")
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +65,7 @@ def test_help_of_a_command_explains_every_flag(name, jlora_, monkeypatch):
     assert "--config FILE.yaml" in said
     # A flag and its values, then the explanation, then the default.
     lines = [line.strip("│| ") for line in said.splitlines()]
-    places = {field: metavar for field, metavar in PLACES.items() if field in cli.positional(options)}
+    places = {field: metavar for field, metavar in PLACES.items() if field in positional(options)}
     begins = ("--", *(f"{metavar} " for metavar in places.values()))
     starts = [i for i, line in enumerate(lines) if line.startswith(begins) and not line.startswith("--config")]
     texts = {" ".join(lines[i:end]) for i, end in zip(starts, [*starts[1:], len(lines)], strict=True)}
@@ -170,7 +134,7 @@ def test_config_file_becomes_flags(tmp_path):
         "model: m\ndata: d.txt\nlearning-rate: 1e-4\nbatch_size: 2\ntargets: [q_proj, v_proj]\nexclude: []\npack: true\n"
         "resume: false\neval_data: null\n"
     )
-    flags = cli.with_config_file(jlora.FinetuneConfig, ["--config", str(path), "--batch-size", "4"])
+    flags = with_config_file(jlora.FinetuneConfig, ["--config", str(path), "--batch-size", "4"])
     assert flags == (
         "--model m --data d.txt --learning-rate 1e-4 --batch-size 2 --targets q_proj v_proj --pack --no-resume "
         "--batch-size 4"
@@ -182,8 +146,8 @@ def test_config_file_becomes_flags(tmp_path):
     [
         ("learning_rte: 1e-4\n", "sets 'learning_rte', which is no flag; did you mean 'learning_rate'?"),
         ("zzz: 1\n", "sets 'zzz', which is no flag."),
-        ("- model\n- data\n", "must map flag names to values; got list."),
-        ("", "must map flag names to values; got NoneType."),
+        ("- model\n- data\n", "must map names to values; got a list."),
+        ("", "must map names to values; got nothing."),
         ("model: [\n", "is not valid YAML"),
         (None, "There is no config file"),
     ],
@@ -405,7 +369,10 @@ def test_resume_with_other_flags(finetuned, fails):
         ("merge --model {gpt2} --output {out}", "nothing to merge without --adapter"),
         ("inspect", "Give --model"),
         ("inspect --model {adapter}", "It holds an adapter"),
-        ("inspect --model {gpt2} --data {text} --split validation --eval-fraction 0", "use --split all"),
+        (
+            "inspect --model {gpt2} --data {text} --split validation --eval-fraction 0",
+            "--split all for the loss on what was trained on",
+        ),
         ("prepare --model {gpt2} --data nowhere.txt --output {out}", "no such text file: nowhere.txt"),
     ],
 )

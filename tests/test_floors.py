@@ -9,7 +9,7 @@ import jlora
 
 PACKAGE = Path(jlora.__file__).parent
 FLOORS = [
-    {"_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"},
+    {"_start", "_terminal", "_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"},
     {"quant", "formats"},
     {"lora"},
     {"wrapping", "models"},
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within the lowest floor: the tree functions know values, values know the vocabulary.
-GROUND = ["_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"]
+GROUND = ["_start", "_terminal", "_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 

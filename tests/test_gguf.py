@@ -431,7 +431,7 @@ def test_special_tokens_of_the_config_fill_in(loaded):
     backend = tiny.tokenizer().backend_tokenizer
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = Vocabulary.of(bare, dataclasses.replace(config, bos_token_id=1, eos_token_id=(2, 0))).ids
-    assert ids == {"bos": 1, "eos": 2}
+    assert ids == {"bos": 1, "eos": 2, "eot": 0}
     with pytest.raises(ValueError, match="has an end-of-text token"):
         Vocabulary.of(bare, dataclasses.replace(config, eos_token_id=None))
     with pytest.raises(ValueError, match="must be a fast transformers tokenizer; got object"):

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,13 +20,14 @@ import jax
 import pytest
 import tiny
 import yaml
+from command import run
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from test_cli import fails, run  # noqa: F401
 
 import jlora
-from jlora.cli import _flags_of, push
-from jlora.report.publication import RunRecord, model_card, read_publication
+from jlora.cli import push
+from jlora.cli.config_file import flags_of
+from jlora.report.publication import RunRecord, _use_gguf, _use_mlx, model_card, read_publication
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -220,11 +222,13 @@ def test_a_run_arrives_whole_and_nothing_else(hub, finetuned, capsys):
     known = {p.name for p in adapter.iterdir()} - {".env", "notes.txt"}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= known
     assert set(files) == known | {"README.md", "loss.png"}
-    for name in known - {"adapter_config.json"}:
+    for name in known - {"adapter_config.json", "jlora_run.json"}:
         assert files[name] == (adapter / name).read_bytes(), name
     # The base is a path of this machine: the flag's name goes up in its place, the file here stays.
     here, there = json.loads((adapter / "adapter_config.json").read_text()), json.loads(files["adapter_config.json"])
     assert there == here | {"base_model_name_or_path": "somebody/tiny-gpt2"} != here
+    settings = [json.loads(text) for text in ((adapter / "jlora_run.json").read_bytes(), files["jlora_run.json"])]
+    assert settings[0]["data"] and settings[1] == settings[0] | {"data": None}
     assert files["loss.png"].startswith(b"\x89PNG")
     assert snapshot(finetuned) == before
     assert hub.repos[REPO]["commits"] == [("main", "Upload LoRA adapter with jlora", sorted(files))]
@@ -241,7 +245,7 @@ def test_without_flags_every_byte_is_the_files(what, hub, finetuned):
     assert run("push", finetuned / what, REPO) == 0
     files = hub.files()
     for path in read_publication(finetuned).files().values():
-        assert files[path.name] == path.read_bytes()
+        assert path.name == "jlora_run.json" or files[path.name] == path.read_bytes()
     assert "| learning rate | 0.01 |" in files["README.md"].decode()
 
 
@@ -344,7 +348,7 @@ def test_a_card_beside_the_adapter_is_the_users(hub, finetuned, tmp_path, capsys
     assert (tmp_path / "mine" / "README.md").read_text().endswith("My own words.")
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub, finetuned, fails):  # noqa: F811
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, finetuned, fails):
     assert run("push", finetuned, REPO) == 0
     hub.files().clear()
     assert "exists and is public, so nothing was pushed" in fails("push", finetuned, REPO, "--private")
@@ -429,6 +433,110 @@ def test_only_data_of_the_hub_are_named_as_such(data, shards, named, finetuned, 
     assert "/home" not in card and ".." not in card.split("## Use")[0]
 
 
+HOSTILE = [
+    'evil"); import os; os.system("id")#/x',
+    "a\nb",
+    "`a` | <script>",
+    "/home/me/`id`$(id)",
+    "/x/```\n# Title",
+    '../x"y',
+    "x/\x1b[2Jy",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_names_stay_text_in_the_card(name, finetuned, tmp_path):
+    """In code of Python and of the shell, in tables and in sentences."""
+    shutil.copytree(finetuned / "adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+    record = RunRecord.read(finetuned)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**record.config, "data": name, "targets": [name]}))
+    shutil.copy(finetuned / "metrics.jsonl", tmp_path)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    card = model_card(read_publication(tmp_path), REPO)
+    plain = model_card(read_publication(finetuned), REPO)
+    assert card.count("\n") == plain.count("\n") and "\x1b" not in card
+    assert [line for line in card.splitlines() if line.startswith(("```", "#", "---"))] == [
+        line for line in plain.splitlines() if line.startswith(("```", "#", "---"))
+    ]
+    front_matter(card)
+    for code in re.findall(r"```python\n(.*?)```\n", card, re.DOTALL):
+        calls = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Attribute) and call.attr == "system"]
+    prose = re.sub(r"(`+).*?\1", "", re.sub(r"^```.*?^```$", "", card, flags=re.DOTALL | re.MULTILINE))
+    assert "<script>" not in prose, "only within code"
+
+
+def test_names_stay_words_in_the_shell(finetuned, tmp_path):
+    publication = read_publication(finetuned)
+    card = "\n".join(_use_mlx(dataclasses.replace(publication, base="/x/$(id) `id`"), REPO))
+    assert "--model 'path/to/$(id) `id`' --adapter-path" in card
+    (tmp_path / "a $(id).gguf").touch()
+    card = "\n".join(_use_gguf(read_publication(tmp_path), REPO))
+    assert "llama-cli -m 'model/a $(id).gguf'" in card
+
+
+@pytest.mark.parametrize(
+    ("config", "log", "says"),
+    [
+        ("data: 1", None, "`data` in config.yaml must be text; got 1"),
+        ("model: [a]", None, "`model` in config.yaml must be text"),
+        ("- a", None, "must map names to values; got a list"),
+        ("a: *b", None, "has an alias"),
+        ("", None, "must map names to values; got nothing"),
+        (None, '{"loss": 1.0}', "`step` in metrics.jsonl line 1 must be an integer; got None"),
+        (None, '{"step": "3", "loss": 1.0}', "`step` in metrics.jsonl line 1 must be an integer; got '3'"),
+        (None, '{"step": 1, "loss": "x"}', "`loss` in metrics.jsonl line 1 must be a finite number"),
+        (None, '{"step": 0, "eval_loss": NaN}', "`eval_loss` in metrics.jsonl line 1 must be a finite number; got nan"),
+        (None, "7", "metrics.jsonl line 1 must hold an object"),
+        (None, "", "metrics.jsonl line 1 is not valid JSON"),
+    ],
+)
+def test_a_damaged_run_is_named(config, log, says, finetuned, tmp_path, fails):
+    shutil.copytree(finetuned / "adapter", tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text(config if config is not None else "model: a/b\ndata: x.txt\n")
+    (tmp_path / "metrics.jsonl").write_text("" if log is None else log + "\n")
+    said = fails("push", tmp_path, REPO, "--dry-run")
+    assert says in said and "cannot be read" in said and "JLORA_TRACEBACK" not in said
+
+
+def test_a_log_without_learning_rates_is_drawn(hub, finetuned, tmp_path):
+    shutil.copytree(finetuned / "adapter", tmp_path / "adapter")
+    shutil.copy(finetuned / "config.yaml", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert run("push", tmp_path, REPO) == 0 and hub.files()["loss.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "adapter_model.safetensors", "README.md", "chat_template.jinja"])
+def test_links_out_of_the_directory_are_refused(name, hub, finetuned, fails, tmp_path):
+    shutil.copytree(finetuned / "adapter", tmp_path / "mine")
+    (tmp_path / "secret").write_bytes((finetuned / "adapter" / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "mine" / name).unlink(missing_ok=True)
+    (tmp_path / "mine" / name).symlink_to("../secret")
+    said = fails("push", tmp_path / "mine", REPO)
+    assert name in said and "is a link out of the directory" in said and str(tmp_path / "secret") in said
+    assert not hub.calls and "is a link" in fails("push", tmp_path / "mine", REPO, "--dry-run")
+
+
+def test_links_of_a_run_and_within_a_directory(hub, finetuned, fails, tmp_path):
+    """What is pushed may be reached by a link, and hold links to what is in it."""
+    shutil.copytree(finetuned, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "tokenizer.model").symlink_to("tokenizer.json")
+    (tmp_path / "link").symlink_to("run")
+    assert run("push", tmp_path / "link", REPO) == 0
+    assert hub.files()["tokenizer.model"] == hub.files()["tokenizer.json"]
+    (tmp_path / "run" / "checkpoints" / "secret").symlink_to("/etc/hostname")
+    assert "is a link out of the directory" in fails("push", tmp_path / "run", REPO, "--include", "checkpoints")
+
+
+@pytest.mark.parametrize("text", [f"Authorization: Bearer {TOKEN}", TOKEN, f'{{"token": "{TOKEN}"}}'])
+def test_a_server_that_echoes_the_token(text, hub, finetuned, fails, monkeypatch):
+    hub.failures = {"/api/repos/create": (400, {"error": text})}
+    said = fails("push", finetuned, REPO)
+    assert TOKEN not in said and "(status 400)" in said
+
+
 # What goes wrong
 
 
@@ -443,7 +551,7 @@ def test_only_data_of_the_hub_are_named_as_such(data, shards, named, finetuned, 
         ("/commit/", 413, "(status 413)"),
     ],
 )
-def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkeypatch):
     before = snapshot(finetuned)
     hub.failures = {where: (status, {"error": "no"})}
     if where == "/api/repos/create" and status < 500:
@@ -457,33 +565,33 @@ def test_what_the_hub_refuses(where, status, says, hub, finetuned, fails, monkey
     assert run("push", finetuned, REPO) == 0, "and once it is mended, the same command does it"
 
 
-def test_a_hub_that_fails_after_the_commit(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_a_hub_that_fails_after_the_commit(hub, finetuned, fails, monkeypatch):
     hub.failures = {"/tree/": (500, {"error": "no"})}
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     said = fails("push", finetuned, REPO, "--overwrite-card")
     assert "The files were sent, but not looked at again." in said and "tokenizer.json" in hub.files()
 
 
-def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):  # noqa: F811
+def test_a_card_that_the_hub_does_not_take(hub, finetuned, fails, tmp_path):
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\n- a\n- list\n---\n")
     said = fails("push", tmp_path / "mine", REPO)
     assert "Invalid metadata in README.md. - not a mapping" in said and not hub.files()
 
 
-def test_no_token(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_no_token(hub, finetuned, fails, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     said = fails("push", finetuned, REPO)
     assert "There is no Hugging Face token" in said and "hf auth login" in said and not hub.calls
 
 
-def test_a_wrong_token(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_a_wrong_token(hub, finetuned, fails, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     said = fails("push", finetuned, REPO)
     assert "the token was refused" in said and "hf_another" not in said and not hub.repos
 
 
-def test_nobody_answers(hub, finetuned, fails, monkeypatch):  # noqa: F811
+def test_nobody_answers(hub, finetuned, fails, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "Check the repository's name, the network and HF_ENDPOINT" in fails("push", finetuned, REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -491,11 +599,14 @@ def test_nobody_answers(hub, finetuned, fails, monkeypatch):  # noqa: F811
     assert "OfflineModeIsEnabled" in said and "offline mode" in said and ".." not in said
 
 
-def test_a_name_that_is_none(hub, finetuned, fails):  # noqa: F811
-    assert "HFValidationError" in fails("push", finetuned, "a/b/c") and not hub.calls
+def test_a_name_that_is_none(hub, finetuned, fails):
+    for name in ("a/b/c", "../x", "/x", "x/", "a b/c", "a..b", "a\nb", "", "a/b.git"):
+        for dry in ((), ("--dry-run",)):
+            assert "is called user/name" in fails("push", finetuned, name, *dry) and not hub.calls
+    assert "is called user/name" in fails("push", finetuned, "a/b", "--base-model", "/home/me/gpt2") and not hub.calls
 
 
-def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):  # noqa: F811
+def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):
     """huggingface_hub passes over what the repository's .gitignore names, and says nothing."""
     hub.ignored = {"tokenizer.json"}
     assert "did not take tokenizer.json (does it have a .gitignore" in fails("push", finetuned, REPO)
@@ -524,23 +635,23 @@ def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):  #
         (lambda d: (d / "config.json").write_text("{}"), "There is no model.safetensors"),
     ],
 )
-def test_what_is_not_there_is_not_pushed(make, says, hub, fails, tmp_path):  # noqa: F811
+def test_what_is_not_there_is_not_pushed(make, says, hub, fails, tmp_path):
     (tmp_path / "x").mkdir()
     make(tmp_path / "x")
     assert says in fails("push", tmp_path / "x", REPO) and not hub.calls
 
 
-def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):  # noqa: F811
+def test_files_of_a_run_need_a_run(hub, finetuned, fails, tmp_path):
     shutil.copytree(finetuned / "adapter", tmp_path / "mine")
     assert "`--include` means files of a run" in fails("push", tmp_path / "mine", REPO, "--include", "metrics")
 
 
 def test_places_are_not_flags(tmp_path):
     (tmp_path / "push.yaml").write_text("private: true\nlicense: mit\n")
-    assert _flags_of(push.Push, tmp_path / "push.yaml") == ["--private", "--license", "mit"]
+    assert flags_of(push.Push, tmp_path / "push.yaml") == ["--private", "--license", "mit"]
     (tmp_path / "push.yaml").write_text("repo: a/b\n")
     with pytest.raises(ValueError, match="given on the command line, without a flag"):
-        _flags_of(push.Push, tmp_path / "push.yaml")
+        flags_of(push.Push, tmp_path / "push.yaml")
 
 
 def test_the_hub_client_is_a_dependency():

@@ -1,21 +1,25 @@
 """The `jlora` command: one dataclass per subcommand, whose fields are its flags."""
 
-import dataclasses
 import difflib
 import os
 import sys
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
-from rich.console import Console
 from rich.table import Table
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+from jlora import _start
+from jlora._terminal import console, never_fail_to_encode, say
+from jlora.cli.config_file import with_config_file
+from jlora.formats.files import NoSpace, no_space
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, _start.INTERRUPTED
 
 _WRITTEN_FOR_USERS = (ValueError, FileNotFoundError, FileExistsError, ImportError)
 """Types (not their subclasses) that jlora raises with messages that say what to do."""
+
+_FOREIGN_LENGTH = 400
+"""Characters of another library's message; some are pages long."""
 
 
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
@@ -40,12 +44,38 @@ def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted, state saved)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    never_fail_to_encode()
+    try:
+        try:
+            _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            _flush()
+    except KeyboardInterrupt as stop:
+        _interrupted(stop)
+    except BrokenPipeError:  # `jlora … | head` has seen enough
+        _close_output()
+        sys.exit(FAILURE)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception.
+        if os.environ.get("JLORA_TRACEBACK") or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        interrupt = next((cause for cause in _causes(error) if isinstance(cause, KeyboardInterrupt)), None)
+        if interrupt is not None:
+            _interrupted(interrupt)
+        _fail(_advice(error), FAILURE)
+
+
+def _main(arguments: list[str]) -> None:
     # Said once here: nothing in jlora runs torch, and transformers would greet every start with advice to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     commands = _commands()
+    import tyro
+
+    _start.raise_on_interrupt()
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console().print(_overview(commands))
+        console().print(_overview(commands))
         sys.exit(0 if arguments else USAGE_ERROR)
     if arguments[0] in ("-V", "--version"):
         from jlora import __version__
@@ -60,45 +90,88 @@ def main(argv: Sequence[str] | None = None) -> None:
             + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(commands)}."),
             USAGE_ERROR,
         )
-    _run(name, *commands[name], flags)
+    options, function = commands[name]
+    config = tyro.cli(
+        options,
+        prog=f"jlora {name}",
+        args=with_config_file(options, flags),
+        description=(options.__doc__ or "") + "\n\n--config FILE.yaml gives any of these flags; flags win over it.",
+    )
+    function(config)
 
 
-def _run(name: str, options: type, function: Callable[[Any], Any], flags: list[str]) -> None:
-    import tyro
-
+def _flush() -> None:
+    """What is still to be printed, while its errors can be told."""
+    if sys.stdout is None:
+        return
     try:
-        config = tyro.cli(
-            options,
-            prog=f"jlora {name}",
-            args=with_config_file(options, flags),
-            description=(options.__doc__ or "") + "\n\n--config FILE.yaml gives any of these flags; flags win over it.",
-        )
-        function(config)
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        if os.environ.get("JLORA_TRACEBACK"):
-            raise
-        _fail(_advice(error), FAILURE)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_output()
+        _fail(f"standard output cannot be written: {error.strerror}.", FAILURE)
+
+
+def _close_output() -> None:
+    """Leaves nothing for Python to flush at the end, which would fail again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass  # it is no file
 
 
 def _advice(error: BaseException) -> str:
+    """What to print of an error: jlora's own words as they are, those of others in one line."""
     text = str(error) or type(error).__name__
+    full = no_space(error)
+    if full is not None:
+        return str(NoSpace(full, getattr(error, "advice", "") or "Run the same command after making room."))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return (
             f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: --quantize nf4, a smaller --batch-size with more "
             "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "
             "or fewer --targets."
         )
-    if type(error) in _WRITTEN_FOR_USERS or type(error).__module__.startswith("jlora"):
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)!r}: {error.strerror}."
+    if type(error).__module__.startswith("jlora") or (type(error) in _WRITTEN_FOR_USERS and _is_raised_here(error)):
         return text
-    return f"{type(error).__name__}: {text} (set JLORA_TRACEBACK=1 to see where)"
+    line = " ".join(text.split())
+    line = line if len(line) <= _FOREIGN_LENGTH else line[:_FOREIGN_LENGTH] + " …"
+    name = "" if line == type(error).__name__ else f"{type(error).__name__}: "
+    return f"{name}{line} (set JLORA_TRACEBACK=1 to see where)"
 
 
-def _fail(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/] ", end="")
-    print(message, file=sys.stderr)
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether it was jlora's code that raised it, and not a library below."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is None or place.tb_frame.f_globals.get("__name__", "").startswith("jlora")
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _interrupted(stop: BaseException) -> NoReturn:
+    print(str(stop) or "interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if "huggingface_hub" in sys.modules:
+        from jlora.io.hub import without_token
+
+        message = without_token(message)
+    say(console(stderr=True), ("error:", "bold red"), f" {message}")
     sys.exit(code)
 
 
@@ -109,60 +182,3 @@ def _overview(commands: Mapping[str, tuple[type, Any]]) -> Table:
     table.add_row("", "")
     table.add_row("jlora COMMAND --help", "all flags of a command")
     return table
-
-
-def with_config_file(options: type, flags: list[str]) -> list[str]:
-    """Replaces `--config FILE.yaml` by the flags in it, put first so that those of the command line win.
-
-    Raises:
-        ValueError: when the file is not a mapping from field names to values.
-    """
-    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else (flag,))]
-    if "--config" not in flags:
-        return flags
-    at = flags.index("--config")
-    if at + 1 == len(flags):
-        raise ValueError("`--config` needs a file: --config run.yaml.")
-    path = Path(flags[at + 1])
-    return _flags_of(options, path) + flags[:at] + flags[at + 2 :]
-
-
-def _flags_of(options: type, path: Path) -> list[str]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config file {str(path)!r}.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from error
-    fields = [f.name for f in dataclasses.fields(options)]
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} must map flag names to values; got {type(values).__name__}.")
-    flags = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            raise ValueError(
-                f"{str(path)!r} sets {key!r}, which is no flag" + (f"; did you mean {close[0]!r}?" if close else ".")
-            )
-        if name in positional(options):
-            raise ValueError(f"{str(path)!r} sets {key!r}, which is given on the command line, without a flag.")
-        flag = name.replace("_", "-")
-        if value is None or value == []:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return flags
-
-
-def positional(options: type) -> set[str]:
-    """The fields that are given by their place on the command line, without a flag."""
-    from tyro.conf import Positional
-
-    (marker,) = Positional[str].__metadata__
-    hints = typing.get_type_hints(options, include_extras=True)
-    return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}

@@ -4,15 +4,22 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from jlora._numbers import check_seed
-from jlora.data import InstructDataset, TextDataset, load_data
-from jlora.io import base_model_of, load, load_adapter, load_tokenizer
+from jlora._terminal import say
+from jlora.cli.as_trained import note
+from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
+from jlora.data.tokens import fingerprint, largest_id
+from jlora.formats.run_settings import RunSettings
+from jlora.io import base_model_of, find, load, load_adapter, load_tokenizer
+from jlora.io.hf import add_stops
+from jlora.io.origin import Origin
 from jlora.models import has_adapted_tie, untie
 from jlora.quant import SPECS
 
@@ -27,8 +34,8 @@ class Weights:
     """Hugging Face directory or hub id; default: the base that --adapter names."""
     adapter: str | None = None
     """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's. (`jlora generate`: or of several of them.)"""
-    quantize: Literal["nf4", "int8", "int4"] | None = None
-    """Pack the base's linear kernels, as `jlora finetune --quantize` did."""
+    quantize: Literal["none", "nf4", "int8", "int4"] | None = None
+    """Pack the base's linear kernels; default: as the adapter's run did, otherwise none."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""
 
@@ -45,28 +52,74 @@ def resolve_model(weights: Weights) -> str:
     return name
 
 
-def load_weights(weights: Weights) -> tuple[Any, Any, Any]:
-    """(model, parameters with the adapter on, tokenizer)."""
+class Loaded(NamedTuple):
+    model: Any
+    """Its end of text is all that ends a generation."""
+    params: Any
+    """With the adapter on."""
+    tokenizer: Any
+    tokenizer_files: Path
+    """The directory that it was read from."""
+
+
+def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
+    """What `weights` names.
+
+    Args:
+        to_write: the weights become another file; then float32 also where there is no loss only in running in bfloat16.
+    """
     name = resolve_model(weights)
-    dtype = weights.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = SPECS[weights.quantize]() if weights.quantize else None
-    model, params = load(name, dtype=jnp.dtype(dtype), quantize=spec)
+    spec = None if weights.quantize in (None, "none") else SPECS[weights.quantize]()
+    model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
     if weights.adapter is not None:
         params = load_adapter(weights.adapter, params)
-    return model, params, load_tokenizer(name)
+    tokenizer, files = _tokenizer(find(name), weights.adapter, model)
+    return Loaded(add_stops(model, tokenizer), params, tokenizer, files)
 
 
-def mergeable(model: Any, params: Any, console: Console) -> tuple[Any, Any]:
+def _dtype(weights: Weights, name: str, to_write: bool) -> str:
+    if weights.dtype != "auto":
+        return weights.dtype
+    # What is written takes the base's dtype; float16 and float32 would lose digits on the way through bfloat16.
+    exact = to_write and any(dtype != "bfloat16" for dtype in Origin.read(name).dtypes.values())
+    return "float32" if exact or jax.default_backend() == "cpu" else "bfloat16"
+
+
+def written_dtype(weights: Weights) -> str | None:
+    """Of the weights in a file that is written: --dtype; None: each as the base has it."""
+    return None if weights.dtype == "auto" else weights.dtype
+
+
+def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
+    """(tokenizer, its directory): the base's, unless the adapter's directory has another, with which it was trained."""
+    tokenizer = load_tokenizer(base)
+    beside = None if adapter is None else Path(adapter)
+    if beside is None or not any((beside / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return tokenizer, base
+    own = load_tokenizer(beside)
+    if fingerprint(own) == fingerprint(tokenizer) and own.chat_template == tokenizer.chat_template:
+        return tokenizer, base
+    if largest_id(own) >= model.config.vocab_size:
+        note(f"the tokenizer in {adapter} has more tokens than the embedding has rows; the base's is used")
+        return tokenizer, base
+    note(f"the tokenizer is the one in {adapter}, which differs from the base's")
+    return own, beside
+
+
+def mergeable(model: Any, params: Any, terminal: Console) -> tuple[Any, Any]:
     """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
     if not has_adapted_tie(model, params):
         return model, params
-    console.print(
+    say(
+        terminal,
         "The adapter changes the embedding, which is the output head too; the head keeps the base's values, as a tensor of its "
-        "own (tie_word_embeddings: false)."
+        "own (tie_word_embeddings: false).",
     )
     return untie(model, params)
+
+
+OF_DATA = ("data", "eval_data", "eval_fraction", "template", "max_length", "seed")
+"""The fields of `EvaluationData` that a run has too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,22 +127,25 @@ class EvaluationData:
     """Which data; the defaults are those of `jlora finetune`, so that its validation split is found again."""
 
     data: str | None = None
-    """A .txt file or folder, a .jsonl or .json file, or the id of a hub data set."""
+    """A .txt file or folder, a .jsonl or .json file, or the id of a hub data set; default: the data of the adapter's run."""
     split: Split = "validation"
-    """validation: the --eval-fraction that `jlora finetune` holds out; train: the rest; all: both."""
-    eval_fraction: float = 0.1
-    """Share of the data in the validation split."""
-    template: Literal["alpaca", "chat"] = "alpaca"
-    """How records become text."""
+    """validation: what `jlora finetune` holds out; train: the rest; all: both."""
+    eval_data: str | None = None
+    """This file is the validation split; default: as in the adapter's run, whose --eval-data it was."""
+    eval_fraction: float | None = None
+    """Share of the data in the validation split; default: as in the adapter's run, otherwise 0.1."""
+    template: Literal["alpaca", "chat"] | None = None
+    """How records become text; default: as in the adapter's run, otherwise alpaca."""
     max_length: int | None = None
-    """Tokens in a row; default: 512, or the model's limit if that is less."""
+    """Tokens in a row; default: as in the adapter's run, otherwise 512, or the model's limit if that is less."""
     batch_size: int = 8
     """Rows in a batch."""
-    seed: int = 0
-    """Of the choice of validation records, and of sampling."""
+    seed: int | None = None
+    """Of the choice of validation records; default: as in the adapter's run, otherwise 0."""
 
     def __post_init__(self):
-        check_seed(self.seed)
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 def require_data(options: EvaluationData) -> str:
@@ -104,26 +160,42 @@ def require_data(options: EvaluationData) -> str:
 
 
 @contextmanager
-def open_data(options: EvaluationData, tokenizer: Any, model: Any) -> Iterator[TextDataset | InstructDataset]:
-    """The split as a data set; tokenized text lives in a temporary directory meanwhile."""
+def open_data(
+    options: EvaluationData, tokenizer: Any, model: Any, run: RunSettings | None = None
+) -> Iterator[TextDataset | InstructDataset]:
+    """The split as a data set; tokenized text lives in a temporary directory meanwhile.
+
+    Args:
+        run: of the adapter, whose settings `options` have.
+    """
     with tempfile.TemporaryDirectory() as directory:
         train, validation = load_data(
             require_data(options),
             tokenizer,
-            eval_fraction=0.0 if options.split == "all" else options.eval_fraction,
-            template=options.template,
+            eval_data=options.eval_data if options.split == "validation" else None,
+            eval_fraction=_eval_fraction(options),
+            template=options.template or "alpaca",
             max_length=row_length(options.max_length, model),
-            seed=options.seed,
+            seed=options.seed or 0,
             directory=directory,
             vocab_size=model.config.vocab_size,
+            pack=run is not None and run.pack,
         )
         chosen = validation if options.split == "validation" else train
         if chosen is None:
-            raise ValueError("An --eval-fraction of 0 leaves no validation split; use --split all.")
+            raise ValueError(
+                "An --eval-fraction of 0 leaves no validation split: all of the data were trained on. Give other --data, and for "
+                "all of it use --split all."
+            )
         for part in chosen.stats.cut():
-            # Not on standard output, which is JSON in `jlora evaluate`.
-            Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"{part}; raise --max-length")
+            note(f"{part}; raise --max-length")
         yield chosen
+
+
+def _eval_fraction(options: EvaluationData) -> float:
+    if options.eval_data is not None or options.split == "all":
+        return 0.0  # all of --data is for training, or is looked at
+    return EVAL_FRACTION if options.eval_fraction is None else options.eval_fraction
 
 
 def row_length(max_length: int | None, model: Any) -> int:

@@ -8,9 +8,12 @@ from typing import Literal
 import jax
 
 from jlora._numbers import json_text
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data
-from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
+from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import eval_batches
+from jlora.formats.files import check_writable, whole_files, write_text
+from jlora.formats.run_settings import RunSettings
 from jlora.report import compare, print_comparison
 
 
@@ -18,9 +21,11 @@ from jlora.report import compare, print_comparison
 class Compare(EvaluationData, Prompts, Weights):
     """Base and adapted model side by side: samples, KL divergence, perplexity."""
 
-    template: Literal["none", "alpaca", "chat"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """none: continue prompts as they are; alpaca, chat: take them as instructions. Records in --data are rendered by
-    alpaca where this is none."""
+    template: Literal["none", "alpaca", "chat"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """none: continue prompts as they are; alpaca, chat: take them as instructions; default: as the adapter was trained,
+    otherwise none. Records in --data are rendered by the run's template, or alpaca, where this is none."""
+    seed: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Of sampling; without a run also of the choice of validation records."""
     output: str | None = None
     """Write compare.md and compare.json into this directory."""
 
@@ -28,26 +33,38 @@ class Compare(EvaluationData, Prompts, Weights):
 def run(options: Compare) -> None:
     if options.adapter is None:
         raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
+    if options.output is not None:
+        check_writable(options.output)
     found = read_prompts(options)
-    model, params, tokenizer = load_weights(options)
+    chosen = options.template
+    of_data = ("eval_data", "eval_fraction", "max_length") if options.data else ()
+    options, trained = as_trained(options, "template", "quantize", *of_data)
+    model, params, tokenizer, _ = load_weights(options)
     prompts = encode_prompts(found, options, tokenizer)
-    for_data = dataclasses.replace(options, template="alpaca") if options.template == "none" else options
-    with open_data(for_data, tokenizer, model) if options.data else nullcontext() as data:
+    with (
+        open_data(_held_out(options, chosen, trained), tokenizer, model, trained)
+        if options.data
+        else nullcontext() as data
+    ):
         result = compare(
             model,
             params,
             prompts,
             decode=lambda row: tokenizer.decode(row, skip_special_tokens=True),
             key=jax.random.key(options.seed),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            **sampling(options, resolve_model(options)),
             held_out=None if data is None else lambda: eval_batches(data, batch_size=options.batch_size),
         )
     print_comparison(result)
     if options.output is not None:
-        directory = Path(options.output)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "compare.md").write_text(result.to_markdown())
-        (directory / "compare.json").write_text(json_text(result.to_json(), indent=2) + "\n")
+        with whole_files(Path(options.output), last="compare.json", replace=True) as partial:
+            write_text(partial / "compare.md", result.to_markdown())
+            write_text(partial / "compare.json", json_text(result.to_json(), indent=2) + "\n")
+
+
+def _held_out(options: Compare, chosen: str | None, trained: RunSettings | None) -> Compare:
+    """The data's settings: --template none is about prompts, and --seed about sampling."""
+    if trained is None:
+        return dataclasses.replace(options, template=None if options.template == "none" else options.template)
+    template = trained.template if chosen in (None, "none") else chosen
+    return dataclasses.replace(options, template=template, seed=trained.seed)  # pyright: ignore[reportArgumentType]

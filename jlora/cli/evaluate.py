@@ -1,11 +1,12 @@
 """`jlora evaluate`."""
 
 import dataclasses
-from pathlib import Path
 
 from jlora._numbers import json_text
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
+from jlora.formats.files import check_writable, write_text
 from jlora.train import evaluate
 
 
@@ -18,9 +19,12 @@ class Evaluate(EvaluationData, Weights):
 
 
 def run(options: Evaluate) -> None:
+    options, trained = as_trained(options, *OF_DATA, "quantize")
     require_data(options)
-    model, params, tokenizer = load_weights(options)
-    with open_data(options, tokenizer, model) as data:
+    if options.output is not None:
+        check_writable(options.output, file=True)
+    model, params, tokenizer, _ = load_weights(options)
+    with open_data(options, tokenizer, model, trained) as data:
         result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
     report = {
         "model": resolve_model(options),
@@ -37,8 +41,6 @@ def run(options: Evaluate) -> None:
         "dropped": data.stats.dropped,
     }
     text = json_text(report, indent=2)
+    print(text, flush=True)  # before the file, whose disk may have filled up meanwhile
     if options.output is not None:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    print(text)
+        write_text(options.output, text + "\n")

@@ -1,16 +1,18 @@
 """`jlora export`."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
-from jlora.cli.base import Weights, load_weights, mergeable, resolve_model
-from jlora.formats.files import refuse_existing
+from jlora._terminal import console, say
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
+from jlora.formats.files import refuse_existing, whole_directory, write_text
 from jlora.io import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
 from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
+from jlora.io.hf_save import refuse_checkpoint
 from jlora.io.ollama import modelfile
 from jlora.lora import LoraConfig
 
@@ -32,23 +34,26 @@ class Export(Weights):
 def run(options: Export) -> None:
     if options.to in _OF_ADAPTERS and options.adapter is None:
         raise ValueError("There is no adapter to export without --adapter OUTPUT/adapter.")
-    if options.to != "transformers":  # that one writes into an existing directory, too
-        refuse_existing(options.output)
-    model, params, tokenizer = load_weights(options)
-    console = Console(highlight=False, soft_wrap=True)
+    # transformers' goes into an existing directory, too.
+    (refuse_checkpoint if options.to == "transformers" else refuse_existing)(options.output)
+    options, _ = as_trained(options, "quantize")
+    model, params, tokenizer, tokenizer_files = load_weights(options, to_write=True)
+    terminal = console()
     if options.to not in _OF_ADAPTERS:  # those are written beside the base as it is
-        model, params = mergeable(model, params, console)
-    said = _WRITERS[options.to](options, model, params, tokenizer)
-    console.print(f"[bold]{options.output}[/]: {said}")
+        model, params = mergeable(model, params, terminal)
+    said = _WRITERS[options.to](options, model, params, tokenizer_files if options.to == "transformers" else tokenizer)
+    say(terminal, (options.output, "bold"), f": {said}")
 
 
 def _transformers(options: Export, model, params, tokenizer) -> str:
-    save_pretrained(options.output, model, params, tokenizer=tokenizer)
+    save_pretrained(
+        options.output, model, params, tokenizer=tokenizer, base=resolve_model(options), dtype=written_dtype(options)
+    )
     return "a checkpoint that transformers loads"
 
 
 def _torch(options: Export, model, params, tokenizer) -> str:
-    save_torch(options.output, model, params)
+    save_torch(options.output, model, params, base=resolve_model(options), dtype=written_dtype(options))
     return "a state dict for torch.load and load_state_dict"
 
 
@@ -64,10 +69,12 @@ def _gguf_adapter(options: Export, model, params, tokenizer) -> str:
 
 def _ollama(options: Export, model, params, tokenizer) -> str:
     directory = Path(options.output)
-    name = f"{directory.name}.gguf"
+    # A Modelfile's lines know no escapes.
+    name = f"{directory.name}.gguf" if re.fullmatch(r"[\w.-]+", directory.name) else "model.gguf"
     text = modelfile(name, tokenizer, model.config)
-    save_gguf(directory / name, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)
-    (directory / "Modelfile").write_text(text)
+    with whole_directory(directory) as partial:
+        save_gguf(partial / name, model, params, tokenizer=tokenizer, dtype=options.gguf_dtype)
+        write_text(partial / "Modelfile", text)
     note = ""
     if tokenizer.chat_template and "TEMPLATE" not in text:
         note = "; its chat template does more than Ollama's language says, so Ollama will look for one that it knows"

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-from rich.console import Console
 
-from jlora.cli.base import Weights, load_weights
-from jlora.cli.prompts import Prompts, encode_prompts, read_prompts
+from jlora._terminal import Part, console, say
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import Weights, load_weights, resolve_model
+from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
 from jlora.formats.adapters import adapter_directories
 from jlora.generation import generate
@@ -22,6 +23,7 @@ class Generate(Prompts, Weights):
 
 def run(options: Generate) -> None:
     found = read_prompts(options)
+    options, _ = as_trained(options, "template", "quantize")
     model, params, tokenizer, names = load_choices(options)
     prompts = encode_prompts(found, options, tokenizer)
     jobs = [(text, ids, name) for text, ids in prompts for name in names or ("",)]
@@ -31,18 +33,14 @@ def run(options: Generate) -> None:
         model,
         params,
         [ids for _, ids, _ in jobs],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        **sampling(options, _base(options)),
         key=jax.random.key(options.seed),
     )
-    console = Console(highlight=False, markup=False)
+    terminal = console()
     for (text, ids, name), row in zip(jobs, rows, strict=True):
-        if name:
-            console.print(f"{name}: ", style="bold", end="")
-        console.print(text, style="dim", end="" if options.template == "none" else "\n")
-        console.print(decode_continuation(tokenizer, ids, row) + "\n", soft_wrap=True)
+        before: list[Part] = [(f"{name}: ", "bold")] if name else []
+        prompt = text if options.template in (None, "none") else f"{text}\n"
+        say(terminal, *before, (prompt, "dim"), decode_continuation(tokenizer, ids, row) + "\n")
 
 
 def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:
@@ -53,13 +51,21 @@ def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:
     """
     found = adapter_directories(weights.adapter) if weights.adapter else {}
     if set(found) <= {"default"}:
-        return *load_weights(weights), ()
+        return *load_weights(weights)[:3], ()
+    base = dataclasses.replace(weights, model=_base(weights), adapter=None)
+    model, params, tokenizer, _ = load_weights(base)
+    return model, load_adapters(str(weights.adapter), params), tokenizer, tuple(found)
+
+
+def _base(weights: Weights) -> str:
+    """The base's name, which all adapters of a directory share."""
+    found = adapter_directories(weights.adapter) if weights.adapter else {}
+    if weights.model is not None or set(found) <= {"default"}:
+        return resolve_model(weights)
     bases = {base_model_of(path) for path in found.values()}
-    if weights.model is None and len(bases) > 1:
+    if len(bases) > 1 or None in bases:
         raise ValueError(
             f"The adapters in {weights.adapter!r} name different base models: {', '.join(sorted(map(str, bases)))}. Give the one "
             "they are to share with --model, or one of the adapters."
         )
-    base = dataclasses.replace(weights, model=weights.model or bases.pop(), adapter=None)
-    model, params, tokenizer = load_weights(base)
-    return model, load_adapters(str(weights.adapter), params), tokenizer, tuple(found)
+    return str(bases.pop())

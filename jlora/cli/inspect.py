@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jlora._modules import linear_kernels
+from jlora._terminal import console, say
 from jlora._tree import flatten
-from jlora.cli.base import EvaluationData, Split, Weights, open_data, resolve_model
+from jlora.cli.as_trained import as_trained
+from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import PEFT, adapter_directories, open_adapter
 from jlora.formats.mlx import checkpoint_module
+from jlora.formats.run_settings import RunSettings
 from jlora.io import find, load_tokenizer, read_config
 from jlora.io.adapters import factor_names
 from jlora.io.peft import PREFIX
@@ -39,15 +41,16 @@ class Inspect(EvaluationData, Weights):
 
 
 def run(options: Inspect) -> None:
-    console = Console(highlight=False)
+    terminal = console()
     options = _resolved(options)
     if options.adapter is not None:
         for directory in adapter_directories(options.adapter).values() or (options.adapter,):
-            console.print(adapter_table(str(directory)))
+            terminal.print(adapter_table(str(directory)))
     if options.data is not None:
-        show_data(options, console)
+        options, trained = as_trained(options, *OF_DATA[1:])
+        show_data(options, terminal, trained)
     elif options.adapter is None:
-        console.print(kernel_table(resolve_model(options)))
+        terminal.print(kernel_table(resolve_model(options)))
 
 
 def _resolved(options: Inspect) -> Inspect:
@@ -62,16 +65,16 @@ def _resolved(options: Inspect) -> Inspect:
     return dataclasses.replace(options, **{field: options.path, "path": None})
 
 
-def show_data(options: Inspect, console: Console) -> None:
+def show_data(options: Inspect, terminal: Console, trained: RunSettings | None = None) -> None:
     name = resolve_model(options)
     tokenizer = load_tokenizer(name)
     model = model_from_config(read_config(find(name)), dtype=jnp.float32)
-    with open_data(options, tokenizer, model) as data:
+    with open_data(options, tokenizer, model, trained) as data:
         counts = summary(data)
         for number, runs in enumerate(preview(data, tokenizer, rows=options.rows), start=1):
-            console.rule(f"row {number} of {counts['rows']}", align="left", style="dim")
-            console.print(Text.assemble(*((text, "bold green underline" if on else "dim") for text, on in runs)))
-    console.rule(style="dim")
+            terminal.rule(f"row {number} of {counts['rows']}", align="left", style="dim")
+            say(terminal, *((text, "bold green underline" if on else "dim") for text, on in runs))
+    terminal.rule(style="dim")
     table = Table(box=None, show_header=False, pad_edge=False)
     for field, value in counts.items():
         if isinstance(value, tuple):
@@ -80,8 +83,14 @@ def show_data(options: Inspect, console: Console) -> None:
                 continue
         shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         table.add_row(field.replace("_", " "), shown)
-    console.print(table)
-    console.print("[bold green underline]green[/]: supervised (the loss is on these tokens); [dim]dim[/]: context only")
+    terminal.print(table)
+    say(
+        terminal,
+        ("green", "bold green underline"),
+        ": supervised (the loss is on these tokens); ",
+        ("dim", "dim"),
+        ": context only",
+    )
 
 
 def kernel_table(name: str) -> Table:

@@ -6,9 +6,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from jlora._terminal import console, say
 from jlora._tree import count, nbytes
 from jlora.cli.base import row_length
 from jlora.finetuning import FinetuneConfig
@@ -70,7 +71,6 @@ class Memory:
 
 
 def run(options: Memory) -> None:
-    console = Console(highlight=False)
     model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
     row_length(options.max_length, model)
     lora = LoraConfig(
@@ -97,11 +97,14 @@ def run(options: Memory) -> None:
         print(json.dumps(fields, indent=2))
         return
     adapter, base = split(params)
-    console.print(
-        f"[bold]{options.model}[/]: {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, "
-        f"{count(adapter):,} trained; {options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}"
+    terminal = console()
+    say(
+        terminal,
+        (options.model, "bold"),
+        f": {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, "
+        f"{count(adapter):,} trained; {options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}",
     )
-    console.print(table(predicted, compiled))
+    terminal.print(table(predicted, compiled))
 
 
 def _compiled(model, params, tx, options: Memory) -> int:
@@ -119,14 +122,15 @@ def table(predicted: Prediction, compiled: int | None) -> Table:
     out.add_column("MiB", justify="right")
     out.add_column("")
     for name, meaning in _MEANING.items():
-        out.add_row(name, f"{getattr(predicted, name) / 2**20:,.1f}", meaning, style=None)
+        out.add_row(name, _mib(getattr(predicted, name)), meaning)
     out.add_row(
-        "[bold]peak[/]", f"[bold]{predicted.peak / 2**20:,.1f}[/]", "predicted; the runtime's own memory comes on top"
+        Text("peak", "bold"), Text(_mib(predicted.peak), "bold"), "predicted; the runtime's own memory comes on top"
     )
     if compiled is not None:
-        out.add_row(
-            "[bold]compiled[/]",
-            f"[bold]{compiled / 2**20:,.1f}[/]",
-            f"the compiler's plan for {jax.devices()[0].device_kind}",
-        )
+        plan = f"the compiler's plan for {jax.devices()[0].device_kind}"
+        out.add_row(Text("compiled", "bold"), Text(_mib(compiled), "bold"), plan)
     return out
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

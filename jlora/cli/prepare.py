@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
-from rich.console import Console
 
+from jlora._terminal import console, say
 from jlora.data import prepare_text
+from jlora.formats.files import check_writable
 from jlora.io import find, load_tokenizer, read_config
 from jlora.models import model_from_config
 
@@ -25,6 +26,7 @@ class Prepare:
 
 
 def run(options: Prepare) -> None:
+    check_writable(options.output)
     directory = find(options.model)
     model = model_from_config(read_config(directory), dtype=jnp.float32)
     meta = prepare_text(
@@ -35,4 +37,4 @@ def run(options: Prepare) -> None:
         vocab_size=model.config.vocab_size,
     )
     counts = ", ".join(f"{tokens:,} {split} tokens" for split, tokens in meta["tokens"].items())
-    Console(highlight=False).print(f"{counts} in [bold]{options.output}[/]")
+    say(console(), f"{counts} in ", (options.output, "bold"))

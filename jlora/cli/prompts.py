@@ -1,11 +1,18 @@
 """Prompts of the command line: raw text, or instructions in the template that the adapter was trained with."""
 
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from jlora._numbers import check_seed
-from jlora.data import prompt_ids, read_records
+from jlora.cli.as_trained import note
+from jlora.data.prompts import Prompt, check_text, prompts_of, text_ids
+from jlora.data.records import Record
+from jlora.data.templates import prompt_ids
+from jlora.formats.stops import GENERATION_CONFIG, generation_config
+from jlora.io import find
+
+_SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
+"""Where neither a flag nor the checkpoint says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,17 +22,18 @@ class Prompts:
     prompts: tuple[str, ...] = ()
     """Prompts to continue."""
     prompts_file: str | None = None
-    """More prompts: a text file with one a line, or .jsonl records with `instruction` and `input`."""
-    template: Literal["none", "alpaca", "chat"] = "none"
-    """none: continue the prompt as it is; alpaca, chat: take it as an instruction."""
+    """More prompts: a .txt file with one a line, or .jsonl or .json records with `instruction` and `input`, or `messages`."""
+    template: Literal["none", "alpaca", "chat"] | None = None
+    """none: continue the prompt as it is; alpaca, chat: take it as an instruction; default: as the adapter was trained,
+    otherwise none."""
     max_new_tokens: int = 64
     """At most this many new tokens a prompt."""
-    temperature: float = 0.8
-    """0: always the likeliest token."""
-    top_k: int = 50
-    """Sample among the k likeliest; 0: all."""
-    top_p: float = 0.95
-    """Then among those that together reach this probability."""
+    temperature: float | None = None
+    """0: always the likeliest token; default: as generation_config.json of the model says, otherwise 0.8."""
+    top_k: int | None = None
+    """Sample among the k likeliest; 0: all; default: as generation_config.json says, otherwise 50."""
+    top_p: float | None = None
+    """Then among those that together reach this probability; default: as generation_config.json says, otherwise 0.95."""
     seed: int = 0
     """Of sampling."""
 
@@ -33,19 +41,18 @@ class Prompts:
         check_seed(self.seed)
 
 
-Prompt: TypeAlias = tuple[str, dict[str, Any]]
-"""Text to show, and its record."""
-
-
 def read_prompts(options: Prompts) -> list[Prompt]:
     """Every prompt, before a model is loaded.
 
     Raises:
-        ValueError: when there is none.
+        FileNotFoundError: no such file.
+        ValueError: when there is none, or one is not text.
     """
-    found: list[Prompt] = [(text, {"instruction": text}) for text in options.prompts]
+    found = [
+        Prompt(check_text(text, f"prompt {n}"), Record(instruction=text)) for n, text in enumerate(options.prompts, 1)
+    ]
     if options.prompts_file is not None:
-        found += _from_file(Path(options.prompts_file))
+        found += prompts_of(options.prompts_file)
     if not found:
         raise ValueError("Give at least one prompt: --prompts 'Once upon a time', or --prompts-file FILE.")
     return found
@@ -53,19 +60,37 @@ def read_prompts(options: Prompts) -> list[Prompt]:
 
 def encode_prompts(found: list[Prompt], options: Prompts, tokenizer: Any) -> list[tuple[str, list[int]]]:
     """(text, token ids) of every prompt."""
-    if options.template != "none":
-        return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
-    # An empty prompt starts from the end-of-text token, as a document does.
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [(text, tokenizer(text)["input_ids"] or [start]) for text, _ in found]
+    if options.template in (None, "none"):
+        return [(text, text_ids(tokenizer, _raw(text, record))) for text, record in found]
+    return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
 
 
-def _from_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no prompts file {str(path)!r}.")
-    if path.suffix == ".jsonl":
-        records = [record for _, record in read_records(path)]
-        if any("instruction" not in record for record in records):
-            raise ValueError(f"Prompts in {str(path)!r} need an `instruction`; chat records cannot be prompts here.")
-        return [("\n".join(filter(None, (r["instruction"], r.get("input")))), r) for r in records]
-    return [(line, {"instruction": line}) for line in path.read_text().splitlines() if line.strip()]
+def _raw(text: str, record: dict[str, Any]) -> str:
+    if "messages" in record:
+        raise ValueError("Prompts of `messages` are rendered by a chat template; give --template chat.")
+    return text
+
+
+def sampling(options: Prompts, base: str) -> dict[str, Any]:
+    """The arguments of `generate` that say how to sample; what the checkpoint says of it, and is taken or not, is said."""
+    fields = generation_config(find(base))
+    samples = fields.get("do_sample") is True
+    taken = {
+        name: fields[name]
+        for name in _SAMPLING
+        if samples and getattr(options, name) is None and isinstance(fields.get(name), int | float)
+    }
+    given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+    if taken:
+        note(f"as {GENERATION_CONFIG} says: {', '.join(f'{name} {value}' for name, value in taken.items())}")
+    without = {name: fields[name] for name, none in _LEFT_OUT.items() if fields.get(name) not in (None, none)}
+    if without:
+        note(f"left out of {GENERATION_CONFIG}: {', '.join(f'{name} {value}' for name, value in without.items())}")
+    return {"max_new_tokens": options.max_new_tokens, **_SAMPLING, **taken, **given}
+
+
+_LEFT_OUT = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0,
+    "num_beams": 1, "bad_words_ids": None, "suppress_tokens": None, "stop_strings": None, "sequence_bias": None,
+}  # fmt: skip
+"""Fields of generation_config.json that would change what is generated -> the value with which they do not."""

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tyro.conf import Positional, arg
 
+from jlora._terminal import console, say
+from jlora.data import is_hub_data
+from jlora.formats import run_settings
 from jlora.formats.adapters import CONFIG, open_adapter
-from jlora.io.hub import Content, is_hub_id, push_files, size_of
+from jlora.formats.run_settings import RunSettings
+from jlora.io.hub import Content, check_name, is_hub_id, push_files, size_of
 from jlora.report import plot_history
-from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication
+from jlora.report.publication import CARD, CURVE, Publication, model_card, read_publication, refuse_links
 
 Extra = Literal["metrics", "config", "checkpoints"]
 
@@ -56,30 +58,37 @@ class Push:
 
 
 def run(options: Push) -> None:
+    check_name(options.repo)
+    if options.base_model is not None:
+        check_name(options.base_model)
     publication = read_publication(options.directory, run=options.run)
     own_card = publication.root / CARD
     written_here = own_card.is_file() and not options.overwrite_card
     with tempfile.TemporaryDirectory() as scratch:
         files = contents(options, publication, Path(scratch))
         if written_here:
+            refuse_links(publication.root, [own_card])
             files[CARD] = own_card
         else:
             files[CARD] = model_card(
                 publication, options.repo, base_model=options.base_model, license=options.license, curve=CURVE in files
             ).encode()
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(_plan(options, files, publication))
+        terminal = console(soft_wrap=True)
+        terminal.print(_plan(options, files, publication))
         if written_here:
-            console.print(f"{CARD} is the one in {options.directory}; --overwrite-card writes one from the run")
+            say(terminal, f"{CARD} is the one in {options.directory}; --overwrite-card writes one from the run")
         if publication.base and not is_hub_id(publication.base) and options.base_model is None:
-            console.print(
-                Text(f"the base model is a local path, {publication.base}: others need --base-model HUB/ID to use this")
-            )
+            said = f"the base model is a local path, {publication.base}: others need --base-model HUB/ID to use this"
+            say(terminal, said)
         if options.dry_run:
             card = files[CARD]
-            console.rule(CARD, align="left")
-            print((card if isinstance(card, bytes) else card.read_bytes()).decode(), end="")
-            console.rule("nothing was sent", align="left")
+            terminal.rule(CARD, align="left")
+            say(
+                terminal,
+                (card if isinstance(card, bytes) else card.read_bytes()).decode(errors="backslashreplace"),
+                end="",
+            )
+            terminal.rule("nothing was sent", align="left")
             return
         pushed = push_files(
             options.repo,
@@ -90,9 +99,9 @@ def run(options: Push) -> None:
             # A card that is generated gives way to one that somebody has put there.
             keep=() if options.overwrite_card or written_here else (CARD,),
         )
-    console.print(f"pushed: [bold]{pushed.url}[/]")
+    say(terminal, "pushed: ", (pushed.url, "bold"))
     if pushed.kept:
-        console.print(f"{CARD} of the repository was kept; --overwrite-card replaces it")
+        say(terminal, f"{CARD} of the repository was kept; --overwrite-card replaces it")
 
 
 def contents(options: Push, publication: Publication, scratch: Path) -> dict[str, Content]:
@@ -102,6 +111,12 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         found = open_adapter(publication.root)
         fields = dict(found.fields) | {found.layout.base: options.base_model}
         files[CONFIG] = (json.dumps(fields, indent=2) + "\n").encode()
+    settings = RunSettings.read(publication.root) if run_settings.FILE in files else None
+    if settings is not None:  # data of this machine are not told, and raw text always is of this machine
+        names = () if settings.template is None else ("data", "eval_data")
+        told = {name: value for name in names if (value := getattr(settings, name)) and is_hub_data(value)}
+        settings = dataclasses.replace(settings, **{"data": None, "eval_data": None} | told)
+        files[run_settings.FILE] = settings.to_json()
     record = publication.run
     if record is None:
         if options.include:
@@ -116,6 +131,7 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         found = [p for pattern in _EXTRAS[extra] for p in sorted(record.directory.glob(pattern)) if p.is_file()]
         if not found:
             raise FileNotFoundError(f"`--include {extra}`: there are none in {str(record.directory)!r}.")
+        refuse_links(record.directory, found)
         files |= {path.relative_to(record.directory).as_posix(): path for path in found}
     return files
 

@@ -4,10 +4,12 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
-from rich.console import Console
 
+from jlora._terminal import console, say
 from jlora._tree import count, nbytes
-from jlora.io import load, load_tokenizer, save_quantized
+from jlora.io import load, save_quantized
+from jlora.io.hf_save import refuse_checkpoint
+from jlora.io.origin import Origin
 from jlora.quant import NF4
 
 
@@ -23,15 +25,22 @@ class Quantize:
     """Elements that share one scale: 32 to 4096."""
     double_quant: bool = NF4.double_quant
     """Quantize the scales themselves to 8 bits (4.127 rather than 4.5 bits a parameter)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights that stay dense, and to which the others decode."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the weights that stay dense, and to which the others decode; auto: as the model is stored."""
 
 
 def run(options: Quantize) -> None:
     spec = NF4(block_size=options.block_size, double_quant=options.double_quant)
-    model, params = load(options.model, dtype=jnp.dtype(options.dtype), quantize=spec)
-    save_quantized(options.output, model, params, tokenizer=load_tokenizer(options.model))
-    Console(highlight=False).print(
-        f"4-bit checkpoint: [bold]{options.output}[/], {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB "
-        f"({8 * nbytes(params) / count(params):.2f} bits a parameter, {options.dtype} embeddings and norms included)"
+    refuse_checkpoint(options.output)
+    origin = Origin.read(options.model)
+    dtype = origin.dtype if options.dtype == "auto" else jnp.dtype(options.dtype)
+    exact = dtype if dtype == jnp.bfloat16 else jnp.float32
+    model, params = load(origin.directory, dtype=exact, quantize=spec)
+    save_quantized(options.output, model, params, base=origin.directory, dtype=dtype)
+    say(
+        console(),
+        "4-bit checkpoint: ",
+        (options.output, "bold"),
+        f", {count(params):,} parameters in {nbytes(params) / 2**20:,.1f} MiB ({8 * nbytes(params) / count(params):.2f} bits a "
+        f"parameter, {dtype} embeddings and norms included)",
     )

@@ -27,6 +27,7 @@ class Dataset(Protocol):
     """Rows by index. Either every row has `segment_ids` or none has.
 
     length: the padded width of every batch; no row is longer.
+    largest_token: the largest id in any row.
     pad_id: what `input_ids` is padded with. Padding is told by its labels and segment, never by this id, so the
         end-of-text id is as good as any.
     """
@@ -34,14 +35,12 @@ class Dataset(Protocol):
     length: int
     pad_id: int
 
+    @property
+    def largest_token(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> Row: ...
-
-    @property
-    def largest_token(self) -> int:
-        """The largest id in any row."""
-        ...
 
 
 def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +33,7 @@ class InstructDataset:
     Attributes:
         length: the width of the batches: the longest row, rounded up to a multiple of 8, but at most `max_length`;
             `max_length` itself when packed.
+        largest_token: the largest id in any row.
         stats: what became of the records.
     Raises:
         ValueError: a record that does not render (with its place), no records, or no supervised token in any of them.
@@ -86,6 +86,7 @@ class InstructDataset:
         else:
             self.length = min(max_length, -(-longest_row // _MULTIPLE) * _MULTIPLE)
         self._rows = rows
+        self.largest_token = max(int(row.input_ids.max()) for row in rows)
         self.stats = Stats(
             records=len(records),
             rows=len(rows),
@@ -101,11 +102,6 @@ class InstructDataset:
             straddled_at=tuple(straddled_at),
             left_out=tuple(left_out.most_common()),
         )
-
-    @cached_property
-    def largest_token(self) -> int:
-        """The largest id in any row."""
-        return max(int(row.input_ids.max()) for row in self._rows)
 
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of every row's tokens and labels."""

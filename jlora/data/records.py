@@ -1,7 +1,7 @@
 """Read instruction and chat records from a file or the hub, telling where each bad one stands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from jlora.data.columns import cut, kind, normalized
 _LISTED = 10  # bad records named in one error
 
 
-def read_records(source: str | Path) -> list[tuple[str, Record]]:
+def read_records(
+    source: str | Path, *, prepare: Callable[[Any], Any] = lambda value: value
+) -> list[tuple[str, Record]]:
     """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
 
     A record comes back as `columns.normalized` makes it: {"instruction", "input", "output", …} or
@@ -19,6 +21,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
 
     Args:
         source: a path that ends in `.jsonl` or `.json`, else the id of a data set on the Hugging Face hub.
+        prepare: what to make of each value before it is read as a record.
     Returns:
         (where, record) pairs in the order of the file; `where` is "file:line", or "id[row]" for the hub.
     Raises:
@@ -35,7 +38,7 @@ def read_records(source: str | Path) -> list[tuple[str, Record]]:
         try:
             if isinstance(value, ValueError):
                 raise value
-            records.append((where, normalized(value)))
+            records.append((where, normalized(prepare(value))))
         except ValueError as error:
             problems.append(f"  {where}: {error}")
             if len(problems) == _LISTED:

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from jlora.data.shards import (
     write_shards,
 )
 from jlora.data.stats import Stats
-from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id
+from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id, with_bos
 from jlora.data.vocabulary import beyond
 from jlora.formats.files import full_disk_said, remove_all_partial
 from jlora.formats.lock import LOCK, only_writer
@@ -176,6 +176,7 @@ class TextDataset:
                 f"Prepare the text with another `eval_fraction` (it was {meta['request']['eval_fraction']})."
             )
         self.length, self.pad_id = length, pad_id
+        self._largest: int | None = None
         self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
         counts = meta["shards"][split]
         self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
@@ -196,10 +197,12 @@ class TextDataset:
     def __len__(self) -> int:
         return self.stats.rows
 
-    @cached_property
+    @property
     def largest_token(self) -> int:
-        """The largest id in the split, of the shards as they are."""
-        return max(int(shard.max()) for shard in self._shards if len(shard))
+        """The largest id in the split, of the shards as they are; the first call reads them all."""
+        if self._largest is None:
+            self._largest = max(int(shard.max()) for shard in self._shards if len(shard))
+        return self._largest
 
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""
@@ -234,17 +237,20 @@ def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
     """(name, file) of each document. Names leave out the folder, so that a moved data set is still the same."""
     if isinstance(path, str | Path) and Path(path).is_dir():
         folder = Path(path)
-        files, runs = _text_files(folder)
+        files, others, runs = _text_files(folder)
         found = sorted((file.relative_to(folder).as_posix(), file) for file in files if file.is_file())
-        left_out = {run: n for run in runs if (n := sum(len(_texts(f)) for _, _, f in os.walk(run)))}
-        said = f"{sum(left_out.values())} `.txt` files of runs ({_few([str(run) for run in left_out])})"
+        of_runs = {run: n for run in runs if (n := sum(len(_texts(f)) for _, _, f in os.walk(run)))}
+        said = f"{sum(of_runs.values())} `.txt` files of runs ({_few([str(run) for run in of_runs])})"
         if not found:
             raise FileNotFoundError(
                 f"a folder of text needs `.txt` files; {folder} has "
-                + (f"only {said}. Give the text's own folder." if left_out else "none. Give the file itself.")
+                + (f"only {said}. Give the text's own folder." if of_runs else "none. Give the file itself.")
             )
-        if left_out:
+        if of_runs:
             warnings.warn(f"left out of the text in {folder}: {said}.", stacklevel=3)
+        if others:
+            names = _few(sorted(file.relative_to(folder).as_posix() for file in others))
+            warnings.warn(f"of the folder {folder}, only the `.txt` files are text; left out: {names}", stacklevel=3)
     else:
         files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
         found = [(file.name, file) for file in files]
@@ -257,20 +263,25 @@ def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
     return found
 
 
-def _text_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(the `.txt` files below a folder, the directories of runs, which are left out): a run keeps such files of its own."""
-    files, runs = [], []
+def _text_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """(the `.txt` files below a folder, other files but hidden ones, the directories of runs, which keep such files of their
+    own and are left out)."""
+    texts, others, runs = [], [], []
     for place, below, names in os.walk(folder):
         if "config.yaml" in names and {"run.json", LOCK} & set(names):
             runs.append(Path(place))
             below.clear()
-        else:
-            files += [Path(place, name) for name in _texts(names)]
-    return files, runs
+            continue
+        is_hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+        found = _texts(names)
+        texts += [Path(place, name) for name in found]
+        if not is_hidden:
+            others += [Path(place, name) for name in names if name not in found and not name.startswith(".")]
+    return texts, others, runs
 
 
 def _texts(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name.endswith(".txt")]
+    return [name for name in names if name.lower().endswith(".txt")]
 
 
 def _few(names: list[str]) -> str:
@@ -328,8 +339,8 @@ def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: 
             chunks = stable_chunks(_read_blocks(file), partial(encode, tokenizer), context=context)
             while group := list(islice(chunks, _BLOCKS_AT_ONCE)):
                 for ids in encode_chunks(tokenizer, group):
-                    if last is None and bos is not None and ids[:1] != [bos]:
-                        ids = [bos, *ids]
+                    if last is None:
+                        ids = with_bos(ids, bos)
                     out.write(np.asarray(ids, dtype).tobytes())  # `tofile` loses the error of a full disk
                     last = ids[-1] if ids else last
             if eos is not None and last != eos:

@@ -123,6 +123,11 @@ def _growth(state: Any) -> int:
     return 1
 
 
+def with_bos(ids: list[int], bos: int | None) -> list[int]:
+    """The first tokens of a document: behind a `bos` (see `added_bos`), unless the text begins with one of its own."""
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
 def pad_id(tokenizer: Tokenizer) -> int:
     """The id to pad with: the tokenizer's pad, else its end-of-text, else 0. Any will do: masks go by position."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

@@ -23,6 +23,7 @@ from jlora.finetuning.log import lowest
 from jlora.finetuning.run import Run
 from jlora.finetuning.signals import StopSignals
 from jlora.formats.files import NoSpace, full_disk_said, no_space, whole_directory
+from jlora.formats.run_settings import RunSettings
 from jlora.io import find, load, load_tokenizer, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
@@ -198,6 +199,22 @@ class _Job:
             config.eval_every or every, config.checkpoint_every or every,
         )  # fmt: skip
 
+    def settings(self) -> RunSettings:
+        config = self.config
+        share = config.eval_fraction
+        if share is None:
+            share = data_lib.EVAL_FRACTION if config.eval_data is None else 0.0
+        return RunSettings(
+            template=config.template if isinstance(self.train, InstructDataset) else None,
+            data=config.data,
+            eval_data=config.eval_data,
+            eval_fraction=share,
+            seed=config.seed,
+            max_length=config.max_length or min(DEFAULT_MAX_LENGTH, self.model.config.max_length),
+            pack=config.pack,
+            quantize=config.quantize,
+        )
+
     def evaluate(self, adapter: Any, stop: StopSignals) -> float:
         """The loss on the evaluation data.
 
@@ -371,6 +388,7 @@ def _write_adapter(job: _Job, params: Any) -> None:
         made = Path(place) / path.name
         save_adapter(made, params, config=job.lora, base_model=job.config.model)
         job.tokenizer.save_pretrained(made)
+        job.settings().write(made)
         if path.is_dir() and all(_same(file, path / file.name) for file in made.iterdir()):
             return
         with whole_directory(path, replace=True) as partial:

@@ -39,11 +39,12 @@ class NoSpace(OSError):
     Args:
         said: one line without a full stop, from `no_space`.
         advice: what to do, where more is to be said than to make room.
+        needed: bytes that were to be written, where that is known.
     """
 
-    def __init__(self, said: str, advice: str = ""):
+    def __init__(self, said: str, advice: str = "", needed: int | None = None):
         super().__init__(f"{said}. {advice}".strip())
-        self.said, self.advice = said, advice
+        self.said, self.advice, self.needed = said, advice, needed
 
 
 def no_space(error: BaseException, path: str | os.PathLike | None = None, *, needed: int | None = None) -> str | None:
@@ -79,14 +80,16 @@ def no_space(error: BaseException, path: str | os.PathLike | None = None, *, nee
 
 @contextmanager
 def full_disk_said(path: str | os.PathLike, *, needed: int | None = None, advice: str = "") -> Iterator[None]:
-    """Turns an error for want of space into a `NoSpace` that names `path`; of several around each other the outermost advises."""
+    """Turns an error for want of space into a `NoSpace` that names `path`; of several around each other the
+    innermost that knows what is needed says it, and the outermost advises."""
     try:
         yield
     except Exception as error:
-        said = no_space(error, path, needed=needed)
-        if said is None or (isinstance(error, NoSpace) and not advice):
+        more = needed if isinstance(error, NoSpace) and error.needed is None else None
+        said = no_space((more and error.__cause__) or error, path, needed=needed)
+        if said is None or (isinstance(error, NoSpace) and not advice and not more):
             raise
-        raise NoSpace(said, advice) from error
+        raise NoSpace(said, advice, needed) from error
 
 
 def _full_number(error: BaseException) -> int | None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jlora.formats.fields import check_fields, mapping_of, text
-from jlora.formats.files import whole_file
+from jlora.formats.files import whole_file, write_text
 from jlora.formats.structured import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -150,7 +150,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> 
     """One safetensors file, written whole or not at all. The bytes depend on the tensors alone."""
     path = Path(path)
     ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    with whole_file(path) as partial:
+    with whole_file(path, needed=sum(array.nbytes for array in ordered.values())) as partial:
         save_file(ordered, partial, metadata=_METADATA)
 
 
@@ -170,5 +170,5 @@ def save_sharded(
         yield directory / file
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+        write_text(directory / INDEX, json.dumps(index, indent=2, sort_keys=True))
         yield directory / INDEX

@@ -11,7 +11,8 @@ Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jlora._modules import module_path
 from jlora._tree import flatten, is_weight, per_layer_paths
 from jlora._typing import Params
 from jlora._weight import materialize
-from jlora.formats.files import refuse_existing, whole_file
+from jlora.formats.files import check_size, refuse_existing, whole_file
 from jlora.io.hf_save import layer_rows
 from jlora.io.names import mismatches
 from jlora.io.peft import check_config, without_residuals
@@ -117,24 +118,20 @@ def save_gguf(
     refuse_adapted_tie(model, params)
     vocabulary = Vocabulary.of(tokenizer, model.config)
     wanted = gguf.GGMLQuantizationType[dtype.upper()]
-    types = {}
-    with whole_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, ARCHITECTURES[model.config.model_type])
-        try:
-            _write_metadata(writer, model, path.stem, int(gguf.LlamaFileType[FILE_TYPES[dtype]]), gguf)
-            _write_vocabulary(writer, vocabulary)
-            for name, origin, leaf in _tensors(model, params):
-                shape = leaf.shape[::-1] if origin.endswith("/kernel") else leaf.shape
-                types[name] = _tensor_type(gguf, name, shape, wanted)
-                n_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, types[name]))
-                writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=types[name])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, origin, leaf in _tensors(model, params):
-                writer.write_tensor_data(_stored(gguf, name, _float32(model, origin, leaf), types[name]))
-        finally:
-            writer.close()
+    stored = {}
+    for name, origin, leaf in _tensors(model, params):
+        shape = leaf.shape[::-1] if origin.endswith("/kernel") else leaf.shape
+        stored[name] = shape, _tensor_type(gguf, name, shape, wanted)
+
+    def describe(writer):
+        _write_metadata(writer, model, path.stem, int(gguf.LlamaFileType[FILE_TYPES[dtype]]), gguf)
+        _write_vocabulary(writer, vocabulary)
+
+    arrays = (
+        _stored(gguf, name, _float32(model, origin, leaf), stored[name][1])
+        for name, origin, leaf in _tensors(model, params)
+    )
+    _write(gguf, path, model, describe, stored, arrays)
 
 
 def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraConfig, model: Model) -> None:
@@ -174,22 +171,17 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
     for name, array in tensors.items():
         _check_finite(name, array)
-    with whole_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, ARCHITECTURES[model.config.model_type])
-        try:
-            writer.add_type(gguf.GGUFType.ADAPTER)
-            writer.add_name(path.stem)
-            writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config.alpha))
-            for name, array in tensors.items():
-                writer.add_tensor(name, array)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+
+    def describe(writer):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(path.stem)
+        writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config.alpha))
+
+    stored = {name: (array.shape, gguf.GGMLQuantizationType.F32) for name, array in tensors.items()}
+    _write(gguf, path, model, describe, stored, tensors.values())
 
 
 def tensor_name(module: str) -> str:
@@ -210,6 +202,46 @@ def _import_gguf() -> Any:
             raise
         raise ImportError("GGUF files are written by the package gguf: pip install 'jlora[gguf]'") from error
     return gguf
+
+
+def _write(
+    gguf: Any,
+    path: Path,
+    model: Model,
+    describe: Callable[[Any], None],
+    stored: Mapping[str, tuple[tuple[int, ...], Any]],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """One file, whole or not at all.
+
+    The tensors are written here and not by gguf, which uses `ndarray.tofile`: that loses the error of its last bytes, and on
+    a full disk leaves a hole or a shorter file without a word.
+
+    Args:
+        describe: adds the fields.
+        stored: name -> (shape, type in the file) of every tensor.
+        arrays: their bytes, in the same order.
+    """
+    sizes = [math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind)) for shape, kind in stored.values()]
+    with whole_file(path, new=True, needed=sum(sizes)) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURES[model.config.model_type])
+        try:
+            describe(writer)
+            for (name, (shape, kind)), size in zip(stored.items(), sizes, strict=True):
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (file,) = writer.fout
+            writer.write_padding(file, file.tell())
+            for array, size in zip(arrays, sizes, strict=True):
+                written = file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                assert written == size, f"a tensor of {written} bytes, announced with {size}"
+                writer.write_padding(file, size)
+            expected = file.tell()
+        finally:
+            writer.close()
+        check_size(partial, expected)
 
 
 def _check_params(model: Model, params: Params) -> None:

@@ -1,9 +1,11 @@
 """Hugging Face checkpoints -> (model, params)."""
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from jlora._tree import flatten, nest, split_layer_path
 from jlora.formats import Checkpoint
 from jlora.formats.fields import shown
+from jlora.formats.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.formats.structured import read_json
 from jlora.io.bnb import STATE_SUFFIX, QuantState
 from jlora.io.finite import FiniteCheck
@@ -53,7 +56,8 @@ def load(
         remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
 
     Returns:
-        (Flax module, parameters); `model.apply({"params": params}, input_ids)` gives float32 logits.
+        (Flax module, parameters); `model.apply({"params": params}, input_ids)` gives float32 logits. `model.config.eos_token_id`
+        is all that ends a generation: of generation_config.json, config.json and the tokenizer (see `stop_ids`).
 
     Raises:
         FileNotFoundError: no such directory or hub id, or no safetensors in it.
@@ -67,7 +71,7 @@ def load(
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
     directory = find(name)
-    model = model_from_config(read_config(directory), dtype=dtype, remat=remat)
+    model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
     packed_paths = quantizable(abstract_params(model)) if quantize else set()
     checkpoint = Checkpoint(directory)
@@ -96,6 +100,27 @@ def load(
             )
     finite.finish(directory)
     return model, nest(flat)
+
+
+def _with_stops(model: Model, directory: Path) -> Model:
+    """The model with every stop of its directory as its end of text."""
+    declared = token_ids(
+        generation_config(directory).get("eos_token_id"), where=repr(str(directory / GENERATION_CONFIG))
+    )
+    tokens = None
+    with suppress(ValueError):  # a model runs without a tokenizer; `load_tokenizer` says what is wrong with it
+        tokens = SpecialTokens.of(directory)
+    return add_stops(model, tokens, declared)
+
+
+def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Model:
+    """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
+    own = token_ids(model.config.eos_token_id, where="config.json")
+    stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)
+    if stops == own:
+        return model
+    ids = stops[0] if len(stops) == 1 else stops or None
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_id=ids))
 
 
 def _read(

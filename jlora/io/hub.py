@@ -1,5 +1,6 @@
 """Writing to the Hugging Face hub: all files in one commit, or none."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,10 @@ _ADVICE: Mapping[int, str] = {
     429: "there were too many requests. Wait a few minutes and push again.",
 }
 """HTTP status -> what it means and the edit to make."""
+
+
+_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git\Z))(?:[\w-][\w.-]*/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""Of a repository. Reference: huggingface_hub, `validate_repo_id`."""
 
 
 class HubError(RuntimeError):
@@ -37,7 +42,23 @@ def size_of(content: Content) -> int:
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name can be one of the hub's: it has the form of one, and is no path here."""
-    return not (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1)
+    return bool(_NAME.fullmatch(name)) and not Path(name).expanduser().exists()
+
+
+def check_name(repo: str) -> None:
+    """Raises a ValueError for what no repository can be called."""
+    if not _NAME.fullmatch(repo):
+        raise ValueError(
+            f"A repository of the hub is called user/name or name, of letters, digits, '-', '_' and '.'; got {repo!r}."
+        )
+
+
+def without_token(text: str) -> str:
+    """The text without this user's token of the hub, which a server may send back in an error."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "hf_***") if token else text
 
 
 def push_files(
@@ -60,10 +81,12 @@ def push_files(
         keep: of these, the ones that the repository has already are left as they are.
 
     Raises:
+        ValueError: for what no repository can be called.
         HubError: without a token; for what the hub refuses, with the edit to make; when it lacks a file afterwards.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+    check_name(repo)
     token = get_token()
     if not token:
         raise HubError(
@@ -111,7 +134,7 @@ def _explained(repo: str, state: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:  # the client raises dozens of unrelated types; which ones depends on its version
-        status, said = _status(error), " ".join(str(error).split())[:400].rstrip(".")
+        status, said = _status(error), " ".join(without_token(str(error)).split())[:400].rstrip(".")
         if status is None:
             why = f"{type(error).__name__}: {said}. Check the repository's name, the network and HF_ENDPOINT."
         elif status in _ADVICE:

@@ -20,7 +20,7 @@ from jlora._modules import HEADS, embedding_tables, linear_kernels, module_path,
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
 from jlora.formats.adapters import CONFIG, MLX, AdapterDirectory, refuse_other_layout
-from jlora.formats.files import whole_file
+from jlora.formats.files import whole_files, write_text
 from jlora.formats.mlx import SUFFIXES, MlxConfig, mlx_module, split_block
 from jlora.io.peft import check_config, without_residuals
 from jlora.io.stored import StoredAdapter, misfit
@@ -82,12 +82,10 @@ def save_mlx_adapter(
         num_layers=num_layers,
         keys=keys,
     ).to_json()
-    directory = Path(directory)
-    save_tensors(directory / MLX.weights, tensors)
-    with whole_file(directory / CONFIG) as partial:
-        partial.write_text(
-            json.dumps(fields | ({MLX.base: base_model} if base_model else {}), indent=4, sort_keys=True) + "\n"
-        )
+    fields |= {MLX.base: base_model} if base_model else {}
+    with whole_files(Path(directory), last=CONFIG, replace=True) as partial:
+        save_tensors(partial / MLX.weights, tensors)
+        write_text(partial / CONFIG, json.dumps(fields, indent=4, sort_keys=True) + "\n")
 
 
 def _folded(weight: LoraWeight, rank: int, scale: float) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jlora.formats.stops import stop_ids, token_ids
 from jlora.io.vocabulary import Vocabulary
 from jlora.models import ModelConfig
 
@@ -25,7 +26,7 @@ def modelfile(gguf_name: str, tokenizer: Any, config: ModelConfig) -> str:
     chat = ChatTemplate.of(tokenizer, Vocabulary.of(tokenizer, config).add_bos)
     if chat is not None:
         lines.append(f'TEMPLATE """{chat.go()}"""')
-    lines += [f'PARAMETER stop "{text}"' for text in _stops(tokenizer, config, chat)]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(tokenizer, config)]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +68,8 @@ class ChatTemplate:
         if found is None or [found.render(probe) for probe in _PROBES] != expected:
             return None
         texts = (found.start, found.default_system, found.generation, *sum(found.turns.values(), ()))
-        return None if any(mark in text for text in texts for mark in ("{{", '"""')) else found
+        cannot = any(mark in text for text in texts for mark in ("{{", '"""')) or found.go().startswith('"')
+        return None if cannot or found.go().endswith('"') else found
 
     @classmethod
     def _from_renderings(cls, render) -> "ChatTemplate | None":
@@ -112,11 +114,18 @@ class ChatTemplate:
         return f"{self.start}{default}{{{{ range .Messages }}}}{{{{ {turns}{{{{ end }}}}{{{{ end }}}}{self.generation}"
 
 
-def _stops(tokenizer: Any, config: ModelConfig, chat: ChatTemplate | None) -> list[str]:
-    """Texts that end a generation: the tokenizer's and the model's end of text, and the end of an assistant's turn."""
-    eos = config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, tuple) else [eos])]
-    texts = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
-    if chat is not None and chat.turns["assistant"][1].strip() in tokenizer.get_added_vocab():
-        texts.append(chat.turns["assistant"][1].strip())
-    return list(dict.fromkeys(texts))
+def _stops(tokenizer: Any, config: ModelConfig) -> list[str]:
+    """The texts of the tokens that end a generation, in the order of their ids' sources."""
+    declared = token_ids(config.eos_token_id, where="the model's config")
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = stop_ids((*own, *declared), tokenizer, vocab_size=config.vocab_size)
+    # Rows of the embedding beyond the tokenizer's tokens have no text.
+    return [text for text in tokenizer.convert_ids_to_tokens(list(ids)) if text is not None]
+
+
+def _quoted(text: str) -> str:
+    """A value in a Modelfile, whose strings know no escapes."""
+    mark = '"""' if '"' in text or "\n" in text else '"'
+    if mark in text or text.endswith('"'):
+        raise ValueError(f"The token {text!r} ends a generation, and an Ollama Modelfile cannot hold it. Rename it.")
+    return f"{mark}{text}{mark}"

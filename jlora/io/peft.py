@@ -17,6 +17,7 @@ from jlora._tree import flatten, is_weight
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
 from jlora.formats.adapters import CONFIG, PEFT, AdapterDirectory, refuse_other_layout
+from jlora.formats.files import whole_files, write_text
 from jlora.io.stored import StoredAdapter, lora_modules
 from jlora.lora import (
     AdaptedWeight,
@@ -80,12 +81,11 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         fields |= {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
     elif config.targets == ALL_LINEAR:
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(directory / PEFT.weights, tensors)
     # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
     text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
-    (directory / CONFIG).write_text(text + "\n")
+    with whole_files(Path(directory), last=CONFIG, replace=True) as partial:
+        save_tensors(partial / PEFT.weights, tensors)
+        write_text(partial / CONFIG, text + "\n")
 
 
 def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:

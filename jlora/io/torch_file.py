@@ -9,11 +9,22 @@ from jlora._typing import Params
 from jlora.formats.files import refuse_existing, whole_file
 from jlora.io.hf_save import merged_tensors
 from jlora.io.names import HEAD, hf_name
+from jlora.io.origin import Origin
 from jlora.models import Model
 
 
-def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
+def save_torch(
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: Any = None,
+) -> None:
     """A state dict as `torch.save` writes it, adapters merged as `save_pretrained` merges them.
+
+    Args:
+        base, dtype: as in `save_pretrained`.
 
     It loads with `torch.load(path, weights_only=True)` and fits `load_state_dict` of transformers' model of the same
     config, strictly: a tied head is there under its own name and shares the embedding's storage.
@@ -32,11 +43,15 @@ def save_torch(path: str | os.PathLike, model: Model, params: Params) -> None:
             "A PyTorch state dict is written by torch: pip install torch. `save_pretrained` writes safetensors without it."
         ) from error
     path = refuse_existing(path)
-    state = {name: _tensor(torch, array) for name, array in merged_tensors(model, params).items()}
+    origin = None if base is None else Origin.read(base)
+    tensors = merged_tensors(model, params, origin=origin, dtype=dtype)
+    state = {name: _tensor(torch, array) for name, array in tensors.items()}
     if model.config.tie_word_embeddings:
         state[HEAD] = state[hf_name(model.config.embedding_path)]
-    with whole_file(path) as partial:
-        torch.save(state, partial)
+    with whole_file(path, new=True, needed=sum(t.nbytes for t in state.values())) as partial:
+        # A file of Python's: torch's own loses what the system says of a full disk.
+        with partial.open("wb") as file:
+            torch.save(state, file)
 
 
 def _tensor(torch: Any, array: np.ndarray) -> Any:

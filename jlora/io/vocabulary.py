@@ -8,9 +8,11 @@ Reference: llama.cpp, `src/llama-vocab.cpp` (the rules by name) and `conversion/
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.formats.stops import stop_ids, token_ids, turn_end_ids
 from jlora.models import ModelConfig
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -33,6 +35,9 @@ PRE_TOKENIZERS: Mapping[tuple[tuple, bool], str] = {
 """(steps of the pre-tokenizer, whether whole words skip the merges) -> `tokenizer.ggml.pre`."""
 
 
+_STOP_KEYS = 3  # eos, eot and eom
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """What `tokenizer.ggml.*` says. One token for each row of the embedding."""
@@ -43,7 +48,7 @@ class Vocabulary:
     merges: list[str]
     """Two tokens with a space between them, in the order of their rank."""
     ids: dict[str, int]
-    """Of "bos", "eos", "pad" and "unk", where there is one."""
+    """Of "bos", "eos", "pad" and "unk", where there is one; "eot" and "eom", further tokens at which a generation ends."""
     add_bos: bool
     add_eos: bool
     chat_template: str | list[dict[str, str]] | None
@@ -157,21 +162,36 @@ def _tokens(tokenizer: Any, fields: Mapping[str, Any], rows: int) -> tuple[list[
 
 
 def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
-    eos = config.eos_token_id
-    of_model = {"bos": config.bos_token_id, "eos": eos[0] if isinstance(eos, tuple) else eos}
-    ids = {}
-    for kind in ("bos", "eos", "pad", "unk"):
-        own = getattr(tokenizer, f"{kind}_token_id", None)
-        value = of_model.get(kind) if own is None else own
+    ids: dict[str, int] = {}
+    for kind in ("bos", "pad", "unk"):
+        value = getattr(tokenizer, f"{kind}_token_id", None)
+        if value is None and kind == "bos":
+            value = config.bos_token_id
         if value is not None:
             ids[kind] = value
-    if "eos" not in ids:
+    ids.update(zip(("eos", "eot", "eom"), _stops(tokenizer, config), strict=False))
+    return ids
+
+
+def _stops(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
+    """Every id that ends a generation, the tokenizer's end of text first, then its template's end of a turn."""
+    declared = token_ids(config.eos_token_id, where="the model's config")
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops = stop_ids((*own, *turn_end_ids(tokenizer), *declared), vocab_size=config.vocab_size)
+    if not stops:
         # llama.cpp would take token 11.
         raise ValueError(
             "Neither the tokenizer nor the model's config has an end-of-text token, and generation in llama.cpp would not "
             'stop. Set `tokenizer.eos_token = "..."`.'
         )
-    return ids
+    if len(stops) > _STOP_KEYS:
+        warnings.warn(
+            f"A GGUF file names {_STOP_KEYS} tokens that end a generation, and this model has {len(stops)}: "
+            f"{tokenizer.convert_ids_to_tokens(list(stops[_STOP_KEYS:]))} are left to llama.cpp, which knows the common ones by "
+            "their text.",
+            stacklevel=2,
+        )
+    return stops
 
 
 def _added_ends(tokenizer: Any) -> tuple[bool, bool]:

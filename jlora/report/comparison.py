@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numbers import json_number
+from jlora._terminal import visible
 from jlora._typing import Array, Batch, Float, Key, Params
 from jlora.data import continuation
 from jlora.generation import generate
@@ -66,11 +67,17 @@ class Comparison:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(empty prompt)"
+    return _plain(" ".join(text.split())) or "(empty prompt)"
 
 
 def _cell(text: str) -> str:
-    return "<br>".join(text.strip().replace("\\", "\\\\").replace("|", "\\|").splitlines())
+    lines = text.strip().replace("\\", "\\\\").replace("|", "\\|").splitlines()
+    return "<br>".join(_plain(line) for line in lines)
+
+
+def _plain(text: str) -> str:
+    """What a model wrote, neither tags for whoever renders the page nor commands for a terminal that shows it."""
+    return visible(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def compare(

@@ -4,25 +4,25 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from jlora._terminal import visible
 from jlora.data import is_hub_data
-from jlora.formats import Checkpoint
+from jlora.formats import Checkpoint, run_settings
 from jlora.formats.adapters import CONFIG, MLX, PEFT, open_adapter
+from jlora.formats.checkpoint_files import TERMS, TOKENIZER
+from jlora.formats.structured import parse_json, read_text, read_yaml
 from jlora.io.hub import is_hub_id
 from jlora.lora import LoraConfig
 
 CARD = "README.md"
 CURVE = "loss.png"
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja",
-)  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -56,12 +56,14 @@ class RunRecord:
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{str(directory)!r} is no run of `jlora finetune`: there is no {name} in it.")
         try:
-            config = yaml.safe_load((directory / "config.yaml").read_text())
-            history = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-            if not isinstance(config, dict) or not all(isinstance(entry, dict) for entry in history):
-                raise ValueError("config.yaml must hold a mapping, metrics.jsonl an object a line")
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"The run in {str(directory)!r} cannot be read: {error}.") from error
+            config = read_yaml(directory / "config.yaml")
+            for name in ("model", "data"):
+                if not isinstance(config.get(name), str | None):
+                    raise ValueError(f"`{name}` in config.yaml must be text; got {config[name]!r}")
+            lines = read_text(directory / "metrics.jsonl").splitlines()
+            history = [_entry(line, f"metrics.jsonl line {i}") for i, line in enumerate(lines, start=1)]
+        except ValueError as error:
+            raise ValueError(f"The run in {str(directory)!r} cannot be read: {str(error).rstrip('.')}.") from error
         return cls(directory, config, history)
 
     @property
@@ -87,6 +89,25 @@ class RunRecord:
         return name if is_hub_data(name) and not self.is_text else None
 
 
+_NUMBERS = ("loss", "eval_loss", "learning_rate")
+
+
+def _entry(line: str, where: str) -> dict[str, Any]:
+    entry = parse_json(line, where=where)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must hold an object; got {line[:40]!r}")
+    wrong = [n for n in _NUMBERS if n in entry and not (_is_number(entry[n]) and math.isfinite(entry[n]))]
+    if type(entry.get("step")) is not int or wrong:
+        name = wrong[0] if wrong else "step"
+        kind = "a finite number" if wrong else "an integer"
+        raise ValueError(f"`{name}` in {where} must be {kind}; got {entry.get(name)!r}")
+    return entry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Publication:
     """A directory, or a GGUF file, that can be published."""
@@ -98,10 +119,15 @@ class Publication:
     """The base model's name as it is written there."""
 
     def files(self) -> dict[str, Path]:
-        """Path in the repository -> file."""
+        """Path in the repository -> file.
+
+        Raises:
+            ValueError: when one is a link to what is elsewhere.
+        """
         if self.root.is_file():
             return {self.root.name: self.root}
-        found = (path for pattern in self.kind.patterns for path in sorted(self.root.glob(pattern)))
+        found = [path for pattern in self.kind.patterns for path in sorted(self.root.glob(pattern))]
+        refuse_links(self.root, found)
         return {path.relative_to(self.root).as_posix(): path for path in found if path.is_file()}
 
     def left_behind(self, files: Iterable[str]) -> list[str]:
@@ -113,6 +139,16 @@ class Publication:
             beside += [path for path in self.run.directory.iterdir() if path != self.root]
         taken = {name.split("/")[0] for name in files}
         return sorted(path.name + "/" * path.is_dir() for path in beside if path.name not in taken)
+
+
+def refuse_links(root: Path, paths: Iterable[Path]) -> None:
+    """Raises a ValueError for a file that lies elsewhere: whoever pushes a directory means what is in it."""
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(
+                f"{str(path)!r} is a link out of the directory, to {str(path.resolve())!r}, so nothing was pushed. Put a copy in "
+                "its place, or remove it."
+            )
 
 
 def read_publication(directory: str | os.PathLike, *, run: str | os.PathLike | None = None) -> Publication:
@@ -194,7 +230,15 @@ def model_card(
 
 
 def _last_name(name: str | None) -> str:
-    return f"`{Path(name).name}`" if name else ""
+    return _code(Path(name).name) if name else ""
+
+
+def _code(text: str) -> str:
+    """Text in a line of Markdown that stays text, whatever is in it."""
+    text = visible(" ".join(text.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if len(fence) > 1 else ""
+    return f"{fence}{room}{text}{room}{fence}"
 
 
 def _training(run: RunRecord, curve: bool) -> Iterator[str]:
@@ -229,7 +273,7 @@ def _hyperparameters(run: RunRecord) -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> str:
     """A value in a cell of a table."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return f"`{text}`".replace("|", "\\|") if isinstance(value, str | list | tuple) else text
+    return text if isinstance(value, bool) or _is_number(value) else _code(text).replace("|", "\\|")
 
 
 def _losses(run: RunRecord) -> Iterator[tuple[str, str, str, str]]:
@@ -279,7 +323,7 @@ def _use_in_jlora(publication: Publication, repo: str) -> Iterator[str]:
 def _base(publication: Publication) -> str:
     """The base in a line of code; never the last name of a path alone, which might be another model's on the hub."""
     name = publication.base or "./base"
-    return f'"{name if is_hub_id(name) else f"path/to/{Path(name).name}"}"'
+    return json.dumps(name if is_hub_id(name) else f"path/to/{Path(name).name}")
 
 
 def _use_peft(publication: Publication, repo: str) -> Iterator[str]:
@@ -296,8 +340,13 @@ def _use_peft(publication: Publication, repo: str) -> Iterator[str]:
 
 
 def _use_mlx(publication: Publication, repo: str) -> Iterator[str]:
+    base = shlex.quote(json.loads(_base(publication)))
     yield from ("With mlx-lm:", "", "```sh", f"hf download {repo} --local-dir adapter")
-    yield from (f"mlx_lm.generate --model {_base(publication)} --adapter-path adapter --prompt '…'", "```", "")
+    yield from (
+        f"mlx_lm.generate --model {base} --adapter-path adapter --prompt '…'",
+        "```",
+        "",
+    )
     yield from _use_in_jlora(publication, repo)
 
 
@@ -317,27 +366,35 @@ def _use_gguf(publication: Publication, repo: str) -> Iterator[str]:
     yield from ("With llama.cpp:", "", "```sh", f"hf download {repo} --local-dir model")
     for name in publication.files():
         if name.endswith(".gguf"):
-            yield f"llama-cli -m model/{name}"
+            yield f"llama-cli -m {shlex.quote(visible(f'model/{name}'))}"
     yield from ("```", "")
 
 
 _ADAPTERS: Mapping[str, Kind] = {
     PEFT.name: Kind(
         "LoRA adapter",
-        (CONFIG, PEFT.weights, *_TOKENIZER),
+        (CONFIG, PEFT.weights, run_settings.FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_peft,
     ),
     MLX.name: Kind(
         "LoRA adapter in mlx-lm's layout",
-        (CONFIG, MLX.weights, *_TOKENIZER),
+        (CONFIG, MLX.weights, run_settings.FILE, *TOKENIZER),
         {"base_model_relation": "adapter", "library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["lora"]},
         _use_mlx,
     ),
 }
 _CHECKPOINT = Kind(
     "checkpoint",
-    ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER),
+    (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        run_settings.FILE,
+        *TOKENIZER,
+        *TERMS,
+    ),
     {"library_name": "transformers", "pipeline_tag": "text-generation"},
     _use_checkpoint,
 )

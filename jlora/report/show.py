@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jlora._terminal import console as make_console
+from jlora._terminal import visible
 from jlora.report.comparison import Comparison
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Base and adapted samples side by side, with the distance of the next-token distributions."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     if comparison.base is not None and comparison.adapted is not None:
         table = Table(title="held-out", title_justify="left", box=None, pad_edge=False, header_style="dim")
         for column in ("", "loss", "perplexity"):
@@ -22,8 +24,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             table.add_row(name, f"{e.loss:.4f}", f"{e.perplexity:.2f}")
         console.print(table)
     for row in comparison.prompts:
-        # As `Text`, not strings: what a model writes may hold square brackets, which are markup to rich.
-        prompt, base, adapted = (Text(text.strip()) for text in (row.prompt, row.base, row.adapted))
+        # As `Text`, not strings: the caller's console may read square brackets as markup.
+        prompt, base, adapted = (Text(visible(text.strip())) for text in (row.prompt, row.base, row.adapted))
         table = Table(title=prompt, title_style="bold", title_justify="left", expand=True, show_lines=False)
         table.add_column("base", ratio=1, style="dim")
         table.add_column(f"adapted (KL {row.kl:.3f} nats, L2 {row.l2:.1f})", ratio=1)
@@ -54,7 +56,8 @@ def plot_history(metrics: str | os.PathLike, output: str | os.PathLike) -> None:
         )  # fmt: skip
     loss.set_ylabel("loss (nats a token)")
     loss.legend(frameon=False)
-    rate.plot([e["step"] for e in steps], [e["learning_rate"] for e in steps], color="#5c6b73", linewidth=1)
+    rates = [e for e in steps if "learning_rate" in e]
+    rate.plot([e["step"] for e in rates], [e["learning_rate"] for e in rates], color="#5c6b73", linewidth=1)
     rate.set_ylabel("rate")
     rate.set_xlabel("step")
     for axes in (loss, rate):

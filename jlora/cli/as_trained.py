@@ -1,0 +1,100 @@
+"""Flags that are left out of a command on a run's adapter: what they were in the run, and a line that says so."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jlora._terminal import console, say
+from jlora.formats.adapters import adapter_directories
+from jlora.formats.run_settings import FILE, RunSettings
+from jlora.io import find
+
+Options = TypeVar("Options")
+
+_NONE = {"template": "none", "quantize": "none"}
+"""What a flag calls the null of a setting."""
+
+
+def note(text: str) -> None:
+    """A line for people, beside the output for programs."""
+    say(console(stderr=True), f"note: {text}")
+
+
+def settings_of(adapter: str | None, model: str | None = None) -> dict[str, RunSettings]:
+    """Name -> settings of the run, of each adapter in a directory that has them; without an adapter, of a merged checkpoint."""
+    if adapter is None:
+        found = {} if model is None else {"": find(model)}
+    else:
+        found = adapter_directories(adapter) or {"": Path(adapter)}
+    read = {name: RunSettings.read(path) for name, path in found.items()}
+    return {name: settings for name, settings in read.items() if settings is not None}
+
+
+def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | None]:
+    """The options with those of `names` that are None as in the run, and the run's settings; both are said.
+
+    Args:
+        options: with `adapter` and `model`, perhaps with `data`.
+        names: fields that options and settings share.
+
+    Raises:
+        ValueError: when the adapters of a directory were trained with different settings, and a flag is to choose.
+    """
+    settings = settings_of(getattr(options, "adapter"), getattr(options, "model"))  # noqa: B009
+    if not settings:
+        return options, None
+    _refuse_differing(options, settings, names)
+    run = next(iter(settings.values()))
+    data = getattr(options, "data", None) or (run.data if "data" in names else None)
+    of_the_run = _is_same(data, run.data)
+    known = {"seed": of_the_run, "eval_fraction": of_the_run, "eval_data": of_the_run or _is_same(data, run.eval_data)}
+    taken: dict[str, Any] = {}
+    other: dict[str, tuple[Any, Any]] = {}
+    for name in (name for name in names if known.get(name, True)):
+        given, was = getattr(options, name), getattr(run, name)
+        if given is None:
+            taken[name] = was
+        elif name != "data" and given != (was or _NONE.get(name)):
+            other[name] = given, was or _NONE.get(name)
+    said = {name: value for name, value in taken.items() if value is not None}
+    if said:
+        note(f"as in the run that trained this ({FILE}): {_listed(said)}")
+    if other:
+        note(_differs(other, measured=data is not None, split=any(name in known for name in other)))
+    return dataclasses.replace(options, **taken), run  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def merged_settings(run: RunSettings) -> RunSettings:
+    """Of the checkpoint that an adapter was merged into, whose weights are dense."""
+    return dataclasses.replace(run, quantize=None)
+
+
+def _refuse_differing(options: Any, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+    for name in names:
+        values = {adapter: getattr(run, name) for adapter, run in settings.items()}
+        if getattr(options, name) is None and len(set(values.values())) > 1:
+            listed = ", ".join(f"{adapter}: {value}" for adapter, value in values.items())
+            raise ValueError(
+                f"The adapters in {options.adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
+                f"use, --{name.replace('_', '-')}, or one of the adapters."
+            )
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _differs(other: Mapping[str, tuple[Any, Any]], *, measured: bool, split: bool) -> str:
+    listed = ", ".join(f"{name} {given} (it was {was})" for name, (given, was) in other.items())
+    means = "; the figures do not compare with the run's" if measured else ""
+    trained_on = ", and records of this validation split were trained on" if measured and split else ""
+    return f"other than in the run that trained this: {listed}{means}{trained_on}"
+
+
+def _is_same(given: str | None, was: str | None) -> bool:
+    """Whether a data set is the run's, which may have moved since, or is not told."""
+    if given is None or was is None:
+        return given is not None
+    moved = not Path(was).exists() and Path(given).name == Path(was).name
+    return given == was or Path(given).resolve() == Path(was).resolve() or moved

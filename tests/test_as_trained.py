@@ -1,0 +1,293 @@
+"""Commands on a run's adapter take the run's settings, and say so on standard error."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import peft
+import pytest
+import tiny
+import transformers
+
+import jlora
+from jlora import cli
+from jlora.formats.run_settings import FILE, RunSettings
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OTHER = {"template": "chat", "seed": 3, "eval_fraction": 0.25, "quantize": "nf4", "max_length": 48, "pack": True}
+SETTINGS = RunSettings(
+    template="chat", data="d.jsonl", eval_data=None, eval_fraction=0.1, seed=3, max_length=48, pack=False, quantize=None
+)
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command that must succeed; gives (standard output, standard error)."""
+
+    def run(*flags):
+        capsys.readouterr()
+        try:
+            cli.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            raise AssertionError(capsys.readouterr().err) from end
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    def run(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main([str(flag) for flag in flags])
+        return capsys.readouterr().err
+
+    return run
+
+
+def train(model, data, output, **changes):
+    config = {"steps": 3, "batch_size": 4, "rank": 4, "learning_rate": 1e-2, "quiet": True, **changes}
+    return jlora.finetune(jlora.FinetuneConfig(model=model, data=data, output=str(output), **config))
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory, llama_dir, records_file):
+    """A run in which nothing has its default: (directory, result)."""
+    output = tmp_path_factory.mktemp("runs") / "chat"
+    return output, train(llama_dir, records_file, output, **OTHER)
+
+
+def loss(said):
+    return json.loads(said.out)["eval_loss"]
+
+
+def test_the_file(chat_run, records_file, llama_dir):
+    output, _ = chat_run
+    fields = json.loads((output / "adapter" / FILE).read_text())
+    assert fields == {"version": 1, "data": records_file, "eval_data": None, **OTHER}
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(llama_dir), output / "adapter")
+
+
+def test_of_raw_text(tmp_path, gpt2_dir, text_file, call):
+    result = train(gpt2_dir, text_file, tmp_path / "r", eval_fraction=0.3)
+    settings = RunSettings.read(result.adapter_dir)
+    assert settings == RunSettings(
+        template=None,
+        data=text_file,
+        eval_data=None,
+        eval_fraction=0.3,
+        seed=0,
+        max_length=64,
+        pack=False,
+        quantize=None,
+    )
+    said = call("evaluate", "--adapter", result.adapter_dir)
+    assert loss(said) == pytest.approx(result.eval_loss, rel=1e-6)
+    said = call("generate", "--adapter", result.adapter_dir, "--prompts", "The keeper", "--max-new-tokens", 2)
+    assert "The keeper" in said.out and "template" not in said.err
+
+
+def test_evaluate_gives_the_runs_own_figure(chat_run, records_file, call):
+    output, result = chat_run
+    bare = call("evaluate", "--adapter", output / "adapter")
+    assert loss(bare) == pytest.approx(result.eval_loss, rel=1e-6)
+    assert bare.err == (
+        f"note: as in the run that trained this ({FILE}): data {records_file}, eval_fraction 0.25, template chat, "
+        "max_length 48, seed 3, quantize nf4\n"
+    )
+    with_data = call("evaluate", "--adapter", output / "adapter", "--data", records_file)
+    assert loss(with_data) == loss(bare) and "seed 3" in with_data.err
+    told = call(
+        *("evaluate", "--adapter", output / "adapter", "--data", records_file, "--template", "chat", "--seed", 3),
+        *("--quantize", "nf4", "--eval-fraction", 0.25, "--max-length", 48),
+    )
+    assert (loss(told), told.err) == (loss(bare), "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ("--seed", 0),
+            "seed 0 (it was 3); the figures do not compare with the run's, and records of this validation split",
+        ),
+        (
+            ("--eval-fraction", 0.5),
+            "eval_fraction 0.5 (it was 0.25); the figures do not compare with the run's, and records",
+        ),
+        (("--template", "alpaca"), "template alpaca (it was chat); the figures do not compare with the run's\n"),
+        (("--quantize", "none"), "quantize none (it was nf4); the figures do not compare with the run's\n"),
+        (("--max-length", 26), "max_length 26 (it was 48); the figures do not compare with the run's\n"),
+    ],
+)
+def test_flags_win_and_what_differs_is_said(flags, says, chat_run, records_file, call):
+    output, result = chat_run
+    said = call("evaluate", "--adapter", output / "adapter", "--data", records_file, *flags)
+    assert f"note: other than in the run that trained this: {says}" in said.err
+    assert loss(said) != pytest.approx(result.eval_loss, rel=1e-6)
+
+
+def test_the_data_of_a_run_elsewhere(chat_run, records_file, tmp_path, call):
+    """An adapter that was copied, data that moved, and other data, whose split is nobody's."""
+    output, result = chat_run
+    shutil.copytree(output / "adapter", tmp_path / "copied")
+    assert loss(call("evaluate", "--adapter", tmp_path / "copied", "--data", records_file)) == pytest.approx(
+        result.eval_loss
+    )
+    settings = RunSettings.read(output / "adapter")
+    moved = tmp_path / "tasks.jsonl"
+    shutil.copy(records_file, moved)
+    (tmp_path / "copied" / FILE).unlink()
+    RunSettings(**vars(settings) | {"data": "/nowhere/tasks.jsonl"}).write(tmp_path / "copied")
+    assert loss(call("evaluate", "--adapter", tmp_path / "copied", "--data", moved)) == pytest.approx(result.eval_loss)
+    other = tiny.write_records(tmp_path / "other.jsonl", tiny.records(seed=5))
+    said = call("evaluate", "--adapter", tmp_path / "copied", "--data", other)
+    assert "seed" not in said.err and "template chat" in said.err
+
+
+def test_a_file_to_evaluate_on(llama_dir, records_file, tmp_path, call):
+    held_out = tiny.write_records(tmp_path / "held_out.jsonl", tiny.records(count=6, seed=9))
+    result = train(llama_dir, records_file, tmp_path / "r", eval_data=held_out)
+    expected = pytest.approx(result.eval_loss, rel=1e-6)
+    assert loss(call("evaluate", "--adapter", result.adapter_dir)) == expected
+    assert loss(call("evaluate", "--adapter", result.adapter_dir, "--data", records_file)) == expected
+    assert loss(call("evaluate", "--adapter", result.adapter_dir, "--data", held_out)) == expected
+
+
+def test_a_run_that_held_nothing_out(llama_dir, records_file, tmp_path, fails):
+    result = train(llama_dir, records_file, tmp_path / "r", eval_fraction=0.0)
+    assert "all of the data were trained on" in fails("evaluate", "--adapter", result.adapter_dir)
+
+
+def test_compare_and_generate(chat_run, records_file, tmp_path, call):
+    output, result = chat_run
+    flags = ("--adapter", output / "adapter", "--prompts", "Write salt.", "--max-new-tokens", 3)
+    said = call("compare", *flags, "--data", records_file, "--seed", 11, "--output", tmp_path / "c")
+    found = json.loads((tmp_path / "c/compare.json").read_text())
+    assert found["held_out"]["adapted"]["loss"] == pytest.approx(result.eval_loss, rel=1e-6)
+    assert "template chat" in said.err and "quantize nf4" in said.err
+    raw = call("compare", *flags, "--data", records_file, "--template", "none", "--output", tmp_path / "n")
+    of_raw = json.loads((tmp_path / "n/compare.json").read_text())
+    assert of_raw["held_out"] == found["held_out"], "--template none is about the prompts"
+    assert of_raw["prompts"] != found["prompts"] and "template none (it was chat)" in raw.err
+    bare, told = (
+        call("generate", *flags, "--temperature", 0, *more)
+        for more in ((), ("--template", "chat", "--quantize", "nf4"))
+    )
+    assert bare.out == told.out and told.err == "" and "template chat, quantize nf4" in bare.err
+
+
+def test_merging_a_packed_run(chat_run, llama_dir, records_file, tmp_path, call):
+    """The merged checkpoint is the model that was trained, and says for itself how it is evaluated."""
+    output, result = chat_run
+    said = call("merge", "--adapter", output / "adapter", "--output", tmp_path / "m")
+    assert "quantize nf4" in said.err
+    assert loss(call("evaluate", "--model", tmp_path / "m")) == pytest.approx(result.eval_loss, rel=1e-5)
+    call("merge", "--adapter", output / "adapter", "--output", tmp_path / "dense", "--quantize", "none")
+    assert loss(call("evaluate", "--model", tmp_path / "dense")) != pytest.approx(result.eval_loss, rel=1e-5)
+    call("export", "--adapter", output / "adapter", "--to", "transformers", "--output", tmp_path / "e")
+    exported, merged = (jlora.load(tmp_path / name, dtype=jnp.float32)[1] for name in "em")
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), exported, merged)))
+
+
+def test_several_adapters(chat_run, llama_dir, records_file, tmp_path, call, fails):
+    output, _ = chat_run
+    for name in "ab":
+        shutil.copytree(output / "adapter", tmp_path / "two" / name)
+    flags = ("--adapter", tmp_path / "two", "--prompts", "Write salt.", "--max-new-tokens", 2)
+    said = call("generate", *flags)
+    assert "template chat, quantize nf4" in said.err and "a: " in said.out and "b: " in said.out
+    settings = RunSettings.read(output / "adapter")
+    RunSettings(**vars(settings) | {"template": "alpaca"}).write(tmp_path / "two" / "b")
+    assert "different settings of `template` (a: chat, b: alpaca)" in fails("generate", *flags)
+    call("generate", *flags, "--template", "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text[:40], "is not valid JSON"),
+        (lambda text: "[]", "must hold a JSON object"),
+        (lambda text: text.replace('"seed": 3', '"seed": "3"'), "`seed` must be an integer from 0; got '3'"),
+        (lambda text: text.replace('"chat"', '"vicuna"'), "`template` must be 'alpaca', 'chat' or null; got 'vicuna'"),
+        (lambda text: text.replace('"pack"', '"packed"'), "`pack` is missing; `packed` is no setting"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "`version`"),
+        (lambda text: text.replace("0.1", "1.0"), "`eval_fraction` must be in [0, 1); got 1.0"),
+        (lambda text: text.replace("48", "true"), "`max_length` must be an integer from 2; got True"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(change, says, tmp_path):
+    SETTINGS.write(tmp_path)
+    (tmp_path / FILE).write_text(change((tmp_path / FILE).read_text()))
+    with pytest.raises(ValueError) as error:
+        RunSettings.read(tmp_path)
+    assert FILE in str(error.value) and says in str(error.value)
+
+
+def test_adapters_of_others_have_none(tmp_path):
+    assert RunSettings.read(tmp_path) is None
+    SETTINGS.write(tmp_path)
+    assert RunSettings.read(tmp_path) == SETTINGS
+
+
+def test_push_tells_no_paths(chat_run, tmp_path, call):
+    output, _ = chat_run
+    said = call("push", output, "user/name", "--dry-run")
+    assert FILE in said.out
+    from jlora.cli.push import Push, contents
+    from jlora.report.publication import read_publication
+
+    shared = json.loads(contents(Push(directory=str(output), repo="x"), read_publication(output), tmp_path)[FILE])
+    assert shared == {"version": 1, "data": None, "eval_data": None, **OTHER}
+
+
+# How to sample
+
+
+def test_sampling_as_the_checkpoint_says(llama_dir, tmp_path, call):
+    model = shutil.copytree(llama_dir, tmp_path / "m")
+    flags = ("generate", "--model", model, "--prompts", "The keeper", "--max-new-tokens", 4)
+
+    def says(**fields):
+        (model / "generation_config.json").write_text(json.dumps(fields))
+        return call(*flags)
+
+    likeliest = call(*flags, "--temperature", 0).out
+    said = says(do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.05)
+    assert said.out == likeliest
+    assert said.err == (
+        "note: as generation_config.json says: temperature 0.7, top_k 1\n"
+        "note: left out of generation_config.json: repetition_penalty 1.05\n"
+    )
+    assert "temperature" not in call(*flags, "--temperature", 0).err
+    for fields in ({}, {"top_k": 1}, {"do_sample": False, "top_k": 1}, {"do_sample": True, "repetition_penalty": 1.0}):
+        assert says(**fields).err == ""
+
+
+# A tokenizer beside the adapter
+
+
+def test_an_adapters_own_tokenizer(gpt2_dir, tmp_path, call):
+    """TRL gives a base model a chat template and saves it beside the adapter."""
+    model, params = jlora.load(gpt2_dir, dtype=jnp.float32)
+    config = jlora.LoraConfig(rank=2)
+    adapted = jlora.add_lora(params, config, key=jax.random.key(0))
+    jlora.save_adapter(tmp_path / "a", adapted, config=config, base_model=gpt2_dir)
+    tiny.tokenizer(tiny.CHATML).save_pretrained(tmp_path / "a")
+    said = call("merge", "--adapter", tmp_path / "a", "--output", tmp_path / "m")
+    assert f"the tokenizer is the one in {tmp_path / 'a'}, which differs from the base's" in said.err
+    assert (tmp_path / "m/chat_template.jinja").read_text() == tiny.CHATML
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [0, 2]
+    same = shutil.copytree(tmp_path / "a", tmp_path / "same")
+    tiny.tokenizer().save_pretrained(same)
+    (same / "chat_template.jinja").unlink()
+    said = call("merge", "--adapter", same, "--output", tmp_path / "s")
+    assert "tokenizer" not in said.err
+    grown = tiny.tokenizer()
+    grown.add_tokens(["lighthouse"])
+    grown.save_pretrained(same)
+    said = call("merge", "--adapter", same, "--output", tmp_path / "g")
+    assert "more tokens than the embedding has rows; the base's is used" in said.err
