@@ -364,7 +364,7 @@ MALFORMED = {
     "another rank than the weights'": (parameter(rank=3), f"shape: {A} is (48, 4), should be (48, 3)"),
     "more keys than weights": (parameter(keys=["self_attn.q_proj", "mlp.up_proj"]), "missing: model.layers.0.mlp.up_proj.lora_a"),
     "fewer layers than weights": (field(num_layers=1), f"unexpected: {A} (48, 4)"),
-    "a key that names nothing": (parameter(keys=["self_attn.q_proj", "mlp.upproj"]), "Did you mean 'mlp.up_proj'"),
+    "a misspelt key": (parameter(keys=["self_attn.qproj", "mlp.upproj"]), "Did you mean 'mlp.up_proj'"),
     "keys of another model": (parameter(keys=["attn.c_attn"]), "'attn.c_attn' in lora_parameters.keys names no module"),
     "dora without magnitudes": (field(fine_tune_type="dora"), "missing: model.layers.0.self_attn.q_proj.m (64,)"),
     "a misspelt name": (header(lambda h: h.__setitem__(A + "s", h.pop(A)), WEIGHTS), f"missing: {A} (48, 4) (there is {A}s)"),
@@ -402,6 +402,15 @@ def test_malformed_adapters_are_refused(case, adapter, loaded, tmp_path):
     change, says = MALFORMED[case]
     change(directory)
     assert says in refused(lambda: jlora.load_adapter(directory, params), directory)
+
+
+def test_a_key_that_names_nothing_is_passed_over(adapter, loaded, tmp_path):
+    """As in mlx-lm: the tensors fit."""
+    _, params = loaded("llama")
+    shutil.copytree(adapter, tmp_path / "x")
+    parameter(keys=["self_attn.q_proj", "mlp.upproj"])(tmp_path / "x")
+    pair = [jlora.load_adapter(directory, params) for directory in (adapter, tmp_path / "x")]
+    jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
 def test_an_empty_file_gives_no_config(adapter, tmp_path):

@@ -130,14 +130,14 @@ class FinetuneConfig:
         if self.steps is not None and self.epochs is not None:
             yield f"`steps` and `epochs` exclude each other; got steps={self.steps} and epochs={self.epochs}."
         if self.epochs is not None and not 0 < self.epochs <= MAX_COUNT:
-            yield f"`epochs` must be positive, and at most {MAX_COUNT}; got {self.epochs}."
+            yield f"`epochs` must be positive; got {self.epochs}. At most {MAX_COUNT}."
         if not 0 < self.learning_rate < math.inf:
-            yield f"`learning_rate` must be positive, and finite; got {self.learning_rate}. LoRA runs use 1e-4 to 1e-3."
+            yield f"`learning_rate` must be positive; got {self.learning_rate}. It is finite; LoRA runs use 1e-4 to 1e-3."
         if not 0 <= self.warmup_fraction < 1:
             yield f"`warmup_fraction` must be in [0, 1); got {self.warmup_fraction}."
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
-                yield f"`{name}` must be 0 or positive, and finite; got {getattr(self, name)}."
+                yield f"`{name}` must be 0 or positive; got {getattr(self, name)}."
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"`{name}` must be in [0, 1); got {getattr(self, name)}."
