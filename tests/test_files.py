@@ -211,6 +211,50 @@ def test_killed_while_it_is_replaced(after, tmp_path):
     assert seen == {("old.txt",), ("config.json", "sub", "sub/a.txt")} and 8 < at < 99
 
 
+@pytest.mark.parametrize("after", ["before", "after"])
+def test_killed_while_files_come_into_a_directory(after, tmp_path):
+    """All or none beside what is somebody's, and the same can be written again."""
+    source = Path(files.__file__).read_text(), KILLER, inspect.getsource(write_files)
+    code = "\n".join((*source, "write_files(Path(sys.argv[3]))"))
+    whole = ["config.json", "mine.txt", "sub", "sub/a.txt"]
+    halves = 0
+    for at in range(1, 100):
+        path = tmp_path / str(at)
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+        if subprocess.run([sys.executable, "-S", "-E", "-c", code, str(at), after, str(path)]).returncode == 0:
+            break
+        halves += (path / "sub/a.txt").exists() != (path / "config.json").exists()
+        remove_partial(path / "config.json")
+        assert listing(path) in (["mine.txt"], whole)
+        if not (path / "config.json").exists():
+            write_files(path)
+        assert listing(path) == whole and (path / "mine.txt").read_text() == "mine"
+    assert halves and 8 < at < 99
+
+
+@pytest.mark.parametrize("name", ["config.json", "sub/a.txt"])
+def test_interrupted_while_files_come_into_a_directory(name, tmp_path, monkeypatch):
+    """What somebody put there under one of the names stays."""
+    (tmp_path / "mine.txt").write_text("mine")
+    replace = Path.replace
+
+    def interrupted(self, target):
+        if Path(target) == tmp_path / name:
+            if name == "config.json":
+                (tmp_path / "sub/a.txt").unlink()
+                (tmp_path / "other").write_text("mine")
+                (tmp_path / "other").rename(tmp_path / "sub/a.txt")
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path)
+    kept = ["sub", "sub/a.txt"] if name == "config.json" else []
+    assert listing(tmp_path) == ["mine.txt", *kept]
+
+
 def test_interrupted_while_it_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")

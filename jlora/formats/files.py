@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,10 @@ _LOCK = ".lock"
 """In that directory: a file that the writing process holds locked, so that nobody takes a living one's work for a dead one's."""
 _BEFORE = ".before"
 """In that directory: what is being replaced, until what replaces it is in its place."""
+_NEW = "new"
+"""Stands for the name of files of which none is the last."""
+_MOVES = ".moves"
+"""In that directory: [name, identity] of the files that go one by one into a directory that is there already, in their order."""
 _NAME_BYTES = 200
 """Of an output's name in its hidden directory's, which must stay within the 255 bytes that file systems allow."""
 
@@ -191,6 +196,8 @@ def whole_directory(path: Path, *, replace: bool = False, needed: int | None = N
         FileExistsError: without `replace`, when there is something at `path` other than an empty directory.
         NoSpace: when the disk is full.
     """
+    if path.is_dir():
+        remove_partial(path / _NEW)
     if os.path.lexists(path) and not replace and not _is_empty(path):
         raise FileExistsError(f"{str(path)!r} exists; choose another directory or remove it first.")
     if not replace and path.is_dir() and not _can_be_replaced(path):
@@ -214,7 +221,8 @@ def whole_directory(path: Path, *, replace: bool = False, needed: int | None = N
 def whole_files(path: Path, *, last: str, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """A directory to write files into, which all come to be in the directory `path` when the block ends, and else none.
 
-    Other files that are there stay.
+    Other files that are there stay. What a process that was killed between two files had moved, the next one takes back
+    (`remove_partial(path / last)`), unless they are to replace others: then the rest follows when the same is written again.
 
     Args:
         last: the file without which the others are not taken for anything; where there are files already, it is the first to
@@ -230,7 +238,7 @@ def whole_files(path: Path, *, last: str, replace: bool = False, needed: int | N
         with whole_directory(path, needed=needed) as partial:
             yield partial
         return
-    with full_disk_said(path, needed=needed), _workshop(path / (last or "new")) as partial:
+    with full_disk_said(path, needed=needed), _workshop(path / (last or _NEW)) as partial:
         partial.mkdir()
         yield partial
         names = sorted(
@@ -244,8 +252,12 @@ def whole_files(path: Path, *, last: str, replace: bool = False, needed: int | N
                 f"{str(path)!r} already holds {taken[0]!r}; choose another directory or remove it first."
             )
         _flush_all(partial)
-        if last:
+        if replace and last:
             (path / last).unlink(missing_ok=True)
+        if not replace:
+            moves = [(str(name), _identity(partial / name)) for name in names]
+            (partial.parent / _MOVES).write_text(json.dumps(moves))
+            _flush(partial.parent / _MOVES)
         for name in names:
             (path / name).parent.mkdir(exist_ok=True)
             (partial / name).replace(path / name)
@@ -333,10 +345,12 @@ def _workshop(path: Path) -> Iterator[Path]:
 
 
 def _remove(work: Path, lock: int) -> None:
-    """What was about to be replaced is put back first, and the lock goes last, by which another process knows the rest for ours."""
+    """What was about to be replaced is put back first, half of several files taken back, and the lock goes last, by which another
+    process knows the rest for ours."""
     for before in (work / _BEFORE).glob("*"):
         if not os.path.lexists(work.parent / before.name):
             before.rename(work.parent / before.name)
+    _take_back_moves(work)
     for inside in work.iterdir():
         if inside.is_dir() and not inside.is_symlink():
             shutil.rmtree(inside, ignore_errors=True)
@@ -344,6 +358,28 @@ def _remove(work: Path, lock: int) -> None:
             inside.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
     os.close(lock)
+
+
+def _take_back_moves(work: Path) -> None:
+    """Removes the files that were moved, where the last was not; another of the same name is somebody's."""
+    try:
+        moves = json.loads((work / _MOVES).read_text())
+    except (FileNotFoundError, ValueError):  # none began
+        return
+    if not moves or not any(os.path.lexists(made / moves[-1][0]) for made in work.iterdir() if made.is_dir()):
+        return
+    for name, identity in moves:
+        place = work.parent / name
+        if os.path.lexists(place) and _identity(place) == identity:
+            place.unlink()
+        with suppress(OSError):  # the directory itself, or one that holds others
+            place.parent.rmdir()
+
+
+def _identity(path: Path) -> list[int]:
+    """What a file keeps when it is renamed; the inode alone goes to another file when it is removed."""
+    found = path.lstat()
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
 
 
 def _locked(path: Path, flags: int) -> int | None:

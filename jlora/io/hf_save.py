@@ -15,7 +15,7 @@ from jlora._tree import flatten, is_weight, per_layer_paths, split_layer_path
 from jlora._typing import Params
 from jlora.formats import save_sharded
 from jlora.formats.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
-from jlora.formats.files import check_writable, whole_files
+from jlora.formats.files import check_writable, remove_partial, whole_files
 from jlora.formats.stops import GENERATION_CONFIG, stop_ids, token_ids, with_stops
 from jlora.io.bnb import quantization_config, to_tensors
 from jlora.io.hub import Content
@@ -164,11 +164,14 @@ def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
 def refuse_checkpoint(directory: str | os.PathLike) -> None:
     """Raises what writing a checkpoint there would raise, so that it can be said before a model is loaded.
 
+    What a killed process had put there of one is taken back first.
+
     Raises:
         FileExistsError: when what a checkpoint is made of is there: two that are mixed are neither.
         PermissionError and other OSErrors: when nothing can be written there.
     """
     directory = Path(directory)
+    remove_partial(directory / CONFIG)
     existing = matching(directory, (*WEIGHTS, CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER))
     if existing:
         raise FileExistsError(
