@@ -303,3 +303,31 @@ def test_a_log_without_a_step_is_refused(tmp_path, entries):
     with pytest.raises(ValueError, match="metrics.jsonl' holds no training step"):
         plot_history(log, tmp_path / "history.png")
     assert not (tmp_path / "history.png").exists()
+
+
+def test_an_infinite_perplexity_is_null(tmp_path):
+    entries = [{"step": 0, "eval_loss": 800.0, "perplexity": None}, *ENTRIES[1:]]
+    plot_history(write_log(tmp_path / "metrics.jsonl", entries), tmp_path / "history.svg")
+    assert "<!-- evaluation -->" in (tmp_path / "history.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("garbage", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("7", "must hold an object"),
+        ("[1]", "must hold an object"),
+        ('{"loss": 1}', "`step` is missing"),
+        ('{"step": "3", "loss": 1}', "`step` must be an integer"),
+        ('{"step": 3, "loss": NaN}', "`loss` must be a finite number"),
+        ('{"step": 3, "loss": 1.0, "learning_rate": null}', "`learning_rate` must be a finite number"),
+        ('{"step": 3, "eval_loss": "x"}', "`eval_loss` must be a finite number"),
+    ],
+)
+def test_a_line_that_is_no_entry_is_named(tmp_path, line, says):
+    log = write_log(tmp_path / "metrics.jsonl", ENTRIES)
+    log.write_text(log.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=f"metrics.jsonl line 4.*{says}"):
+        plot_history(log, tmp_path / "history.png")
+    assert not (tmp_path / "history.png").exists()

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import jlora
-from jlora.formats.stops import stop_ids, token_ids, turn_end_ids, with_stops
+from jlora.formats.stops import generation_config, stop_ids, token_ids, turn_end_ids, with_stops
 from jlora.io.ollama import modelfile
 from jlora.io.vocabulary import Vocabulary
 from jlora.models import model_from_config
@@ -142,6 +142,44 @@ def test_a_damaged_generation_config_is_refused_by_name(content, tmp_path):
     (directory / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match="generation_config.json"):
         jlora.load(directory, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token_id", [1, 2**31]),
+        ("eos_token_id", -2),
+        ("pad_token_id", "0"),
+        ("do_sample", "true"),
+        ("temperature", "0.7"),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", 50.5),
+        ("top_k", True),
+        ("top_p", 95),
+        ("repetition_penalty", [1.1]),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(name, value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=rf"generation_config.json' cannot be used:\n  `{name}` must be .*; got"):
+        generation_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"eos_token_id": -1, "pad_token_id": -1},
+        {"eos_token_id": [128001, 128009], "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": 1},
+        {"top_k": 0, "repetition_penalty": 1.05, "transformers_version": "4.37.0"},
+        {"cache_implementation": "hybrid", "begin_suppress_tokens": [1]},
+    ],
+)
+def test_fields_that_checkpoints_have(fields, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    assert generation_config(tmp_path) == fields
 
 
 def test_generation_stops_where_transformers_does(tmp_path):

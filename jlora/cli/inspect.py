@@ -67,8 +67,8 @@ def _resolved(options: Inspect) -> Inspect:
 
 def show_data(options: Inspect, terminal: Console, trained: RunSettings | None = None) -> None:
     name = resolve_model(options)
-    tokenizer = load_tokenizer(name)
     model = model_from_config(read_config(find(name)), dtype=jnp.float32)
+    tokenizer = load_tokenizer(name)
     with open_data(options, tokenizer, model, trained) as data:
         counts = summary(data)
         for number, runs in enumerate(preview(data, tokenizer, rows=options.rows), start=1):

@@ -74,11 +74,10 @@ def _raw(text: str, record: dict[str, Any]) -> str:
 def sampling(options: Prompts, base: str) -> dict[str, Any]:
     """The arguments of `generate` that say how to sample; what the checkpoint says of it, and is taken or not, is said."""
     fields = generation_config(find(base))
-    samples = fields.get("do_sample") is True
     taken = {
         name: fields[name]
         for name in _SAMPLING
-        if samples and getattr(options, name) is None and isinstance(fields.get(name), int | float)
+        if fields.get("do_sample") and getattr(options, name) is None and fields.get(name) is not None
     }
     given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
     if taken:

@@ -24,8 +24,9 @@ from jlora.finetuning.run import Run
 from jlora.finetuning.signals import StopSignals
 from jlora.formats.files import NoSpace, full_disk_said, no_space, whole_directory
 from jlora.formats.run_settings import RunSettings
-from jlora.io import find, load, load_tokenizer, save_adapter
+from jlora.io import find, load, load_tokenizer, read_config, save_adapter
 from jlora.lora import LoraConfig, add_lora, combine, split
+from jlora.models import model_from_config
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
     Checkpoints,
@@ -142,6 +143,7 @@ class _Job:
     @classmethod
     def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "_Job":
         directory = find(config.model)
+        model_from_config(read_config(directory), dtype=jnp.float32)  # a family that there is no model for is said first
         tokenizer = load_tokenizer(directory)
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)

@@ -70,6 +70,10 @@ def positive(most: float = 1e30) -> Kind:
     return Kind(f"a positive number up to {most:g}", lambda v: is_number(v) and 1e-30 <= v <= most)
 
 
+def number(least: float, most: float) -> Kind:
+    return Kind(f"a number from {least:g} to {most:g}", lambda v: is_number(v) and least <= v <= most)
+
+
 def probability() -> Kind:
     return Kind("a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1)
 

@@ -9,9 +9,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jlora.formats.fields import check_fields, either, flag, integer, list_of, number, optional
 from jlora.formats.structured import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
+
+_ID = integer(-1, (1 << 31) - 1)  # -1: none, in files of early Llamas
+_FIELDS = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))),
+    "do_sample": optional(flag()),
+    "temperature": optional(number(0, 1e30)),
+    "top_k": optional(integer(0, (1 << 31) - 1)),
+    "top_p": optional(number(0, 1)),
+    "repetition_penalty": optional(number(0, 1e30)),
+}
+"""Fields of generation_config.json that are read."""
 
 _USER, _ASSISTANT = "What does the lamp say?", "The lamp says yes."
 _TURNS = ({"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT})
@@ -21,10 +33,12 @@ def generation_config(directory: Path) -> dict[str, Any]:
     """The fields of a checkpoint's generation_config.json, none where there is no such file.
 
     Raises:
-        ValueError: when it is not a JSON object.
+        ValueError: when it is not a JSON object, or a field that is read holds something else than it may.
     """
     path = directory / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
+    fields = read_json(path) if path.is_file() else {}
+    check_fields(fields, _FIELDS, where=repr(str(path)))
+    return fields
 
 
 def token_ids(value: Any, *, where: str) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ from jlora.data import is_hub_data
 from jlora.formats import Checkpoint, run_settings
 from jlora.formats.adapters import CONFIG, MLX, PEFT, open_adapter
 from jlora.formats.checkpoint_files import TERMS, TOKENIZER
-from jlora.formats.structured import parse_json, read_text, read_yaml
+from jlora.formats.structured import read_yaml
 from jlora.io.hub import is_hub_id
 from jlora.lora import LoraConfig
+from jlora.report.history import read_history
 
 CARD = "README.md"
 CURVE = "loss.png"
@@ -60,8 +61,7 @@ class RunRecord:
             for name in ("model", "data"):
                 if not isinstance(config.get(name), str | None):
                     raise ValueError(f"`{name}` in config.yaml must be text; got {config[name]!r}")
-            lines = read_text(directory / "metrics.jsonl").splitlines()
-            history = [_entry(line, f"metrics.jsonl line {i}") for i, line in enumerate(lines, start=1)]
+            history = read_history(directory / "metrics.jsonl")
         except ValueError as error:
             raise ValueError(f"The run in {str(directory)!r} cannot be read: {str(error).rstrip('.')}.") from error
         return cls(directory, config, history)
@@ -87,21 +87,6 @@ class RunRecord:
         """The hub id of the data, where they came from the hub."""
         name = str(self.config.get("data", ""))
         return name if is_hub_data(name) and not self.is_text else None
-
-
-_NUMBERS = ("loss", "eval_loss", "learning_rate")
-
-
-def _entry(line: str, where: str) -> dict[str, Any]:
-    entry = parse_json(line, where=where)
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must hold an object; got {line[:40]!r}")
-    wrong = [n for n in _NUMBERS if n in entry and not (_is_number(entry[n]) and math.isfinite(entry[n]))]
-    if type(entry.get("step")) is not int or wrong:
-        name = wrong[0] if wrong else "step"
-        kind = "a finite number" if wrong else "an integer"
-        raise ValueError(f"`{name}` in {where} must be {kind}; got {entry.get(name)!r}")
-    return entry
 
 
 def _is_number(value: Any) -> bool:

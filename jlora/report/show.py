@@ -1,8 +1,6 @@
 """Pictures and tables of finished runs and comparisons."""
 
-import json
 import os
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +9,7 @@ from rich.text import Text
 from jlora._terminal import console as make_console
 from jlora._terminal import visible
 from jlora.report.comparison import Comparison
+from jlora.report.history import read_history
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -37,11 +36,11 @@ def plot_history(metrics: str | os.PathLike, output: str | os.PathLike) -> None:
     """Draws a run's metrics.jsonl: training loss by step, evaluation loss over it, learning rate below. PNG or SVG.
 
     Raises:
-        ValueError: when the log holds no step.
+        ValueError: when the log holds no step, or a line that is no entry.
     """
     from matplotlib.figure import Figure
 
-    entries = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    entries = read_history(metrics)
     steps = [e for e in entries if "loss" in e]
     if not steps:
         raise ValueError(f"{os.fspath(metrics)!r} holds no training step.")
