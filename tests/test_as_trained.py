@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import peft
@@ -286,8 +288,57 @@ def test_an_adapters_own_tokenizer(gpt2_dir, tmp_path, call):
     (same / "chat_template.jinja").unlink()
     said = call("merge", "--adapter", same, "--output", tmp_path / "s")
     assert "tokenizer" not in said.err
-    grown = tiny.tokenizer()
-    grown.add_tokens(["lighthouse"])
-    grown.save_pretrained(same)
-    said = call("merge", "--adapter", same, "--output", tmp_path / "g")
-    assert "more tokens than the embedding has rows; the base's is used" in said.err
+
+
+@pytest.fixture
+def grown(gpt2_dir, tmp_path):
+    """An adapter whose tokenizer has tokens that were added, and no rows: the usual `<pad>`, and a word."""
+    model, params = jlora.load(gpt2_dir, dtype=jnp.float32)
+    config = jlora.LoraConfig(rank=2)
+    adapted = jlora.add_lora(params, config, key=jax.random.key(0))
+    jlora.save_adapter(tmp_path / "a", adapted, config=config, base_model=gpt2_dir)
+    tokenizer = jlora.load_tokenizer(gpt2_dir)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["lighthouse"])
+    tokenizer.chat_template = tiny.CHATML
+    tokenizer.save_pretrained(tmp_path / "a")
+    return tmp_path / "a"
+
+
+NO_ROW = "a text that holds '<pad>' is refused, for which the embedding has no row (nor for 1 more of its tokens)"
+
+
+def test_a_tokenizer_with_tokens_that_no_text_holds_is_taken(grown, text_file, tmp_path, call):
+    for command in (
+        ("generate", "--prompts", "The keeper", "--max-new-tokens", 2),
+        ("generate", "--prompts", "hi", "--template", "chat", "--max-new-tokens", 2),
+        ("evaluate", "--data", text_file, "--split", "all"),
+        ("merge", "--output", tmp_path / "m"),
+    ):
+        assert NO_ROW in call(*command, "--adapter", grown).err
+    assert (tmp_path / "m/chat_template.jinja").read_text() == tiny.CHATML
+    assert "<pad>" in (tmp_path / "m/tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("word", ["lighthouse", "<pad>"])
+def test_one_that_a_text_holds_is_refused(grown, word, tmp_path, fails):
+    (tmp_path / "x.txt").write_text(f"the keeper of the {word} wrote\n" * 40)
+    for command in (
+        ("generate", "--prompts", f"the {word}", "--max-new-tokens", 2),
+        ("evaluate", "--data", tmp_path / "x.txt", "--split", "all"),
+    ):
+        said = fails(*command, "--adapter", grown)
+        assert "error: Token id" in said and ("own tokenizer?" in said or repr(word) in said.splitlines()[-1])
+
+
+def test_a_gguf_model_is_without_a_pad_that_has_no_row(grown, gpt2_dir, tmp_path, call, fails):
+    said = fails("export", "--adapter", grown, "--to", "gguf", "--output", tmp_path / "m.gguf")
+    assert "'lighthouse'" in said and "the embedding has" in said
+    tokenizer = jlora.load_tokenizer(gpt2_dir)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(grown)
+    call("export", "--adapter", grown, "--to", "gguf", "--output", tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    rows = json.loads((Path(gpt2_dir) / "config.json").read_text())["vocab_size"]
+    assert len(fields["tokenizer.ggml.tokens"].data) == rows
+    assert "tokenizer.ggml.padding_token_id" not in fields

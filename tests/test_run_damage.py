@@ -223,7 +223,7 @@ def check_origin(config):
         path = Path(config.output) / "run.json"
         path.unlink() if content is None else path.write_bytes(content)
         with Run(config) as run:
-            run.check_origin(origin)
+            return run.check_origin(origin)
 
     return check
 
@@ -247,7 +247,34 @@ def test_a_run_that_died_before_its_record_was_written_goes_on(begun):
 
 
 def test_a_whole_record(begun):
-    check_origin(begun)((Path(begun.output) / "run.json").read_bytes())
+    assert check_origin(begun)((Path(begun.output) / "run.json").read_bytes()) is None
+
+
+@pytest.mark.parametrize(
+    ("versions", "says"),
+    [
+        ({"jax": "0.0.1"}, "this run began with jax 0.0.1 (now "),
+        ({"python": "3.0.0", "numpy": "1.0"}, "this run began with numpy 1.0 (now "),
+        ({"flax": None}, "flax None"),
+        ({"torch": "1.0"}, None),
+        ({}, None),
+        (None, None),
+        ([1], None),
+    ],
+)
+def test_other_versions_of_libraries_are_said(begun, versions, says):
+    """And are no reason not to go on."""
+    record = json.loads((Path(begun.output) / "run.json").read_text())
+    said = check_origin(begun)(json.dumps({**record, "versions": versions}).encode())
+    assert (said or "").count("began with") == (says is not None) and (says or "") in (said or "")
+
+
+def test_a_resumed_run_says_so_once(begun, capsys):
+    path = Path(begun.output) / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "versions": {**record["versions"], "optax": "0.1"}}))
+    jlora.finetune(begun)
+    assert capsys.readouterr().err.count("this run began with optax 0.1") == 1
 
 
 # Data

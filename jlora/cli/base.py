@@ -15,7 +15,7 @@ from jlora._numbers import check_seed
 from jlora._terminal import say
 from jlora.cli.as_trained import note
 from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
-from jlora.data.tokens import fingerprint, largest_id
+from jlora.data.tokens import fingerprint
 from jlora.formats.run_settings import RunSettings
 from jlora.io import base_model_of, find, load, load_adapter, load_tokenizer
 from jlora.io.hf import add_stops
@@ -99,10 +99,12 @@ def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
     own = load_tokenizer(beside)
     if fingerprint(own) == fingerprint(tokenizer) and own.chat_template == tokenizer.chat_template:
         return tokenizer, base
-    if largest_id(own) >= model.config.vocab_size:
-        note(f"the tokenizer in {adapter} has more tokens than the embedding has rows; the base's is used")
-        return tokenizer, base
-    note(f"the tokenizer is the one in {adapter}, which differs from the base's")
+    without = sorted((i, token) for token, i in own.get_vocab().items() if i >= model.config.vocab_size)
+    said = f"the tokenizer is the one in {adapter}, which differs from the base's"
+    if without:  # such as a `<pad>`; only what a text holds matters
+        said += f"; a text that holds {without[0][1]!r} is refused, for which the embedding has no row"
+        said += f" (nor for {len(without) - 1} more of its tokens)" if len(without) > 1 else ""
+    note(said)
     return own, beside
 
 

@@ -176,14 +176,15 @@ class _Job:
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
         steps = config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch))
-        run.check_origin(
+        if said := run.check_origin(
             {
                 "steps": steps,
                 "data": train.digest(),
                 "evaluation": evaluation and evaluation.digest(),
                 "base": fingerprint(directory),
             }
-        )
+        ):
+            display.warn(said)
         display.facts(
             {
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {count(base):,} parameters, "

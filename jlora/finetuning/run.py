@@ -148,8 +148,11 @@ class Run:
         if not self._config.resume and self._saved_nothing():
             self._clear()
 
-    def check_origin(self, origin: Mapping[str, Any]) -> None:
+    def check_origin(self, origin: Mapping[str, Any]) -> str | None:
         """Records what the run is made from, or, on resuming, compares it with what it was.
+
+        Returns:
+            What is to be said of libraries that are of another version than when the run began.
 
         Raises:
             ValueError: when the data, the base model or the number of steps changed, with the difference; or when the record
@@ -159,17 +162,16 @@ class Run:
         if self._config.resume and (path.exists() or saved_steps(self.checkpoints)):
             what = "the record of what the run was made from"
             try:
-                before = read_json(path).get("origin")
+                record = read_json(path)
             except (FileNotFoundError, ValueError) as error:
                 raise ValueError(f"{error} {self._repair(what)}") from error
+            before = record.get("origin")
             if not isinstance(before, dict):
                 raise ValueError(f"{str(path)!r} must have the object `origin`; got {before!r}. {self._repair(what)}")
             _refuse_changes(before, _plain(origin), path, "what the run was made from", self._instead())
-            return
-        versions = {name: version(name) for name in ("jax", "flax", "optax", "numpy")} | {
-            "python": platform.python_version()
-        }
-        _write(path, json.dumps({"origin": origin, "versions": versions}, indent=2) + "\n")
+            return _other_versions(record.get("versions"))
+        _write(path, json.dumps({"origin": origin, "versions": _versions()}, indent=2) + "\n")
+        return None
 
     def _repair(self, what: str) -> str:
         return f"It is {what}: put a copy of it back, or {self._instead()}."
@@ -178,6 +180,19 @@ class Run:
         if self._has_checkpoints():
             return "start another run with a new --output"
         return "start again without --resume (this run has saved no state yet)"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jax", "flax", "optax", "numpy")} | {"python": platform.python_version()}
+
+
+def _other_versions(before: Any) -> str | None:
+    """They do not make another run, and may change its last digits."""
+    before = before if isinstance(before, dict) else {}
+    changed = [f"{name} {before[name]} (now {now})" for name, now in _versions().items() if before.get(name, now) != now]
+    if not changed:
+        return None
+    return f"this run began with {', '.join(changed)}: it may end with other digits than one that was not stopped"
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Vocabulary:
     def of(cls, tokenizer: Any, config: ModelConfig) -> "Vocabulary":
         """The vocabulary of a transformers tokenizer.
 
-        Rows of the embedding beyond the tokenizer's tokens are padded with tokens of type UNUSED. The tokenizer's own
+        Rows of the embedding beyond the tokenizer's tokens are padded with tokens of type UNUSED; special tokens added
+        beyond its rows, such as a `<pad>`, are left out. The tokenizer's own
         special tokens go before those of the model's config. An NFC normalizer is left out, as llama.cpp's own
         converter leaves Qwen2's out: llama.cpp does not normalize.
 
@@ -147,7 +148,9 @@ def _tokens(tokenizer: Any, fields: Mapping[str, Any], rows: int) -> tuple[list[
                 "would tokenize the text around it otherwise. Set it to false in tokenizer.json if it is not needed."
             )
         special = added["special"] or added["id"] in tokenizer.all_special_ids
-        by_id[added["id"]] = added["content"], CONTROL if special else USER_DEFINED
+        # A special one that was added without a row, such as a `<pad>`, is in no text.
+        if added["id"] < rows or not special:
+            by_id[added["id"]] = added["content"], CONTROL if special else USER_DEFINED
     if max(by_id) >= rows:
         raise ValueError(
             f"The tokenizer has token {by_id[max(by_id)][0]!r} with id {max(by_id)}, and the embedding has {rows} rows. "
@@ -167,7 +170,7 @@ def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
         value = getattr(tokenizer, f"{kind}_token_id", None)
         if value is None and kind == "bos":
             value = config.bos_token_id
-        if value is not None:
+        if value is not None and value < config.vocab_size:
             ids[kind] = value
     ids.update(zip(("eos", "eot", "eom"), _stops(tokenizer, config), strict=False))
     return ids
