@@ -457,3 +457,38 @@ def test_console_script(tmp_path):
 def test_config_yaml_is_plain(finetuned):
     fields = yaml.safe_load((finetuned / "config.yaml").read_text())
     assert (fields["learning_rate"], fields["targets"], fields["resume"]) == (0.01, ["c_attn", "c_fc"], False)
+
+
+def test_warnings_are_lines_for_users(gpt2_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").write_text("the keeper lit a lamp\n" * 60)
+    (tmp_path / "data/b.md").write_text("x")
+    command = ["prepare", "--model", str(gpt2_dir), "--data", "data", "--output", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from jlora.cli import main; main()", *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [
+        line for line in done.stderr.splitlines() if line.startswith("warning: ") and line.endswith("left out: b.md")
+    ]
+    assert "UserWarning" not in done.stderr and ".py:" not in done.stderr
+
+
+@pytest.mark.parametrize("tokenizer", [None, "{", '{"model": 7}'], ids=["none", "cut", "damaged"])
+@pytest.mark.parametrize("command", ["finetune", "prepare", "inspect", "evaluate", "generate"])
+def test_another_family_is_said_before_what_is_wrong_with_its_tokenizer(
+    command, tokenizer, text_file, tmp_path, capsys
+):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "mamba"}')
+    if tokenizer is not None:
+        (model / "tokenizer.json").write_text(tokenizer)
+    data = ("--prompts", "x") if command == "generate" else ("--data", text_file)
+    output = ("--output", tmp_path / "out") if command in ("finetune", "prepare") else ()
+    assert run(command, "--model", model, *data, *output) == cli.FAILURE
+    said = capsys.readouterr().err
+    assert "`model_type` 'mamba'; jlora runs gpt2, llama" in said and not (tmp_path / "out").exists()

@@ -151,3 +151,20 @@ def test_hub_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"'own/name' from the hub needs the `datasets` package\. Run `pip install"):
         read_records("own/name")
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"instruction": ' + "9" * 9999 + ', "output": "x"}', "an integer in it has thousands of digits"),
+    ],
+    ids=["lists", "objects", "whole", "digits"],
+)
+def test_json_that_python_does_not_read_is_named(name, value, says, tmp_path):
+    (tmp_path / name).write_text(f"[{value}]" if name == "r.json" else value)
+    with pytest.raises(ValueError, match=rf"(?s){name}.*{says}"):
+        read_records(tmp_path / name)

@@ -486,7 +486,11 @@ def test_names_stay_words_in_the_shell(finetuned, tmp_path):
         ("a: *b", None, "has an alias"),
         ("", None, "must map names to values; got nothing"),
         (None, '{"loss": 1.0}', "metrics.jsonl line 1: `step` is missing; it must be an integer"),
-        (None, '{"step": "3", "loss": 1.0}', "metrics.jsonl line 1: `step` must be an integer from 0 to 2147483647; got '3'"),
+        (
+            None,
+            '{"step": "3", "loss": 1.0}',
+            "metrics.jsonl line 1: `step` must be an integer from 0 to 2147483647; got '3'",
+        ),
         (None, '{"step": 1, "loss": "x"}', "metrics.jsonl line 1: `loss` must be a finite number; got 'x'"),
         (None, '{"step": 0, "eval_loss": NaN}', "metrics.jsonl line 1: `eval_loss` must be a finite number; got nan"),
         (None, "7", "metrics.jsonl line 1 must hold an object"),

@@ -3,13 +3,15 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from rich.table import Table
 
 from jlora import _start
-from jlora._terminal import console, never_fail_to_encode, say
+from jlora._terminal import console, never_fail_to_encode, say, visible
 from jlora.cli.config_file import with_config_file
 from jlora.formats.files import NoSpace, no_space
 
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     never_fail_to_encode()
     try:
         try:
-            _main(list(sys.argv[1:] if argv is None else argv))
+            with _plain_warnings():
+                _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             _flush()
     except KeyboardInterrupt as stop:
@@ -98,6 +101,18 @@ def _main(arguments: list[str]) -> None:
         description=(options.__doc__ or "") + "\n\n--config FILE.yaml gives any of these flags; flags win over it.",
     )
     function(config)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings are printed as what they say, without the line of code that they come from."""
+    before = warnings.formatwarning
+    if not os.environ.get("JLORA_TRACEBACK"):
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {visible(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _flush() -> None:

@@ -63,10 +63,19 @@ def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
                 )
             except json.JSONDecodeError as error:
                 value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {cut(line)}")
+            except (RecursionError, ValueError) as error:
+                value = ValueError(f"a line must be one JSON object; {_beyond(error)}: {cut(line)}")
             else:
                 if not line:
                     continue
             yield f"{source}:{number}", value
+
+
+def _beyond(error: Exception) -> str:
+    """What Python does not read, though it is JSON."""
+    return (
+        "it is nested too deeply" if isinstance(error, RecursionError) else "an integer in it has thousands of digits"
+    )
 
 
 def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -85,6 +94,8 @@ def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{source}:{error.lineno}: a `.json` file must be one JSON list; {error.msg} at column {error.colno}.{hint}"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{source}: a `.json` file must be one JSON list; {_beyond(error)}.") from error
     if not isinstance(values, list):
         raise ValueError(
             f"{source}:1: a `.json` file must be a list of records; got {kind(values)}. "

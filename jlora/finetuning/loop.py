@@ -143,7 +143,9 @@ class _Job:
     @classmethod
     def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "_Job":
         directory = find(config.model)
-        model_from_config(read_config(directory), dtype=jnp.float32)  # a family that there is no model for is said first
+        model_from_config(
+            read_config(directory), dtype=jnp.float32
+        )  # a family that there is no model for is said first
         tokenizer = load_tokenizer(directory)
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)

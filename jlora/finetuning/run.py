@@ -189,7 +189,9 @@ def _versions() -> dict[str, str]:
 def _other_versions(before: Any) -> str | None:
     """They do not make another run, and may change its last digits."""
     before = before if isinstance(before, dict) else {}
-    changed = [f"{name} {before[name]} (now {now})" for name, now in _versions().items() if before.get(name, now) != now]
+    changed = [
+        f"{name} {before[name]} (now {now})" for name, now in _versions().items() if before.get(name, now) != now
+    ]
     if not changed:
         return None
     return f"this run began with {', '.join(changed)}: it may end with other digits than one that was not stopped"
