@@ -2,20 +2,8 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-from jlora._numbers import first_not_finite
 
 _SAMPLE_BYTES = 1 << 20  # hashing all of a large model would take longer than loading it
-
-
-def check_finite(params: Any) -> None:
-    """Raises a ValueError that names a tensor with values that are not finite, if there is one."""
-    if (path := first_not_finite(params)) is not None:
-        raise ValueError(
-            f"The base model's weights must be finite; NaN or infinity is in {path!r}. Download the checkpoint again, or take "
-            "another."
-        )
 
 
 def fingerprint(directory: Path) -> str:
