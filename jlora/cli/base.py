@@ -14,7 +14,7 @@ from rich.console import Console
 from jlora._numbers import check_seed
 from jlora._terminal import say
 from jlora.cli.as_trained import note
-from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
+from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, trained_too
 from jlora.data.tokens import fingerprint, largest_id
 from jlora.formats.run_settings import RunSettings
 from jlora.io import base_model_of, find, load, load_adapter, load_tokenizer
@@ -189,6 +189,10 @@ def open_data(
             )
         for part in chosen.stats.cut():
             note(f"{part}; raise --max-length")
+        for part in chosen.stats.odd():
+            note(part)
+        if chosen is validation and (both := trained_too(train, validation)) is not None:
+            note(both)
         yield chosen
 
 

@@ -177,6 +177,8 @@ class TextDataset:
             )
         self.length, self.pad_id = length, pad_id
         self._largest: int | None = None
+        is_whole = not meta["request"]["eval_fraction"]
+        self._documents = [bytes.fromhex(s["sha256"]) for s in meta["request"]["sources"]] if is_whole else []
         self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
         counts = meta["shards"][split]
         self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
@@ -207,6 +209,10 @@ class TextDataset:
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""
         return self._digest
+
+    def items(self) -> Iterator[bytes]:
+        """The SHA-256 of each document, where the split is the whole of the text."""
+        yield from self._documents
 
     def row(self, index: int) -> Row:
         """Window `index`: tokens from `index * (length - 1)`, all of them targets but the first.

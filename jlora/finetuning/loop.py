@@ -435,10 +435,13 @@ def _is_quantized(leaf: Any) -> bool:
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
     stats = train.stats
-    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *stats.cut()]
+    said = [*stats.cut(), *stats.odd()]
+    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *said]
     if evaluation is not None:
-        cut = [f"of the evaluation data {part}" for part in evaluation.stats.cut()]
-        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *cut]
+        said = [f"of the evaluation data {part}" for part in (*evaluation.stats.cut(), *evaluation.stats.odd())]
+        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *said]
+        if (both := data_lib.trained_too(train, evaluation)) is not None:
+            parts.append(both)
     return "; ".join(parts)
 
 
