@@ -114,6 +114,14 @@ class InstructDataset:
             sha.update(np.int32(len(row.input_ids)).tobytes() + row.input_ids.tobytes() + row.labels.tobytes())
         return sha.hexdigest()
 
+    def tokens(self) -> tuple[set[int], set[int]]:
+        """The ids in the rows, and those of them that are supervised."""
+        used, learned = np.zeros((2, self.largest_token + 1), bool)
+        for row in self._rows:
+            used[row.input_ids] = True
+            learned[row.labels[row.labels != IGNORED]] = True
+        return set(np.flatnonzero(used).tolist()), set(np.flatnonzero(learned).tolist())
+
     def items(self) -> Iterator[bytes]:
         """Of each record its tokens and labels, packed or not: equal where two records are the same to the model."""
         for ids, labels, segments in self._rows:

@@ -1,12 +1,8 @@
 """What a run asks of its base checkpoint before the first step."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from jlora._numbers import first_not_finite
-
-_SAMPLE_BYTES = 1 << 20  # hashing all of a large model would take longer than loading it
 
 
 def check_finite(params: Any) -> None:
@@ -16,16 +12,3 @@ def check_finite(params: Any) -> None:
             f"The base model's weights must be finite; NaN or infinity is in {path!r}. Download the checkpoint again, or take "
             "another."
         )
-
-
-def fingerprint(directory: Path) -> str:
-    """Of the base checkpoint: its config, and of each file of weights the name, the size, the start and the end."""
-    sha = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, size - _SAMPLE_BYTES))
-            sha.update(file.read())
-    return sha.hexdigest()

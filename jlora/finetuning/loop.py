@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
-from jlora.finetuning.base import check_finite, fingerprint
+from jlora.finetuning.base import check_finite
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.log import lowest
 from jlora.finetuning.run import Run
 from jlora.finetuning.signals import StopSignals
+from jlora.formats.checkpoint_files import base_fingerprint
 from jlora.formats.files import NoSpace, full_disk_said, no_space, whole_directory
 from jlora.formats.run_settings import RunSettings
-from jlora.io import find, load, load_tokenizer, save_adapter
-from jlora.lora import LoraConfig, add_lora, combine, split
+from jlora.io import find, load, load_tokenizer, save_adapter, untrained_tokens
+from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
     Checkpoints,
@@ -132,6 +133,8 @@ class _Job:
     tokenizer: Any
     adapter: Any
     base: Any
+    fingerprint: str
+    """Of the base's files."""
     train: TextDataset | InstructDataset
     evaluation: TextDataset | InstructDataset | None
     rows: int
@@ -171,6 +174,7 @@ class _Job:
             pack=config.pack,
             vocab_size=model.config.vocab_size,
         )
+        fingerprint = base_fingerprint(directory)
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
         steps = config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch))
@@ -179,7 +183,7 @@ class _Job:
                 "steps": steps,
                 "data": train.digest(),
                 "evaluation": evaluation and evaluation.digest(),
-                "base": fingerprint(directory),
+                "base": fingerprint,
             }
         )
         display.facts(
@@ -192,10 +196,15 @@ class _Job:
                 "steps": f"{steps} ({steps / per_epoch:.3g} epochs of {per_epoch})",
             }
         )
+        used, learned = train.tokens()
+        trained = adapted_leaves(adapter)
+        said = untrained_tokens(directory, model, tokenizer, used=used, learned=learned, trained=trained)
+        if said is not None:
+            display.warn(said)
         display.trained(params, adapter)
         every = max(1, steps // _TIMES_A_RUN)
         return cls(
-            config, lora, run, display, model, tokenizer, adapter, base, train, evaluation, rows, steps,
+            config, lora, run, display, model, tokenizer, adapter, base, fingerprint, train, evaluation, rows, steps,
             config.eval_every or every, config.checkpoint_every or every,
         )  # fmt: skip
 
@@ -213,6 +222,7 @@ class _Job:
             max_length=config.max_length or min(DEFAULT_MAX_LENGTH, self.model.config.max_length),
             pack=config.pack,
             quantize=config.quantize,
+            base=self.fingerprint,
         )
 
     def evaluate(self, adapter: Any, stop: StopSignals) -> float:
