@@ -157,10 +157,10 @@ def test_hub_data_set(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a":' * 100_000, "nested too deeply"),
-        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        ('{"instruction": ' + "9" * 9999 + ', "output": "x"}', "an integer in it has thousands of digits"),
+        ("[" * 100_000, "nested deeper than 64"),
+        ('{"a":' * 100_000, "nested deeper than 64"),
+        ("[" * 100_000 + "]" * 100_000, "nested deeper than 64"),
+        ('{"instruction": ' + "9" * 9999 + ', "output": "x"}', "an integer is too long"),
     ],
     ids=["lists", "objects", "whole", "digits"],
 )

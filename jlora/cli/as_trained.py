@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jlora._terminal import console, say
-from jlora.formats.adapters import adapter_directories
+from jlora.formats.adapters import adapter_directories, open_adapter
+from jlora.formats.checkpoint_files import CONFIG, base_fingerprint
 from jlora.formats.run_settings import FILE, RunSettings
 from jlora.io import find
 
@@ -67,7 +68,31 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
 
 def merged_settings(run: RunSettings) -> RunSettings:
     """Of the checkpoint that an adapter was merged into, whose weights are dense."""
-    return dataclasses.replace(run, quantize=None)
+    return dataclasses.replace(run, quantize=None, base=None)
+
+
+def note_other_base(adapters: Mapping[str, Path], model: str) -> None:
+    """A line for each of the adapters, by name, that the model is not known to be the base of."""
+    for name, path in adapters.items():
+        if (said := _other_base(path, model)) is not None:
+            note(f"the adapter{f' {name!r}' if len(adapters) > 1 else ''} {said}")
+
+
+def _other_base(adapter: Path, model: str) -> str | None:
+    """The end of a sentence about the adapter; None: the base is its own, or it names none."""
+    named, settings, directory = open_adapter(adapter).base_model, RunSettings.read(adapter), find(model)
+    trained_on = settings and settings.base
+    if trained_on is None and named and named != model and (Path(named).expanduser() / CONFIG).is_file():
+        trained_on = base_fingerprint(Path(named).expanduser())
+    if trained_on is not None:
+        if trained_on == base_fingerprint(directory):
+            return None
+        if named == model:
+            return f"was trained on {named!r} as it was then; its config.json or its weights have changed since"
+        return f"was trained on {named!r}, and {model!r} has another config.json or other weights"
+    if not named or named == model:
+        return None
+    return f"says that it was trained on {named!r}, and nothing says that {model!r} is the same"
 
 
 def _refuse_differing(options: Any, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,12 @@ from rich.console import Console
 
 from jlora._numbers import check_seed
 from jlora._terminal import say
-from jlora.cli.as_trained import note
-from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data
+from jlora.cli.as_trained import note, note_other_base
+from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, trained_too
 from jlora.data.tokens import fingerprint
 from jlora.formats.run_settings import RunSettings
 from jlora.io import base_model_of, find, load, load_adapter, load_tokenizer
-from jlora.io.hf import add_stops
+from jlora.io.hf import AdapterBeside, add_stops
 from jlora.io.origin import Origin
 from jlora.models import has_adapted_tie, untie
 from jlora.quant import SPECS
@@ -70,9 +71,13 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
     """
     name = resolve_model(weights)
     spec = None if weights.quantize in (None, "none") else SPECS[weights.quantize]()
-    model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
+    with warnings.catch_warnings():
+        if weights.adapter is not None:  # what is to be put on is said
+            warnings.simplefilter("ignore", AdapterBeside)
+        model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
     if weights.adapter is not None:
         params = load_adapter(weights.adapter, params)
+        note_other_base({"": Path(weights.adapter)}, name)
     tokenizer, files = _tokenizer(find(name), weights.adapter, model)
     return Loaded(add_stops(model, tokenizer), params, tokenizer, files)
 
@@ -191,6 +196,10 @@ def open_data(
             )
         for part in chosen.stats.cut():
             note(f"{part}; raise --max-length")
+        for part in chosen.stats.odd():
+            note(part)
+        if validation is not None and chosen is validation and (both := trained_too(train, validation)) is not None:
+            note(both)
         yield chosen
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jlora._terminal import Part, console, say
-from jlora.cli.as_trained import as_trained
+from jlora.cli.as_trained import as_trained, note_other_base
 from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
@@ -54,7 +54,9 @@ def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:
         return *load_weights(weights)[:3], ()
     base = dataclasses.replace(weights, model=_base(weights), adapter=None)
     model, params, tokenizer, _ = load_weights(base)
-    return model, load_adapters(str(weights.adapter), params), tokenizer, tuple(found)
+    params = load_adapters(str(weights.adapter), params)
+    note_other_base(found, str(base.model))
+    return model, params, tokenizer, tuple(found)
 
 
 def _base(weights: Weights) -> str:

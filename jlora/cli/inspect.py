@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +14,17 @@ from tyro.conf import Positional, arg
 from jlora._modules import linear_kernels
 from jlora._terminal import console, say
 from jlora._tree import flatten
-from jlora.cli.as_trained import as_trained
+from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.formats import Checkpoint
 from jlora.formats.adapters import PEFT, adapter_directories, open_adapter
 from jlora.formats.mlx import checkpoint_module
 from jlora.formats.run_settings import RunSettings
-from jlora.io import find, load_tokenizer, read_config
+from jlora.io import find, load_tokenizer, read_config, untrained_tokens
 from jlora.io.adapters import factor_names
 from jlora.io.peft import PREFIX
+from jlora.io.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 
@@ -71,6 +72,12 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
     tokenizer = load_tokenizer(name)
     with open_data(options, tokenizer, model, trained) as data:
         counts = summary(data)
+        used, learned = data.tokens()
+        said = untrained_tokens(
+            find(name), model, tokenizer, used=used, learned=learned, trained=_trained(options.adapter, model)
+        )
+        if said is not None:
+            note(said)
         for number, runs in enumerate(preview(data, tokenizer, rows=options.rows), start=1):
             terminal.rule(f"row {number} of {counts['rows']}", align="left", style="dim")
             say(terminal, *((text, "bold green underline" if on else "dim") for text, on in runs))
@@ -91,6 +98,19 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
         ("dim", "dim"),
         ": context only",
     )
+
+
+def _trained(adapter: str | None, model: Any) -> set[str]:
+    """Which of the embedding and the head an adapter changes, by their paths."""
+    if adapter is None:
+        return set()
+    files = [Checkpoint(open_adapter(path).weights) for path in adapter_directories(adapter).values()]
+    names = [f".{name}." for file in files for name in file.shapes]
+    return {
+        path
+        for path in (model.config.embedding_path, HEAD)
+        if any(f".{path.split('/')[-2]}." in name for name in names)
+    }
 
 
 def kernel_table(name: str) -> Table:

@@ -17,6 +17,7 @@ from jlora.data.sources import is_hub_data as is_hub_data
 from jlora.data.sources import kind_of as kind_of
 from jlora.data.sources import load_data as load_data
 from jlora.data.sources import split_records as split_records
+from jlora.data.sources import trained_too as trained_too
 from jlora.data.stats import Stats as Stats
 from jlora.data.templates import TEMPLATES as TEMPLATES
 from jlora.data.templates import prompt_ids as prompt_ids

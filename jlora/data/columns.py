@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from jlora.data.tokens import require_text
+from jlora.formats.structured import decode_json
 
 _COLUMNS = "`instruction` and `output` (and optionally `input`), or `messages`, or `conversations`"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names, https://github.com/lm-sys/FastChat/blob/main/docs/training.md
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SYSTEM = ("system", "system_prompt")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # Whether a turn is trained, as OpenAI, axolotl and ms-swift name it: true, false, 1 or 0.
 _TRAIN = ("weight", "train", "training", "trainable", "loss")
 
@@ -99,6 +101,19 @@ def normalized(value: Any) -> Record:
     return record
 
 
+def has_empty_answer(record: dict[str, Any]) -> bool:
+    """Whether an answer that is learned has nothing but white space, no reasoning and no call of a tool either."""
+    if "messages" not in record:
+        return not record.get("output", "x").strip()
+    return any(
+        turn["role"] == "assistant"
+        and turn.get("train", True)
+        and not (turn.get("content") or "").strip()
+        and not any(turn.get(name) for name in ("tool_calls", *_THOUGHTS))
+        for turn in record["messages"]
+    )
+
+
 def _says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
@@ -159,8 +174,8 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return decode_json(value)[0]
+    except json.JSONDecodeError:
         return value
 
 
@@ -207,7 +222,7 @@ def _turn(index: int, turn: Any, role: str, content: str) -> dict[str, Any]:
                 f"`tool_calls` are the assistant's; got them in turn {index}, of the {name}. Correct the role"
             )
         message["tool_calls"] = calls
-    for key in ("reasoning_content", "thinking", "reasoning"):
+    for key in _THOUGHTS:
         if key in keys and not isinstance(keys[key], str):
             raise ValueError(f"{key!r} of turn {index} must be a string; got {cut(repr(keys[key]))}")
     if not _trained(index, turn, name):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from jlora.data.batches import IGNORED, Row, supervised_tokens
+from jlora.data.columns import has_empty_answer
 from jlora.data.encoding import Encoded, encode_pieces
 from jlora.data.packing import first_fit_decreasing, packed
 from jlora.data.records import Record
@@ -55,6 +56,7 @@ class InstructDataset:
             raise ValueError("a data set needs at least one record; got none. Check the file it was read from.")
         rows, truncated_at, dropped_at, straddled_at, lengths, starts = [], [], [], [], [], []
         targets = 0
+        empty_at = tuple(where for where, record in records if has_empty_answer(record))
         left_out = Counter(name for _, record in records for name in getattr(record, "left_out", ()))
         for where, missing, (ids, spans, straddled) in _tokenized(records, tokenizer, template):
             left_out.update(missing)
@@ -100,6 +102,8 @@ class InstructDataset:
             dropped_at=tuple(dropped_at),
             straddled=len(straddled_at),
             straddled_at=tuple(straddled_at),
+            empty=len(empty_at),
+            empty_at=empty_at,
             left_out=tuple(left_out.most_common()),
         )
 
@@ -109,6 +113,21 @@ class InstructDataset:
         for row in self._rows:
             sha.update(np.int32(len(row.input_ids)).tobytes() + row.input_ids.tobytes() + row.labels.tobytes())
         return sha.hexdigest()
+
+    def tokens(self) -> tuple[set[int], set[int]]:
+        """The ids in the rows, and those of them that are supervised."""
+        used, learned = np.zeros((2, self.largest_token + 1), bool)
+        for row in self._rows:
+            used[row.input_ids] = True
+            learned[row.labels[row.labels != IGNORED]] = True
+        return set(np.flatnonzero(used).tolist()), set(np.flatnonzero(learned).tolist())
+
+    def items(self) -> Iterator[bytes]:
+        """Of each record its tokens and labels, packed or not: equal where two records are the same to the model."""
+        for ids, labels, segments in self._rows:
+            starts = [] if segments is None else np.flatnonzero(np.diff(segments)) + 1
+            for part in zip(np.split(ids, starts), np.split(labels, starts), strict=True):
+                yield b"".join(array.tobytes() for array in part)
 
     def __len__(self) -> int:
         return len(self._rows)

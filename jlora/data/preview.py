@@ -57,5 +57,7 @@ def summary(dataset: Dataset) -> dict[str, int | float | tuple[str, ...]]:
         "dropped_at": stats.dropped_at,
         "straddled": stats.straddled,
         "straddled_at": stats.straddled_at,
+        "empty": stats.empty,
+        "empty_at": stats.empty_at,
         "left_out": stats.left_out_shown,
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from jlora.data.columns import Record as Record
 from jlora.data.columns import cut, kind, normalized
+from jlora.formats.structured import decode_json
 
 _LISTED = 10  # bad records named in one error
 
@@ -56,33 +57,26 @@ def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
         for number, raw in enumerate(lines, 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                value = json.loads(line) if line else None
+                value, _ = decode_json(line) if line else (None, 0)
             except UnicodeDecodeError as error:
                 value = ValueError(
                     f"a line must be UTF-8; got byte 0x{raw[error.start]:02x} at its offset {error.start}"
                 )
             except json.JSONDecodeError as error:
                 value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {cut(line)}")
-            except (RecursionError, ValueError) as error:
-                value = ValueError(f"a line must be one JSON object; {_beyond(error)}: {cut(line)}")
+            except ValueError as error:
+                value = ValueError(f"{error}: {cut(line)}")
             else:
                 if not line:
                     continue
             yield f"{source}:{number}", value
 
 
-def _beyond(error: Exception) -> str:
-    """What Python does not read, though it is JSON."""
-    return (
-        "it is nested too deeply" if isinstance(error, RecursionError) else "an integer in it has thousands of digits"
-    )
-
-
 def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
     raw = Path(source).read_bytes()
     try:
         text = raw.decode("utf-8-sig")
-        values = json.loads(text)
+        values = json.loads(text)  # each element is decoded again below, with its line for what is wrong in it
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(
@@ -95,19 +89,19 @@ def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
             f"{source}:{error.lineno}: a `.json` file must be one JSON list; {error.msg} at column {error.colno}.{hint}"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: a `.json` file must be one JSON list; {_beyond(error)}.") from error
+        raise ValueError(f"{source}: a `.json` file must be a list of records; it cannot be read ({error})") from error
     if not isinstance(values, list):
         raise ValueError(
             f"{source}:1: a `.json` file must be a list of records; got {kind(values)}. "
             f"Write the list itself, or one object a line in a `.jsonl` file."
         )
-    for line, value in zip(_element_lines(text), values, strict=True):
+    for line, value in _elements(text):
         yield f"{source}:{line}", value
 
 
-def _element_lines(text: str) -> Iterator[int]:
-    """The line on which each element of a valid JSON list starts."""
-    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Each element of a valid JSON list, or what is wrong with it, and the line on which it starts."""
+    plain, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
         while text[place] in " \t\r\n,":
             place += 1
@@ -115,8 +109,12 @@ def _element_lines(text: str) -> Iterator[int]:
             return
         line += text.count("\n", counted, place)
         counted = place
-        yield line
-        _, place = decoder.raw_decode(text, place)
+        try:
+            value, place = decode_json(text, place)
+        except ValueError as error:
+            _, end = plain.raw_decode(text, place)
+            value, place = ValueError(f"{error}: {cut(text[place:end])}"), end
+        yield line, value
 
 
 def _hub(source: str | Path) -> Iterator[tuple[str, Any]]:

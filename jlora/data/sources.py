@@ -1,6 +1,7 @@
 """From what `--data` names to a training and an evaluation data set."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def load_data(
         if dataset is not None and vocab_size is not None:
             check_vocabulary(dataset, tokenizer, vocab_size)
     return train, evaluation
+
+
+def trained_too(train: TextDataset | InstructDataset, evaluation: TextDataset | InstructDataset) -> str | None:
+    """In words, what of the data to evaluate on is trained on too: the same tokens and labels; None: nothing.
+
+    Of raw text only whole documents are looked for: a share of the same text has none.
+    """
+    held_out, what = Counter(evaluation.items()), "records" if isinstance(evaluation, InstructDataset) else "documents"
+    both = sum(held_out[item] for item in {item for item in train.items() if item in held_out}) if held_out else 0
+    return f"{both:,} of {held_out.total():,} {what} to evaluate on are in the training data too" if both else None
 
 
 def _single(source: Source) -> str | Path:

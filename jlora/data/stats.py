@@ -17,7 +17,8 @@ class Stats:
     longest: tokens of the longest record before truncation.
     straddled: records of which a response begins within a token of its prompt when the text is encoded as a whole; the
         prompt keeps the tokens that generation will feed, and the response continues them.
-    truncated_at, dropped_at, straddled_at: where those records stand in their file.
+    truncated_at, dropped_at, straddled_at, empty_at: where those records stand in their file.
+    empty: records with an answer to learn that is empty or white space; they are trained on, to say nothing.
     left_out: what records say and the rows do not, by the name of the column or key, and in how many records.
     """
 
@@ -33,6 +34,8 @@ class Stats:
     dropped_at: tuple[str, ...] = ()
     straddled: int = 0
     straddled_at: tuple[str, ...] = ()
+    empty: int = 0
+    empty_at: tuple[str, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -41,11 +44,19 @@ class Stats:
         return tuple(f"{name} ({count:,} {'record' if count == 1 else 'records'})" for name, count in self.left_out)
 
     def cut(self) -> list[str]:
-        """What the rows lack or part, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
-        places = {
-            "truncated at max_length": self.truncated_at,
-            "dropped at max_length": self.dropped_at,
-            "whose response begins within a token of the prompt, which keeps its tokens": self.straddled_at,
-        }
-        found = [f"{len(at)} records {what} (first: {at[0]})" for what, at in places.items() if at]
+        """What `max_length` cost, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
+        return _counted({"truncated at max_length": self.truncated_at, "dropped at max_length": self.dropped_at})
+
+    def odd(self) -> list[str]:
+        """What else the rows lack or part, in words."""
+        found = _counted(
+            {
+                "whose response begins within a token of the prompt, which keeps its tokens": self.straddled_at,
+                "with an empty answer, which is trained": self.empty_at,
+            }
+        )
         return found + ([f"not in the text: {', '.join(self.left_out_shown)}"] if self.left_out else [])
+
+
+def _counted(places: dict[str, tuple[str, ...]]) -> list[str]:
+    return [f"{len(at)} records {what} (first: {at[0]})" for what, at in places.items() if at]

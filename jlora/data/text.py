@@ -40,6 +40,7 @@ from jlora.formats.lock import LOCK, only_writer
 _FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
 _BLOCK_BYTES = 1 << 18
 _BLOCKS_AT_ONCE = 16  # encoded in one call: the cores of a fast tokenizer, and about 150 MB of its bookkeeping
+_TOKENS_AT_ONCE = 1 << 22
 _LISTED = 10
 
 
@@ -177,6 +178,8 @@ class TextDataset:
             )
         self.length, self.pad_id = length, pad_id
         self._largest: int | None = None
+        is_whole = not meta["request"]["eval_fraction"]
+        self._documents = [bytes.fromhex(s["sha256"]) for s in meta["request"]["sources"]] if is_whole else []
         self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
         counts = meta["shards"][split]
         self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
@@ -207,6 +210,19 @@ class TextDataset:
     def digest(self) -> str:
         """SHA-256 that tells whether this is the same data: of the files' digests and how they were prepared."""
         return self._digest
+
+    def tokens(self) -> tuple[set[int], set[int]]:
+        """The ids in the split, all of them supervised; reads it once."""
+        used = np.zeros(self.largest_token + 1, bool)
+        for shard in self._shards:
+            for start in range(0, len(shard), _TOKENS_AT_ONCE):
+                used[shard[start : start + _TOKENS_AT_ONCE]] = True
+        ids = set(np.flatnonzero(used).tolist())
+        return ids, ids
+
+    def items(self) -> Iterator[bytes]:
+        """The SHA-256 of each document, where the split is the whole of the text."""
+        yield from self._documents
 
     def row(self, index: int) -> Row:
         """Window `index`: tokens from `index * (length - 1)`, all of them targets but the first.

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
-from jlora.finetuning.base import check_finite, fingerprint
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.log import lowest
 from jlora.finetuning.run import Run
 from jlora.finetuning.signals import StopSignals
+from jlora.formats.checkpoint_files import base_fingerprint
 from jlora.formats.files import NoSpace, full_disk_said, no_space, whole_directory
 from jlora.formats.run_settings import RunSettings
-from jlora.io import find, load, load_tokenizer, read_config, save_adapter
-from jlora.lora import LoraConfig, add_lora, combine, split
+from jlora.io import find, load, load_tokenizer, read_config, save_adapter, untrained_tokens
+from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import model_from_config
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
@@ -133,6 +133,8 @@ class _Job:
     tokenizer: Any
     adapter: Any
     base: Any
+    fingerprint: str
+    """Of the base's files."""
     train: TextDataset | InstructDataset
     evaluation: TextDataset | InstructDataset | None
     rows: int
@@ -143,9 +145,8 @@ class _Job:
     @classmethod
     def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "_Job":
         directory = find(config.model)
-        model_from_config(
-            read_config(directory), dtype=jnp.float32
-        )  # a family that there is no model for is said first
+        # A family that there is no model for is said before what is wrong with its tokenizer.
+        model_from_config(read_config(directory), dtype=jnp.float32)
         tokenizer = load_tokenizer(directory)
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)
@@ -160,7 +161,6 @@ class _Job:
             raise ValueError(
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
-        check_finite(params)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
         train, evaluation = data_lib.load_data(
@@ -175,6 +175,7 @@ class _Job:
             pack=config.pack,
             vocab_size=model.config.vocab_size,
         )
+        fingerprint = base_fingerprint(directory)
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
         steps = config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch))
@@ -183,7 +184,7 @@ class _Job:
                 "steps": steps,
                 "data": train.digest(),
                 "evaluation": evaluation and evaluation.digest(),
-                "base": fingerprint(directory),
+                "base": fingerprint,
             }
         ):
             display.warn(said)
@@ -197,10 +198,15 @@ class _Job:
                 "steps": f"{steps} ({steps / per_epoch:.3g} epochs of {per_epoch})",
             }
         )
+        used, learned = train.tokens()
+        trained = adapted_leaves(adapter)
+        said = untrained_tokens(directory, model, tokenizer, used=used, learned=learned, trained=trained)
+        if said is not None:
+            display.warn(said)
         display.trained(params, adapter)
         every = max(1, steps // _TIMES_A_RUN)
         return cls(
-            config, lora, run, display, model, tokenizer, adapter, base, train, evaluation, rows, steps,
+            config, lora, run, display, model, tokenizer, adapter, base, fingerprint, train, evaluation, rows, steps,
             config.eval_every or every, config.checkpoint_every or every,
         )  # fmt: skip
 
@@ -218,6 +224,7 @@ class _Job:
             max_length=config.max_length or min(DEFAULT_MAX_LENGTH, self.model.config.max_length),
             pack=config.pack,
             quantize=config.quantize,
+            base=self.fingerprint,
         )
 
     def evaluate(self, adapter: Any, stop: StopSignals) -> float:
@@ -440,10 +447,13 @@ def _is_quantized(leaf: Any) -> bool:
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
     stats = train.stats
-    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *stats.cut()]
+    said = [*stats.cut(), *stats.odd()]
+    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *said]
     if evaluation is not None:
-        cut = [f"of the evaluation data {part}" for part in evaluation.stats.cut()]
-        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *cut]
+        said = [f"of the evaluation data {part}" for part in (*evaluation.stats.cut(), *evaluation.stats.odd())]
+        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *said]
+        if (both := data_lib.trained_too(train, evaluation)) is not None:
+            parts.append(both)
     return "; ".join(parts)
 
 

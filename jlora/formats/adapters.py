@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.formats.checkpoint_files import holds_checkpoint
 from jlora.formats.fields import check_fields, optional, text
 from jlora.formats.structured import read_json
 
@@ -105,8 +106,18 @@ def adapter_directories(directory: str | os.PathLike) -> dict[str, Path]:
     return found | {path.parent.name: path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))}
 
 
-def refuse_other_layout(directory: str | os.PathLike, layout: Layout) -> None:
-    """Raises a FileExistsError where another layout's weights are, whose config a new one would replace."""
+def refuse_mixture(directory: str | os.PathLike, layout: Layout) -> None:
+    """Refuses a directory that an adapter of this layout would be mixed up with.
+
+    Raises:
+        FileExistsError: where another layout's weights are, whose config a new one would replace, or where a checkpoint is:
+            transformers reads both as one model with the adapter on, others as the checkpoint alone.
+    """
+    if holds_checkpoint(Path(directory)):
+        raise FileExistsError(
+            f"{os.fspath(directory)!r} holds a model, and with an adapter beside it some readers would put the adapter on and "
+            "others not. Write the adapter into a directory of its own."
+        )
     for other in LAYOUTS:
         if other != layout and (Path(directory) / other.weights).exists():
             raise FileExistsError(

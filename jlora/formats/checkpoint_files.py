@@ -1,5 +1,6 @@
-"""The files of a Hugging Face checkpoint beside its weights, by what they are for."""
+"""The files of a Hugging Face checkpoint, by what they are for."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,32 @@ WEIGHTS = (
     "*.safetensors*", "*.bin", "*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.npz", "*.onnx", "*.ot",
 )  # fmt: skip
 """In any format."""
+
+_MODEL = (
+    "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "tf_model*.h5",
+    "flax_model*.msgpack",
+)  # fmt: skip
+"""Weights under the names that transformers looks for in a checkpoint, which are none of an adapter's or an optimizer's."""
+
+_SAMPLE_BYTES = 1 << 20  # hashing all of a large model would take longer than loading it
+
+
+def holds_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a model: its config and its weights."""
+    return (directory / CONFIG).is_file() and bool(matching(directory, _MODEL))
+
+
+def base_fingerprint(directory: Path) -> str:
+    """Of a checkpoint: its config, and of each file of weights the name, the size, the start and the end."""
+    sha = hashlib.sha256((directory / CONFIG).read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            sha.update(file.read())
+    return sha.hexdigest()
 
 
 def matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:

@@ -33,6 +33,8 @@ class RunSettings:
     pack: bool
     quantize: str | None
     """How the base was packed."""
+    base: str | None
+    """`base_fingerprint` of what it was trained on; None: of a merged checkpoint, which is on no other."""
 
     def write(self, directory: str | os.PathLike) -> None:
         """As `FILE` of an adapter's directory."""
@@ -91,5 +93,6 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "max_length": ("an integer from 2", lambda v: _is_int(v, 2)),
     "pack": ("true or false", lambda v: isinstance(v, bool)),
     "quantize": ("'nf4', 'int8', 'int4' or null", lambda v: v in (None, "nf4", "int8", "int4")),
+    "base": ("a fingerprint or null", _is_text),
 }
 """Field -> (what it must be, whether a value is)."""

@@ -1,4 +1,4 @@
-"""Small JSON and YAML files from outside, read within bounds: one error for whatever is wrong with one."""
+"""JSON and YAML from outside, read within bounds and each key once: one error for whatever is wrong with a text."""
 
 import json
 import os
@@ -11,6 +11,13 @@ MAX_BYTES = 1 << 26
 
 MAX_DEPTH = 64
 """Of lists and mappings in each other; Python's own readers recurse, and end the process at some thousands."""
+
+
+class RepeatedKey(ValueError):
+    """A key that an object has twice: of two values readers take the last, without a word."""
+
+    def __init__(self, key: str):
+        super().__init__(f"the key {key!r} is there twice; leave one of them")
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -55,16 +62,56 @@ def parse_json(text: str, *, where: str) -> Any:
     """The value of a JSON text; `where` names its place in errors.
 
     Raises:
-        ValueError: when it is not JSON, nested deeper than MAX_DEPTH, or has an integer of thousands of digits.
+        ValueError: when it is not JSON, nested deeper than MAX_DEPTH, has a key twice, or an integer of thousands of digits.
     """
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{where} is nested deeper than {MAX_DEPTH} lists and objects. Write it again.") from None
-    except ValueError as error:
+        value, _ = decode_json(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error}. Write or download it again.") from error
-    _check_depth(value, where)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be used: {error}.") from error
     return value
+
+
+def decode_json(text: str, start: int | None = None) -> tuple[Any, int]:
+    """The value of a JSON text and where it ends.
+
+    Args:
+        start: where the value begins, with anything behind it; None: the text is one value.
+
+    Raises:
+        json.JSONDecodeError: when it is not JSON.
+        RepeatedKey: when an object has a key twice.
+        ValueError: when it is nested deeper than MAX_DEPTH, or has an integer of thousands of digits.
+    """
+    try:
+        value, end = (_DECODER.decode(text), len(text)) if start is None else _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except (json.JSONDecodeError, RepeatedKey):
+        raise
+    except ValueError as error:
+        raise ValueError(f"an integer is too long ({error})") from None
+    if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH and _is_too_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value, end
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its fields.
+
+    Raises:
+        RepeatedKey: when two have one name.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+_TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} lists and objects"
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -72,8 +119,8 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: as `read_text`; for what is not YAML, other values than a mapping, and aliases (`*name`), a few of which in
-            each other stand for gigabytes.
+        ValueError: as `read_text`; for what is not YAML, other values than a mapping, a key that is there twice, and aliases
+            (`*name`), a few of which in each other stand for gigabytes.
     """
     import yaml  # a tenth of a second to import, which few uses of the library need
 
@@ -84,6 +131,19 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
                 raise yaml.YAMLError(f"line {mark.line + 1} has an alias (*name); write the value out")
             return super().compose_node(parent, index)
 
+        def construct_mapping(self, node, deep=False):
+            first = {}
+            for key, _ in node.value:
+                # A key that is no text, as 1 and 01, is refused below or by Python.
+                name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+                line = key.start_mark.line + 1
+                if name in first:
+                    raise yaml.YAMLError(
+                        f"the key {key.value!r} is there twice, in lines {first[name]} and {line}; leave one of them"
+                    )
+                first[name] = line
+            return super().construct_mapping(node, deep)
+
     text = read_text(path)
     try:
         value = yaml.load(text, Loader)
@@ -93,11 +153,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{os.fspath(path)!r} must map names to values; got {_kind(value)}.")
-    _check_depth(value, repr(os.fspath(path)))
+    if _is_too_deep(value):
+        raise ValueError(f"{os.fspath(path)!r} is nested deeper than {MAX_DEPTH} lists and mappings. Write it again.")
     return value
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _is_too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -107,8 +168,8 @@ def _check_depth(value: Any, where: str) -> None:
             for child in (parent.values() if isinstance(parent, Mapping) else parent)
         ]
         if not level:
-            return
-    raise ValueError(f"{where} is nested deeper than {MAX_DEPTH} lists and objects. Write it again.")
+            return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -14,3 +14,4 @@ from jlora.io.mlx import save_mlx_adapter as save_mlx_adapter
 from jlora.io.peft import save_adapter as save_adapter
 from jlora.io.tokenizer import load_tokenizer as load_tokenizer
 from jlora.io.torch_file import save_torch as save_torch
+from jlora.io.untrained import untrained_tokens as untrained_tokens

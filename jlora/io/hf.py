@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from jlora._tree import flatten, nest, split_layer_path
 from jlora.formats import Checkpoint
+from jlora.formats.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.formats.fields import shown
 from jlora.formats.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.formats.structured import read_json
@@ -32,6 +34,10 @@ from jlora.io.names import (
 )
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import QuantSpec, quantizable, quantize_rows
+
+
+class AdapterBeside(UserWarning):
+    """A model is loaded from a directory that holds an adapter too; transformers would put it on."""
 
 
 def load(
@@ -71,6 +77,13 @@ def load(
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
     directory = find(name)
+    if (directory / ADAPTER_CONFIG).is_file():
+        warnings.warn(
+            f"{str(directory)!r} holds a model and an adapter, which is not on: put it on with `jlora.load_adapter(directory, "
+            "params)` (--adapter DIRECTORY).",
+            AdapterBeside,
+            stacklevel=2,
+        )
     model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
     packed_paths = quantizable(abstract_params(model)) if quantize else set()
@@ -218,7 +231,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The fields of `config.json`."""
     path = directory / "config.json"
     if not path.is_file():
-        adapter = (directory / "adapter_config.json").is_file()
+        adapter = (directory / ADAPTER_CONFIG).is_file()
         raise FileNotFoundError(
             f"There is no config.json in {str(directory)!r}."
             + (

@@ -19,7 +19,7 @@ import numpy as np
 from jlora._modules import HEADS, embedding_tables, linear_kernels, module_path, nearest
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
-from jlora.formats.adapters import CONFIG, MLX, AdapterDirectory, refuse_other_layout
+from jlora.formats.adapters import CONFIG, MLX, AdapterDirectory, refuse_mixture
 from jlora.formats.files import whole_files, write_text
 from jlora.formats.mlx import SUFFIXES, MlxConfig, mlx_module, split_block
 from jlora.io.peft import check_config, without_residuals
@@ -50,12 +50,12 @@ def save_mlx_adapter(
         base_model: hub id or directory of the base, for the config's `model`; mlx-lm itself takes it from the command.
 
     Raises:
-        FileExistsError: when the directory holds an adapter in PEFT's layout.
+        FileExistsError: when the directory holds an adapter in PEFT's layout, or a model.
         ValueError: when nothing is adapted, `config` is not the one the parameters were adapted with, a factor is not
             finite, or the adapter has what mlx-lm's do not represent: biases or modules trained whole, DoRA on an embedding,
             an adapted embedding that is also the output head. Nothing is written then.
     """
-    refuse_other_layout(directory, MLX)
+    refuse_mixture(directory, MLX)
     check_config(params, config)
     if config.init == "pissa":
         params, config = without_residuals(params, config)

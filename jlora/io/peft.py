@@ -16,7 +16,7 @@ from jlora._roles import LINEAR
 from jlora._tree import flatten, is_weight
 from jlora._typing import Params
 from jlora.formats import Checkpoint, save_tensors
-from jlora.formats.adapters import CONFIG, PEFT, AdapterDirectory, refuse_other_layout
+from jlora.formats.adapters import CONFIG, PEFT, AdapterDirectory, refuse_mixture
 from jlora.formats.files import whole_files, write_text
 from jlora.io.stored import StoredAdapter, lora_modules
 from jlora.lora import (
@@ -50,10 +50,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         base_model: hub id or directory of the base, for `base_model_name_or_path`.
 
     Raises:
-        FileExistsError: when the directory holds an adapter in mlx-lm's layout.
+        FileExistsError: when the directory holds an adapter in mlx-lm's layout, or a model.
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
-    refuse_other_layout(directory, PEFT)
+    refuse_mixture(directory, PEFT)
     check_config(params, config)
     if config.init == "pissa":
         params, config = without_residuals(params, config)
