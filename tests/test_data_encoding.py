@@ -298,25 +298,6 @@ def test_half_of_a_surrogate_pair_is_refused(tokenizers, text):
     require_text("whole 😀 \ufffd é")
 
 
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        normalizers.Replace("a", "x" * 10**6),
-        normalizers.Sequence([normalizers.Replace("a", "a" * 200), normalizers.Replace("a", "a" * 200)]),
-        normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Sequence([normalizers.Replace(Regex("."), "x" * 20_000)])]
-        ),
-    ],
-)
-def test_a_tokenizer_that_blows_up_text_is_refused(normalizer):
-    tokenizer = make("gpt2", TEXT)
-    tokenizer.backend_tokenizer.normalizer = normalizer
-    with pytest.raises(ValueError, match=r"may replace a character by 10,000 at most; the `Replace`"):
-        prompt_ids({"instruction": "hi"}, tokenizer, template="alpaca")
-    with pytest.raises(ValueError, match=r"may replace a character by 10,000 at most"):
-        rows([talk("hi", "Paris")], tokenizer, "chat")
-
-
 def test_an_expression_that_backtracks_without_end_is_a_refusal():
     tokenizer = make("gpt2", TEXT)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("(a+)+$"), "b")

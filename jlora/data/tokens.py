@@ -3,11 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from math import prod
 from os.path import commonprefix
 from typing import Any
-
-MAX_GROWTH = 10_000  # characters that a tokenizer may make of one
 
 Tokenizer = Any  # a transformers.PreTrainedTokenizerBase; not imported, to keep `import jlora` light
 
@@ -90,37 +87,11 @@ def added_bos(tokenizer: Tokenizer) -> int | None:
     """The beginning-of-text id if the tokenizer itself puts one before a text, else None.
 
     Asked of its behavior: `bos_token` alone does not tell (GPT-2 and Qwen name one and add none), and neither does an
-    `add_bos_token` attribute, which fast tokenizers may lack. Whoever encodes asks this first, so tokenizers that blow up
-    text are refused here.
-
-    Raises:
-        ValueError: a tokenizer that makes more than MAX_GROWTH characters of one.
+    `add_bos_token` attribute, which fast tokenizers may lack.
     """
-    _require_bounded(tokenizer)
     bos = tokenizer.bos_token_id
     ids = tokenizer("a", return_attention_mask=False)["input_ids"]
     return bos if bos is not None and ids and ids[0] == bos else None
-
-
-def _require_bounded(tokenizer: Tokenizer) -> None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for part in (backend.normalizer, backend.decoder) if backend is not None else ():
-        growth = _growth(json.loads(part.__getstate__())) if part is not None else 1
-        if growth > MAX_GROWTH:
-            raise ValueError(
-                f"a tokenizer may replace a character by {MAX_GROWTH:,} at most; the `Replace` of this one's tokenizer.json make "
-                f"{growth:,} of it, which could fill the memory. Use another tokenizer.json."
-            )
-
-
-def _growth(state: Any) -> int:
-    """What the texts that a normalizer or decoder puts in place of others make of one character, one after the other."""
-    if isinstance(state, dict):
-        own = len(state["content"]) if isinstance(state.get("content"), str) else 1
-        return max(1, own) * _growth(list(state.values()))
-    if isinstance(state, list):
-        return prod(map(_growth, state))
-    return 1
 
 
 def with_bos(ids: list[int], bos: int | None) -> list[int]:

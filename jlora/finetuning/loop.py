@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jlora import data as data_lib
 from jlora._tree import count, nbytes
 from jlora.data import InstructDataset, TextDataset
-from jlora.finetuning.base import check_finite
 from jlora.finetuning.config import FinetuneConfig
 from jlora.finetuning.display import Display, device_name
 from jlora.finetuning.log import lowest
@@ -159,7 +158,6 @@ class _Job:
             raise ValueError(
                 f"`max_length` must be at most the model's {model.config.max_length} positions; got {max_length}."
             )
-        check_finite(params)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
         train, evaluation = data_lib.load_data(

@@ -5,7 +5,6 @@ from jlora.quant.formats import SPECS as SPECS
 from jlora.quant.formats import Int4 as Int4
 from jlora.quant.formats import Int8 as Int8
 from jlora.quant.formats import QuantSpec as QuantSpec
-from jlora.quant.params import check_finite as check_finite
 from jlora.quant.params import dequantize as dequantize
 from jlora.quant.params import quantizable as quantizable
 from jlora.quant.params import quantize as quantize
