@@ -14,7 +14,9 @@ import transformers
 
 import jlora
 from jlora import cli
+from jlora.formats.checkpoint_files import base_fingerprint
 from jlora.formats.run_settings import FILE, RunSettings
+from jlora.io.hf import AdapterBeside
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -69,7 +71,8 @@ def loss(said):
 def test_the_file(chat_run, records_file, llama_dir):
     output, _ = chat_run
     fields = json.loads((output / "adapter" / FILE).read_text())
-    assert fields == {"version": 1, "data": records_file, "eval_data": None, **OTHER}
+    base = base_fingerprint(Path(llama_dir))
+    assert fields == {"version": 1, "data": records_file, "eval_data": None, "base": base, **OTHER}
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(llama_dir), output / "adapter")
 
 
@@ -85,6 +88,7 @@ def test_of_raw_text(tmp_path, gpt2_dir, text_file, call):
         max_length=64,
         pack=False,
         quantize=None,
+        base=base_fingerprint(Path(gpt2_dir)),
     )
     said = call("evaluate", "--adapter", result.adapter_dir)
     assert loss(said) == pytest.approx(result.eval_loss, rel=1e-6)
@@ -243,7 +247,167 @@ def test_push_tells_no_paths(chat_run, tmp_path, call):
     from jlora.report.publication import read_publication
 
     shared = json.loads(contents(Push(directory=str(output), repo="x"), read_publication(output), tmp_path)[FILE])
-    assert shared == {"version": 1, "data": None, "eval_data": None, **OTHER}
+    base = RunSettings.read(output / "adapter").base
+    assert shared == {"version": 1, "data": None, "eval_data": None, "base": base, **OTHER}
+
+
+# Which base
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory):
+    """Another model of the same shapes and names, so that every adapter fits it."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("other") / "llama", tiny.LLAMA, chat=tiny.CHATML, seed=1)
+
+
+def base_notes(said):
+    return [line for line in said.err.splitlines() if line.startswith("note: the adapter ")]
+
+
+@pytest.fixture
+def moving_base(llama_dir, tmp_path):
+    """(directory of a base of its own, an adapter of it without a run, the same with the settings of one)."""
+    directory = shutil.copytree(llama_dir, tmp_path / "base")
+    _, params = jlora.load(directory, dtype="float32")
+    config = jlora.LoraConfig(rank=2, targets=("q_proj",))
+    params = jlora.add_lora(params, config, key=jax.random.key(0))
+    for name in ("peft", "run"):
+        jlora.save_adapter(tmp_path / name, params, config=config, base_model=str(directory))
+    RunSettings(**vars(SETTINGS) | {"base": base_fingerprint(directory)}).write(tmp_path / "run")
+    return directory, tmp_path / "peft", tmp_path / "run"
+
+
+PROMPT = ("--prompts", "Write salt.", "--max-new-tokens", 1)
+
+
+@pytest.mark.parametrize("kind", ["peft", "run"])
+def test_an_adapter_on_another_base(kind, moving_base, other_dir, tmp_path, call):
+    """LlamaFactory#6105, peft#1932: it fits, and gives other answers."""
+    directory, *adapters = moving_base
+    adapter = adapters[kind == "run"]
+    moved = shutil.copytree(directory, tmp_path / "moved")
+    for model in (None, directory, f"{directory}/", moved, tmp_path / "peft" / ".." / "base"):
+        said = call("generate", "--adapter", adapter, *PROMPT, *(("--model", model) if model else ()))
+        assert base_notes(said) == [], model
+    said = call("generate", "--adapter", adapter, *PROMPT, "--model", other_dir)
+    expected = f"was trained on {str(directory)!r}, and {other_dir!r} has another config.json or other weights"
+    assert base_notes(said) == [f"note: the adapter {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "noted"),
+    [
+        ("org/name", "base", True), ("/not/there", "base", True), ("", "base", False), ("base", "base", False),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_a_base_that_is_not_here(named, model, noted, moving_base, call):
+    directory, adapter, _ = moving_base
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    named = str(directory) if named == "base" else named
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+    said = call("generate", "--adapter", adapter, *PROMPT, "--model", directory)
+    assert base_notes(said) == noted * [
+        f"note: the adapter says that it was trained on {named!r}, and nothing says that {str(directory)!r} is the same"
+    ]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_base_that_changed_in_place(file, moving_base, other_dir, call):
+    directory, without, adapter = moving_base
+    if file == "config.json":
+        (directory / file).write_text((directory / file).read_text().replace("1e-06", "1e-05") + " ")
+    else:
+        shutil.copy(f"{other_dir}/{file}", directory / file)
+    (noted,) = base_notes(call("generate", "--adapter", adapter, *PROMPT))
+    assert noted.endswith(
+        f"trained on {str(directory)!r} as it was then; its config.json or its weights have changed since"
+    )
+    assert base_notes(call("generate", "--adapter", without, *PROMPT)) == [], "nothing is known of what it was"
+
+
+def test_every_command_says_it(chat_run, other_dir, records_file, tmp_path, call):
+    output, _ = chat_run
+    flags = ("--adapter", output / "adapter", "--model", other_dir)
+    for command in (
+        ("evaluate",),
+        ("compare", *PROMPT),
+        ("generate", *PROMPT),
+        ("merge", "--output", tmp_path / "m"),
+        ("export", "--to", "peft", "--output", tmp_path / "e"),
+    ):
+        assert len(base_notes(call(*command, *flags))) == 1, command
+    assert RunSettings.read(tmp_path / "m").base is None
+    assert base_notes(call("evaluate", "--model", tmp_path / "m")) == []
+
+
+def test_each_of_several_adapters_is_named(moving_base, other_dir, tmp_path, call):
+    directory, *adapters = moving_base
+    for name, adapter in zip("ab", adapters, strict=True):
+        shutil.copytree(adapter, tmp_path / "two" / name)
+    flags = ("generate", "--adapter", tmp_path / "two", *PROMPT, "--template", "none")
+    assert base_notes(call(*flags)) == []
+    noted = base_notes(call(*flags, "--model", other_dir))
+    assert [line.partition(" was trained")[0] for line in noted] == ["note: the adapter 'a'", "note: the adapter 'b'"]
+
+
+# A model and an adapter in one directory
+
+
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "index"]
+)
+@pytest.mark.parametrize("layout", ["peft", "mlx"])
+def test_no_adapter_is_written_beside_a_model(weights, layout, llama_dir, tmp_path):
+    """peft#1381: transformers reads both as the model with the adapter on, `jlora.load` the model alone."""
+    model, params = jlora.load(llama_dir, dtype="float32")
+    config = jlora.LoraConfig(rank=2, targets=("q_proj",))
+    params = jlora.add_lora(params, config, key=jax.random.key(0))
+
+    def save(directory):
+        if layout == "peft":
+            return jlora.save_adapter(directory, params, config=config, base_model=llama_dir)
+        return jlora.save_mlx_adapter(directory, params, config=config, model=model, base_model=llama_dir)
+
+    def make(name, *files):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+        return tmp_path / name
+
+    weights = "model.safetensors.index.json" if weights == "index" else weights
+    taken = make("taken", "config.json", weights)
+    with pytest.raises(FileExistsError, match=r"taken' holds a model.*directory of its own"):
+        save(taken)
+    assert sorted(p.name for p in taken.iterdir()) == sorted(["config.json", weights])
+    for number, files in enumerate(
+        ([], ["config.json"], ["config.json", "tokenizer.json", "optimizer.pt", "training_args.bin"])
+    ):
+        directory = make(str(number), *files)
+        save(directory)
+        save(directory)
+
+
+def test_a_model_with_an_adapter_beside_it(llama_dir, tmp_path, call, fails, recwarn):
+    both, alone = shutil.copytree(llama_dir, tmp_path / "both"), tmp_path / "alone"
+    _, params = jlora.load(both, dtype="float32")
+    assert not [w for w in recwarn if w.category is AdapterBeside]
+    config = jlora.LoraConfig(rank=2, targets=("q_proj",))
+    params = jlora.add_lora(params, config, key=jax.random.key(0))
+    jlora.save_adapter(alone, params, config=config, base_model=str(both))
+    for file in alone.iterdir():
+        shutil.copy(file, both)
+    with pytest.warns(
+        AdapterBeside, match=r"both' holds a model and an adapter, which is not on: .*load_adapter.*--adapter"
+    ):
+        jlora.load(both, dtype="float32")
+    with pytest.warns(AdapterBeside):
+        call("generate", "--model", both, *PROMPT)
+    recwarn.clear()
+    assert base_notes(call("generate", "--adapter", both, *PROMPT)) == []
+    call("generate", "--model", both, "--adapter", alone, *PROMPT)
+    assert not [w for w in recwarn if w.category is AdapterBeside]
+    assert "already" in fails("merge", "--adapter", alone, "--output", both)
+    assert "exists" in fails("export", "--to", "peft", "--adapter", alone, "--output", both)
 
 
 # How to sample

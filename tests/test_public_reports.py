@@ -13,7 +13,9 @@ from transformers import AutoTokenizer
 
 import jlora
 from jlora.cli import main
-from jlora.data import IGNORED, InstructDataset
+from jlora.data import IGNORED, InstructDataset, load_data, read_records, trained_too
+from jlora.data.columns import has_empty_answer
+from jlora.formats.structured import read_json
 from jlora.io import base_model_of
 from jlora.models import model_from_config
 from jlora.train import init_state, make_step
@@ -183,7 +185,6 @@ def test_a_checkpoint_of_another_state_is_not_restored_in_part(small, tmp_path, 
     like = init_state(adapter, optax.sgd(0.1) if other == "optimizer" else tx)
     with pytest.raises(ValueError, match="another adapter or optimizer"):
         checkpoints.restore(like, 1)
-    checkpoints.close()
 
 
 def test_the_newest_checkpoint_is_kept_though_the_evaluation_gets_worse(small, tmp_path):
@@ -191,9 +192,8 @@ def test_the_newest_checkpoint_is_kept_though_the_evaluation_gets_worse(small, t
     _, _, adapter, _, _ = small
     state, checkpoints = init_state(adapter, optax.sgd(0.1)), Checkpoints(tmp_path / "checkpoints", keep=2)
     for step, loss in enumerate((1.0, 2.0, 3.0, 4.0), 1):
-        checkpoints.save(state._replace(step=jnp.int32(step)), eval_loss=loss)
+        checkpoints.save(state._replace(step=jnp.int32(step)), eval_loss=loss if step == 1 else None)
     assert (checkpoints.latest, checkpoints.best) == (4, 1)
-    checkpoints.close()
 
 
 def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
@@ -302,3 +302,183 @@ def test_an_adapter_of_another_revision_of_its_base(tmp_path, base_model, revisi
             base_model_of(tmp_path)
     else:
         assert base_model_of(tmp_path) == base_model
+
+
+# What is there twice
+
+REPEATED = {
+    "a value": ('{"rank": 2, "rank": 4}', "rank"),
+    "the same value": ('{"rank": 2, "rank": 2}', "rank"),
+    "within": ('{"a": {"b": [{"c": 1, "c": 2}]}}', "c"),
+    "escaped": ('{"rank": 2, "\\u0072ank": 4}', "rank"),
+    "thrice": ('{"a": 1, "rank": 2, "rank": 3, "rank": 4}', "rank"),
+    "empty": ('{"": 1, "": 2}', ""),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_a_key_that_is_there_twice_in_json(tmp_path, kind):
+    """Readers take the last of the two."""
+    text, key = REPEATED[kind]
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json.* cannot be used: the key '{key}' is there twice"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("text", ['{"a": {"b": 1}, "c": {"b": 1}}', '{"a": 1, "A": 2}', '{"a": [{"b": 1}, {"b": 2}]}'])
+def test_keys_of_different_objects(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert read_json(tmp_path / "config.json") == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("rank: 2\nalpha: 4\nrank: 4\n", "rank", "1 and 3"),
+        ("rank: 2\n'rank': 4\n", "rank", "1 and 2"),
+        ("{rank: 2, rank: 2}\n", "rank", "1 and 1"),
+        ("# a comment\nmodel: gpt2\n\ntargets: [a]\ntargets: [b]\n", "targets", "4 and 5"),
+        ("rank: 2\nmodel: {a: 1, b: 2, a: 3}\n", "a", "2 and 2"),
+        ("a:\n- b: 1\n  b: 2\n", "b", "2 and 3"),
+    ],
+)
+def test_a_key_that_is_there_twice_in_yaml(tmp_path, capsys, text, key, lines):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["finetune", "--config", str(tmp_path / "run.yaml")])
+    assert f"run.yaml' is not valid YAML: the key {key!r} is there twice, in lines {lines}" in capsys.readouterr().err
+
+
+WHOLE = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"instruction": "a", "output": "b", "output": "c"}', "the key 'output' is there twice"),
+        ('{"instruction": "a", "instruction": "a", "output": "b"}', "the key 'instruction' is there twice"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+            "the key 'content' is there twice",
+        ),
+        (WHOLE[:-1] + ', "tools": "[{\\"name\\": \\"f\\", \\"name\\": \\"g\\"}]"}', "the key 'name' is there twice"),
+        (WHOLE[:-1] + ', "x": ' + "[" * 100 + "]" * 100 + "}", "nested deeper than 64"),
+        (WHOLE[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64"),
+        (WHOLE[:-1] + ', "x": ' + "9" * 5000 + "}", "integer"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_records_that_cannot_be_taken_at_their_word(tmp_path, line, says, ending):
+    path = tmp_path / f"a.{ending}"
+    path.write_text(f"{WHOLE}\n{line}\n{WHOLE}\n" if ending == "jsonl" else f"[{WHOLE},\n{line},\n{WHOLE}]")
+    with pytest.raises(ValueError) as error:
+        read_records(path)
+    assert says in str(error.value)
+    in_one = ending == "json" and len(line) > 1000  # the file is one value, which Python's reader gives up
+    assert f"a.{ending}: " if in_one else f"a.{ending}:2: " in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
+def test_a_model_or_adapter_that_says_two_things(base, tmp_path, file):
+    directory, (model, params) = tmp_path / "m", jlora.load(base, dtype=jnp.float32)
+    config = jlora.LoraConfig(rank=2, targets=["c_attn"])
+    adapted = jlora.add_lora(params, config, key=jax.random.key(0))
+    if file == "config.json":
+        jlora.save_pretrained(directory, model, params)
+    else:
+        jlora.save_adapter(directory, adapted, config=config, base_model="x")
+    text = (directory / file).read_text()
+    (directory / file).write_text(text.replace("{", '{"r": 3, "n_head": 4,', 1))
+    with pytest.raises(ValueError, match=rf"{file}.*the key '(r|n_head)' is there twice"):
+        jlora.load(directory) if file == "config.json" else jlora.load_adapter(directory, params)
+
+
+# What is trained as well, and what says nothing
+
+SEVEN = [("hi", word) for word in "lamp wind salt rope rain tide gull".split()]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "both"),
+    [
+        (SEVEN, SEVEN, "7 of 7"),
+        (SEVEN, [*SEVEN[:2], ("hi", "new")], "2 of 3"),
+        (SEVEN * 3, [SEVEN[0], SEVEN[0]], "2 of 2"),
+        (SEVEN[:4], SEVEN[4:], None),
+        (SEVEN, [("hello", "lamp")], None),
+        (SEVEN, [("hi", "lamp ")], None),
+        ([("hi", LONG + " end")], [("hi", LONG + " other end")], "1 of 1"),  # the same within max_length
+    ],
+)
+@pytest.mark.parametrize("pack", [False, True])
+def test_held_out_records_that_are_trained_too(base, tmp_path, train, held_out, both, pack):
+    """axolotl#2719: the loss of what was trained on, called an evaluation."""
+    sets = load_data(
+        _chats(tmp_path / "a.jsonl", train), jlora.load_tokenizer(base), template="chat", max_length=48, seed=0,
+        eval_data=_chats(tmp_path / "b.jsonl", held_out), directory=tmp_path, pack=pack,
+    )  # fmt: skip
+    said = trained_too(*sets)
+    assert said == (both and f"{both} records to evaluate on are in the training data too")
+
+
+@pytest.mark.parametrize(("given", "said"), [("same", "1 of 1 documents"), ("other", None), ("share", None)])
+def test_held_out_text_that_is_trained_too(base, tmp_path, given, said):
+    for name, seed in (("a", 0), ("same", 0), ("other", 1)):
+        (tmp_path / f"{name}.txt").write_text(tiny.text(seed=seed))
+    more = {"eval_fraction": 0.5} if given == "share" else {"eval_data": str(tmp_path / f"{given}.txt")}
+    sets = load_data(
+        str(tmp_path / "a.txt"), jlora.load_tokenizer(base), max_length=32, seed=0, directory=tmp_path / "d", **more
+    )
+    assert trained_too(*sets) == (said and f"{said} to evaluate on are in the training data too")
+
+
+EMPTY = {
+    "empty": ({"instruction": "a", "output": ""}, True),
+    "spaces": ({"instruction": "a", "output": " \n\t"}, True),
+    "no-break space": ({"instruction": "a", "output": "\u00a0"}, True),
+    "a letter": ({"instruction": "a", "output": "x"}, False),
+    "no input": ({"instruction": "a", "input": "", "output": "x"}, False),
+    "a turn": ({"messages": [USER, {**ANSWER, "content": ""}]}, True),
+    "one of two turns": ({"messages": [USER, {**ANSWER, "content": " "}, USER, ANSWER]}, True),
+    "a turn that is not trained": ({"messages": [USER, {**ANSWER, "content": " ", "train": False}, USER, ANSWER]}, False),
+    "the user's": ({"messages": [{**USER, "content": ""}, ANSWER]}, False),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_answers_are_counted_and_trained(tmp_path, kind):
+    """axolotl#1731; Alpaca has 28 of them."""
+    record, is_empty = EMPTY[kind]
+    path = tiny.write_records(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}, record])
+    made = InstructDataset(read_records(path), _tokenizer(tiny.CHATML), template="chat", max_length=128)
+    assert (made.stats.empty, made.stats.empty_at) == ((1, (f"{path}:2",)) if is_empty else (0, ()))
+    assert len(made) == 2
+    said = f"1 records with an empty answer, which is trained (first: {path}:2)"
+    assert made.stats.odd() == ([said] if is_empty else []) and made.stats.cut() == []
+
+
+def test_a_tool_call_or_a_thought_is_no_empty_answer():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert not has_empty_answer({"messages": [USER, call]})
+    assert not has_empty_answer({"messages": [USER, {**ANSWER, "content": "", "reasoning_content": "why"}]})
+    assert has_empty_answer({"messages": [USER, {**ANSWER, "content": "", "reasoning_content": ""}]})
+
+
+def test_both_are_said_once_by_finetune_and_by_evaluate(base, tmp_path, capsys):
+    data = _chats(tmp_path / "a.jsonl", [*SEVEN, ("hi", " ")] * 3)
+    config = jlora.FinetuneConfig(
+        model=base, data=data, output=str(tmp_path / "run"), template="chat", steps=1, max_length=48, batch_size=2
+    )
+    jlora.finetune(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("2 of 2 records to evaluate on are in the training data too") == 1
+    assert len(re.findall(r"\d records with an empty answer", said)) == 1
+    main(["evaluate", "--adapter", str(tmp_path / "run/adapter")])
+    captured = capsys.readouterr()
+    assert captured.err.count("note: 2 of 2 records to evaluate on are in the training data too\n") == 1
+    main(["evaluate", "--adapter", str(tmp_path / "run/adapter"), "--split", "train"])
+    captured = capsys.readouterr()
+    assert "in the training data too" not in captured.err and "--max-length" not in captured.err
+    assert len(re.findall(r"note: \d records with an empty answer", captured.err)) == 1

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -117,17 +118,19 @@ class InstructDataset:
     def tokens(self) -> tuple[set[int], set[int]]:
         """The ids in the rows, and those of them that are supervised."""
         used, learned = np.zeros((2, self.largest_token + 1), bool)
-        for row in self._rows:
-            used[row.input_ids] = True
-            learned[row.labels[row.labels != IGNORED]] = True
+        for start in range(0, len(self._rows), _RECORDS_AT_ONCE):
+            rows = self._rows[start : start + _RECORDS_AT_ONCE]
+            used[np.concatenate([row.input_ids for row in rows])] = True
+            labels = np.concatenate([row.labels for row in rows])
+            learned[labels[labels != IGNORED]] = True
         return set(np.flatnonzero(used).tolist()), set(np.flatnonzero(learned).tolist())
 
     def items(self) -> Iterator[bytes]:
         """Of each record its tokens and labels, packed or not: equal where two records are the same to the model."""
         for ids, labels, segments in self._rows:
-            starts = [] if segments is None else np.flatnonzero(np.diff(segments)) + 1
-            for part in zip(np.split(ids, starts), np.split(labels, starts), strict=True):
-                yield b"".join(array.tobytes() for array in part)
+            starts = [] if segments is None else (np.flatnonzero(np.diff(segments)) + 1).tolist()
+            for start, stop in pairwise((0, *starts, len(ids))):
+                yield ids[start:stop].tobytes() + labels[start:stop].tobytes()
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.data.columns import Record as Record
 from jlora.data.columns import cut, kind, normalized
-from jlora.formats.structured import decode_json
+from jlora.formats.structured import beyond_bounds, decode_json
 
 _LISTED = 10  # bad records named in one error
 
@@ -89,7 +89,7 @@ def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
             f"{source}:{error.lineno}: a `.json` file must be one JSON list; {error.msg} at column {error.colno}.{hint}"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: a `.json` file must be a list of records; it cannot be read ({error})") from error
+        raise ValueError(f"{source}: a `.json` file must be a list of records; {beyond_bounds(error)}") from None
     if not isinstance(values, list):
         raise ValueError(
             f"{source}:1: a `.json` file must be a list of records; got {kind(values)}. "

@@ -33,7 +33,7 @@ class RunSettings:
     pack: bool
     quantize: str | None
     """How the base was packed."""
-    base: str | None
+    base: str | None = None
     """`base_fingerprint` of what it was trained on; None: of a merged checkpoint, which is on no other."""
 
     def write(self, directory: str | os.PathLike) -> None:

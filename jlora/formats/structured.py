@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,19 @@ def decode_json(text: str, start: int | None = None) -> tuple[Any, int]:
     """
     try:
         value, end = (_DECODER.decode(text), len(text)) if start is None else _DECODER.raw_decode(text, start)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
     except (json.JSONDecodeError, RepeatedKey):
         raise
-    except ValueError as error:
-        raise ValueError(f"an integer is too long ({error})") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(beyond_bounds(error)) from None
     if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH and _is_too_deep(value):
         raise ValueError(_TOO_DEEP)
     return value, end
+
+
+def beyond_bounds(error: RecursionError | ValueError) -> str:
+    """What Python's reader raised of JSON that is JSON, in words."""
+    digits = f"it has an integer of more than {sys.get_int_max_str_digits():,} digits"
+    return _TOO_DEEP if isinstance(error, RecursionError) else digits
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

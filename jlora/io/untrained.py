@@ -65,8 +65,8 @@ def untrained_tokens(
     listed = ", ".join(f"{token!r} ({why})" for token, why in list(said.items())[:8])
     more = f" and {len(said) - 8} more" if len(said) > 8 else ""
     return (
-        f"the base never trained {len(said)} special token{'s' if len(said) > 1 else ''} of the data: {listed}{more}. An adapter "
-        "of other modules cannot teach it what they mean or when to say them: add --modules-to-save "
+        f"the base has no trained row of its own for {len(said)} special token{'s' if len(said) > 1 else ''} of the data: "
+        f"{listed}{more}. An adapter of other modules cannot teach it what they mean or when to say them: add --modules-to-save "
         f"{' '.join(modules)}{aside}, or take a base that knows them, or a template that does without."
     )
 
