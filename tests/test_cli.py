@@ -371,7 +371,7 @@ def test_resume_with_other_flags(finetuned, fails):
         ("inspect --model {adapter}", "It holds an adapter"),
         (
             "inspect --model {gpt2} --data {text} --split validation --eval-fraction 0",
-            "--split all for the loss on what was trained on",
+            "all of the data were trained on. Give other --data, and for all of it use --split all",
         ),
         ("prepare --model {gpt2} --data nowhere.txt --output {out}", "no such text file: nowhere.txt"),
     ],

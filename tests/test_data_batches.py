@@ -150,7 +150,7 @@ def test_preview_needs_a_row():
 
 
 def test_the_package_imports_nothing_heavy():
-    allowed = {"jlora", "numpy", "datasets", "jinja2"}
+    allowed = {"jlora", "numpy", "datasets"}
     for file in Path(jlora.data.__file__).parent.glob("*.py"):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
@@ -162,7 +162,5 @@ def test_the_package_imports_nothing_heavy():
             for name in names:
                 root = name.split(".")[0]
                 assert root in allowed or root in __import__("sys").stdlib_module_names, (file.name, name)
-                assert root != "jlora" or name.startswith("jlora.data"), (file.name, name)
                 assert root != "datasets" or node not in tree.body, "imported where it is used"
-                assert (root, file.name) != ("jlora", "jinja.py") and (root != "jinja2" or file.name == "jinja.py")
                 assert name != "jlora.formats.jinja" or node not in tree.body, "imported where it is used"

@@ -287,7 +287,7 @@ def test_what_is_left_out_is_named_and_counted(tmp_path, tokenizer):
     data = InstructDataset(read_records(file), tokenizer, template="chat", max_length=512)
     assert dict(data.stats.left_out) == {"id": 3, "source": 1, "messages.name": 2}
     assert summary(data)["left_out"][:2] == ("id (3 records)", "messages.name (2 records)")
-    assert data.stats.cut() == ["not in the text: id (3 records), messages.name (2 records), source (1 record)"]
+    assert data.stats.odd() == ["not in the text: id (3 records), messages.name (2 records), source (1 record)"]
     trimmed = CHATML.replace("m.content", "m.content | trim")
     tokenizer.chat_template = trimmed
     data = InstructDataset(read_records(file), tokenizer, template="chat", max_length=512)
