@@ -228,8 +228,11 @@ def test_any_pieces(tokenizers, parts):
         whole = encode(tokenizer, "".join(texts))
         assert row.straddled or row.ids == whole
         show = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        assert tokenizer.decode(row.ids, **show) in (tokenizer.decode(whole, **show), "".join(texts))
-        assert row.ids[: row.spans[0][0]] == encode(tokenizer, texts[0]) if row.spans else True
+        # This one's normalizer makes one space of several, and none of an answer that is white space alone.
+        same = (lambda text: " ".join(text.split())) if kind == "unigram" else str
+        assert same(tokenizer.decode(row.ids, **show)) in (same(tokenizer.decode(whole, **show)), same("".join(texts)))
+        if len(row.spans) == len(texts) // 2:
+            assert row.ids[: row.spans[0][0]] == encode(tokenizer, texts[0])
         assert all(0 <= start < stop <= len(row.ids) for start, stop in row.spans)
 
 

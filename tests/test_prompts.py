@@ -130,7 +130,10 @@ def test_the_command_line(capsys):
     assert first[1] == second[1] and first[1][0] == 1 and 2 not in first[1]
     with pytest.raises(SystemExit):
         cli.main(["generate", "--model", "m", "--prompts", "ok", "half \udcff"])
-    assert "prompt 2 must be UTF-8 text; got '\\udcff' at character 5" in capsys.readouterr().err
+    assert (
+        "prompt 2: text must be Unicode; got U+DCFF, half of a surrogate pair, at character 5"
+        in capsys.readouterr().err
+    )
 
 
 def test_messages_need_a_template(tmp_path):
