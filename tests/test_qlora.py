@@ -181,7 +181,7 @@ def test_what_a_4_bit_checkpoint_may_not_be(four_bit, tmp_path):
         (changed(".absmax", lambda x: x.astype(np.float32)), "dtype: .*absmax is F32, should be U8"),
         (state_with(shape=[1, 2]), r"quantized from \(1, 2\)"),
         (state_with(quant_type="fp4"), "fp4"),
-        (state_with(blocksize=63), "block_size"),
+        (state_with(blocksize=63), "`blocksize` must be 32 or 64"),
         (state_with(nested_blocksize=128), "nested blocks of 256"),
         (changed(".quant_state.bitsandbytes__nf4", lambda x: x[:20].copy()), "cannot be used"),
         (lambda t: t.__setitem__(name + ".quant_state.bitsandbytes__fp4", t.pop(state)), "bitsandbytes__fp4"),
