@@ -182,8 +182,8 @@ def test_what_a_4_bit_checkpoint_may_not_be(four_bit, tmp_path):
         (state_with(shape=[1, 2]), r"quantized from \(1, 2\)"),
         (state_with(quant_type="fp4"), "fp4"),
         (state_with(blocksize=63), "`blocksize` must be 32 or 64"),
-        (state_with(nested_blocksize=128), "nested blocks of 256"),
-        (changed(".quant_state.bitsandbytes__nf4", lambda x: x[:20].copy()), "cannot be used"),
+        (state_with(nested_blocksize=128), "`nested_blocksize` must be 256"),
+        (changed(".quant_state.bitsandbytes__nf4", lambda x: x[:20].copy()), "is not valid JSON"),
         (lambda t: t.__setitem__(name + ".quant_state.bitsandbytes__fp4", t.pop(state)), "bitsandbytes__fp4"),
     ]
     for change, words in cases:

@@ -11,6 +11,7 @@ from tiny import read_log
 
 import jlora
 from jlora.cli import main
+from jlora.finetuning.log import Log
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 FLAGS = "--steps 6 --rank 4 --learning-rate 1e-2 --batch-size 2 --max-length 32 --eval-every 3".split()
@@ -78,16 +79,15 @@ def test_the_adapter_gives_the_same_logits_in_peft(packed_dir, text_file, tmp_pa
 def test_a_stopped_run_on_a_packed_base_ends_as_if_it_had_not(llama_dir, text_file, tmp_path, form, monkeypatch):
     flags = ("--quantize", "nf4", "--form", form, "--checkpoint-every", "2", "--dropout", "0.1")
     finetune(llama_dir, text_file, tmp_path / "whole", *flags)
-    from jlora.finetuning import loop
-
-    log = loop.Run.log
+    append = Log.append
 
     def stop_at_four(self, entry):
-        log(self, entry)
+        entry = append(self, entry)
         if entry["step"] == 4:
             raise RuntimeError("the power went")
+        return entry
 
-    monkeypatch.setattr(loop.Run, "log", stop_at_four)
+    monkeypatch.setattr(Log, "append", stop_at_four)
     with pytest.raises(SystemExit):
         finetune(llama_dir, text_file, tmp_path / "cut", *flags)
     monkeypatch.undo()
