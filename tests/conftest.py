@@ -1,6 +1,7 @@
 """Tiny random checkpoints, written by transformers once a session."""
 
 import atexit
+import collections
 import os
 import re
 import shutil
@@ -30,6 +31,17 @@ import transformers
 from command import run
 
 from jlora.cli import FAILURE
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items):
+    seen = collections.Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        seen[test] += 1
+        if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
+            item.add_marker(pytest.mark.slow)
+
 
 VOCAB = 97
 LLAMA3_ROPE = {

@@ -48,6 +48,7 @@ def theirs(name, **batch):
     return out.logits.numpy(), float(total)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_flattened_rows_have_the_sum_of_their_losses(name):
     alone = sum(loss(name, input_ids=[x], labels=[x])[0] for x in (A, B))
@@ -71,6 +72,7 @@ MASKED = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("dtype", [np.int32, bool])
@@ -198,6 +200,7 @@ def test_mistakes_are_refused_by_loss_step_and_evaluation(case):
             step.lower(state(), base, batch_of(changes), jax.random.key(0))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", [c for c in NUMBERS if "64" not in c])
 def test_numbers_that_the_host_cannot_see_make_loss_and_gradient_nan(case):
     loss_fn, step, state, base = trained()
@@ -215,6 +218,7 @@ def test_torch_refuses_the_same_labels():
             torch.nn.functional.cross_entropy(torch.zeros(1, 1536), torch.tensor([label]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_whole_numbers_of_any_width_are_one_program(dtype):
     loss_fn, step, state, base = trained()

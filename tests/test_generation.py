@@ -23,6 +23,7 @@ def loaded(checkpoints):
     }
 
 
+@pytest.mark.few(1)
 def test_greedy_is_transformers_greedy(loaded, family):
     model, params, oracle = loaded[family]
     expected = []
@@ -34,6 +35,7 @@ def test_greedy_is_transformers_greedy(loaded, family):
     assert jlora.generate(model, jlora.stack_layers(params), PROMPTS, max_new_tokens=NEW, temperature=0) == expected
 
 
+@pytest.mark.few(1)
 def test_adapted_greedy_is_the_uncached_argmax(loaded, family):
     model, params, _ = loaded[family]
     adapted = jlora.add_lora(params, jlora.LoraConfig(rank=4), key=jax.random.key(0))

@@ -202,6 +202,7 @@ def p_value(counts, expected):
     return scipy.stats.chisquare(*pooled).pvalue
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_tokens_come_as_often_as_they_should(loaded, draw):
     model, params, _ = loaded["gpt2"]

@@ -58,6 +58,7 @@ def training_step(*, dtype="bfloat16", nf4=False, stack=True, segments=False, re
     return lowered(step, state, base, abstract_batch(2, 64, segments=segments), None)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("segments", [False, True], ids=["one text a row", "packed"])
 @pytest.mark.parametrize(("stack", "remat"), [(True, "none"), (True, "layer"), (False, "none")], ids=str)
 @pytest.mark.parametrize("nf4", [False, True], ids=["LoRA", "QLoRA"])

@@ -285,6 +285,7 @@ def test_adapters_that_fit_are_read_as_peft_reads_them(case, adapter, base, tmp_
     np.testing.assert_array_equal(logits(model, jlora.load_adapter(tmp_path / "b", base)), logits(model, params))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "config",
     [

@@ -99,6 +99,7 @@ def perturbed(params, seed=0, size=0.1):
 # Against PEFT
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", PARITY)
 def test_files_go_both_ways(checkpoints, loaded, case, tmp_path):
     family, fields = PARITY[case]
@@ -140,6 +141,7 @@ STEPS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", STEPS)
 def test_ten_steps_follow_peft_and_torch(loaded, case, tmp_path):
     """From PEFT's initial adapter, on the same batches: losses and everything that is trained."""
@@ -195,6 +197,7 @@ OURS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", OURS)
 def test_the_tree_invariants(loaded, case):
     config = LoraConfig(rank=3, **OURS[case])
@@ -242,6 +245,7 @@ def test_nothing_is_trained_in_the_buffer_of_the_frozen(loaded):
     assert not pointers[0] & pointers[1]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "dropout": 0.3}], ids=str)
 def test_nothing_of_a_frozen_kernel_is_made(stack, kind):

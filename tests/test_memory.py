@@ -51,6 +51,7 @@ def compiled_peak(model, params, tx, batch_size, length):
     return planned(step.lower(state, base, abstract_batch(batch_size, length), key).compile())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_prediction_is_near_the_compilers_plan(case):
     model, params = prepare(*CASES[case])

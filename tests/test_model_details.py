@@ -125,6 +125,7 @@ def test_explicit_positions_equal_transformers(checkpoints, loaded, graph):
     assert difference(logits, apply(model, params, ids)) > 1e-2
 
 
+@pytest.mark.few(1)
 def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(checkpoint):
     directory, oracle = checkpoint
     ids = token_ids()
@@ -195,6 +196,7 @@ def spans(row):
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
+@pytest.mark.few(2)
 @both_forms
 def test_each_segment_equals_the_segment_alone(model_and_params, form):
     model, params = model_and_params
@@ -234,6 +236,7 @@ def test_rows_of_padding_are_finite_and_leave_the_others_alone(model_and_params)
     assert difference(logits[0], apply(model, params, ids)[0]) <= 1e-5
 
 
+@pytest.mark.few(1)
 def test_gradients_are_finite_with_rows_of_padding(model_and_params):
     model, params = model_and_params
     ids, segments = token_ids(2, 8), np.array([[1] * 5 + [0] * 3, [0] * 8], np.int32)
@@ -260,6 +263,7 @@ def test_rematerialization_keeps_less_for_the_backward_pass(model_and_params, fo
     assert residuals(replace(model, remat="layer")) < 0.8 * residuals(model)
 
 
+@pytest.mark.few(1)
 def test_both_forms_have_the_same_gradients(model_and_params):
     model, params = model_and_params
     ids = token_ids(2, 12)

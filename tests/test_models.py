@@ -33,6 +33,7 @@ def logits_of(model, params, ids=IDS, **kwargs):
     return np.asarray(model.apply({"params": params}, jnp.asarray(ids), **kwargs))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case, tmp_path):
     family, changes = CASES[case]
@@ -58,6 +59,7 @@ def test_bfloat16_is_near(checkpoint):
     assert np.abs(actual - expected).mean() < 0.03 * expected.std()
 
 
+@pytest.mark.few(1)
 def test_remat_changes_no_value_and_no_gradient(checkpoint):
     directory, _ = checkpoint
     for stack in (False, True):
@@ -72,6 +74,7 @@ def test_remat_changes_no_value_and_no_gradient(checkpoint):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *results)
 
 
+@pytest.mark.few(1)
 def test_a_segment_sees_itself_alone(checkpoint):
     directory, _ = checkpoint
     model, params = jlora.load(directory, dtype=jnp.float32)

@@ -56,6 +56,7 @@ def our_logits(model, params, ids=IDS):
     return np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("kind", ["names", "all-linear", "patterns", "rslora", "layers", "exclude", "regex"])
 def test_files_go_both_ways(checkpoint, family, kind, tmp_path):
     directory, base = checkpoint

@@ -133,6 +133,7 @@ def _distance(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -154,6 +155,7 @@ def test_optax_multi_steps_over_micro_batches_is_accumulation(small, wrap):
     assert _distance(state.adapter, whole.adapter) < 1e-6
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_batch_without_supervised_tokens_moves_nothing(small, dtype):
     """optax#1754: Adam's epsilon is zero in float16, and 0 / 0 poisons all that follows."""
@@ -196,6 +198,7 @@ def test_the_newest_checkpoint_is_kept_though_the_evaluation_gets_worse(small, t
     assert (checkpoints.latest, checkpoints.best) == (4, 1)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_the_run(tmp_path, monkeypatch):
     """orbax#605, keras#23609: an error of a checkpoint stayed in its thread, and training went on."""
     import orbax.checkpoint as ocp

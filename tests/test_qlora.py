@@ -74,6 +74,7 @@ def four_bit(dense, tmp_path_factory):
     return made
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_checkpoint_of_transformers_gives_its_logits(four_bit, family, stack):
     _, directory, theirs = four_bit[family]
@@ -140,6 +141,7 @@ def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp
         jlora.save_quantized(tmp_path / "ours", model, params)
 
 
+@pytest.mark.few(1)
 def test_loading_quantized_is_quantizing_what_is_loaded(checkpoint):
     directory, _ = checkpoint
     for spec in (jlora.NF4(), jlora.Int8(), jlora.Int4(block_size=32)):
@@ -215,6 +217,7 @@ def test_what_save_quantized_refuses(checkpoints, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("trained", ["gpt2", "llama"])
 def test_twenty_qlora_steps_follow_peft_and_bitsandbytes(four_bit, trained, tmp_path):
     """From the same 4-bit bytes, adapter and batches.
@@ -297,6 +300,7 @@ def is_float(aval):
     return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_scan_stacks_dense_layers(remat, accumulate):
@@ -387,6 +391,7 @@ def test_the_base_is_usable_after_a_step():
     assert not any(x.is_deleted() for x in jax.tree.leaves(args[1]))
 
 
+@pytest.mark.slow
 def test_both_forms_and_remat_take_the_same_step():
     losses = []
     for stack, remat in ((True, "none"), (False, "none"), (True, "layer"), (False, "layer")):
@@ -396,6 +401,7 @@ def test_both_forms_and_remat_take_the_same_step():
     np.testing.assert_allclose(losses, [losses[0]] * 4, rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spec", [jlora.NF4(), jlora.Int8(), jlora.Int4()], ids=lambda s: s.format.name)
 def test_every_format_trains(spec):
     step, (state, base, batch, key) = qlora(spec=spec)
@@ -406,6 +412,7 @@ def test_every_format_trains(spec):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.few(1)
 def test_generation_from_a_quantized_model(four_bit, family):
     _, directory, theirs = four_bit[family]
     model, params = jlora.load(directory, dtype=jnp.float32)

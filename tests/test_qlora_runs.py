@@ -61,6 +61,7 @@ def test_a_packed_directory_and_packing_while_loading_are_one(llama_dir, packed_
     np.testing.assert_allclose([r["eval_loss"] for r in reports], on_load[-1]["eval_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_adapter_gives_the_same_logits_in_peft(packed_dir, text_file, tmp_path):
     """Kernels 32 wide straddle blocks, which bitsandbytes decodes wrongly on CPU: so on a dense copy of the packed base."""
     finetune(packed_dir, text_file, tmp_path / "run")

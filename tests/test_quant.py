@@ -91,6 +91,7 @@ CASES = [(name, 64) for name in WEIGHTS] + [
 ]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("name", "block_size"), CASES)
 def test_codes_and_absmax_are_bitsandbytes(name, block_size):
     w = WEIGHTS[name]
@@ -104,6 +105,7 @@ def test_codes_and_absmax_are_bitsandbytes(name, block_size):
     np.testing.assert_array_equal(np.asarray(jax.jit(jlora.dequantize)(q)).T, expected)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_double_quantization_is_bitsandbytes(name, dtype):
@@ -238,6 +240,7 @@ def test_bits_per_parameter(spec, bits):
 SHAPES = [(64,), (100,), (128, 96), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8), (2, 50, 6)]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("name", SPECS)
@@ -285,6 +288,7 @@ def test_integer_formats_round_as_the_paper_writes_them():
         np.testing.assert_allclose(np.asarray(jlora.dequantize(q)).T, values * (absmax / np.float32(unit)), rtol=3e-7)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("shape", [(128, 96), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

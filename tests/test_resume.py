@@ -108,6 +108,7 @@ def timeless(output):
     return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in tiny.read_log(output)]
 
 
+@pytest.mark.slow
 def test_interrupted_five_times(uninterrupted, home):
     """Killed before anything is saved, while a checkpoint is written and anywhere; stopped by both signals in between."""
     config = dataclasses.replace(uninterrupted, output=home / "interrupted")
