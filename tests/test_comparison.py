@@ -166,6 +166,7 @@ def compared(model, params, **kwargs):
     return jlora.compare(model, params, PROMPTS, **kwargs)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_zero_changes_nothing(llama, untrained):
     result = compared(llama[0], untrained, held_out=lambda: batches_with([0.5]))
     assert [p.prompt for p in result.prompts] == ["first", "second", "long"]

@@ -97,6 +97,7 @@ def with_rope(target, fields):
     return target
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("case", SAME)
 def test_rotations_are_those_of_transformers(case, tmp_path):
     directory = with_rope(tmp_path / "m", SAME[case])

@@ -280,6 +280,7 @@ def test_checkpoints_hold_every_kind(loaded, tmp_path):
     assert same_bits(checkpoints.restore(blank, 0), state)
 
 
+@pytest.mark.slow
 def test_a_run_of_every_kind(gpt2_dir, text_file, tmp_path):
     config = jlora.FinetuneConfig(
         model=gpt2_dir, data=text_file, output=tmp_path / "run", targets="c_attn", rank=2, steps=3, batch_size=2,

@@ -83,6 +83,7 @@ def test_files_go_both_ways(checkpoint, family, kind, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.few(1)
 def test_stacked_form_reads_and_writes_the_same_file(checkpoint, family, tmp_path):
     directory, _ = checkpoint
     wrapped(family, target_modules=NAMES[family]).save_pretrained(tmp_path / "peft")

@@ -317,6 +317,7 @@ def test_no_scan_stacks_dense_layers(remat, accumulate):
     assert dots and not [a for a in dots if tuple(a.shape[-2:]) in KERNELS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(
     ("dtype", "kind"),

@@ -178,6 +178,7 @@ def test_the_table_is_about_these():
     assert set(CELLS.values()) <= {"both", "out", "no", "untied only"}
 
 
+@pytest.mark.few(60)
 @pytest.mark.parametrize(("row", "column", "family"), cells("out"))
 def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     _, model, params = loaded(family)
@@ -189,6 +190,7 @@ def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "quantize", [pytest.param(jlora.NF4(), id="nf4"), pytest.param(jlora.Int8(), id="int8", marks=pytest.mark.slow)]
 )

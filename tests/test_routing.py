@@ -67,6 +67,7 @@ def ours(model, params, ids):
     return np.asarray(model.apply({"params": params}, ids))
 
 
+@pytest.mark.few(1)
 def test_mixed_batches_give_pefts_logits(checkpoints, peft_models, family, tmp_path):
     peft_models(family).save_pretrained(tmp_path)
     model, params = jlora.load(checkpoints[family][0], dtype=jnp.float32)
@@ -85,6 +86,7 @@ def test_mixed_batches_give_pefts_logits(checkpoints, peft_models, family, tmp_p
     np.testing.assert_array_equal(ours(model, jlora.route(tree, None), batch()), ours(model, params, batch()))
 
 
+@pytest.mark.few(1)
 def test_stacked_layers(checkpoints, family):
     model, params = jlora.load(checkpoints[family][0], dtype=jnp.float32, stack=True)
     trees = {
@@ -188,6 +190,7 @@ def test_pissa_stands_side_by_side_as_plain_lora(checkpoints):
     )
 
 
+@pytest.mark.slow
 def test_adapters_trained_in_one_batch_move_as_if_trained_apart(checkpoints):
     model, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32, stack=True)
     configs = {"a": LoraConfig(rank=2, targets=["q_proj"]), "b": LoraConfig(rank=3, targets=["q_proj", "up_proj"])}

@@ -44,6 +44,7 @@ def make_batch(seed=0, share=0.6):
     return {"input_ids": ids, "labels": np.where(rng.random(ids.shape) < share, ids, -100).astype(np.int32)}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "fields", [pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")]
 )
@@ -71,6 +72,7 @@ def plain_loss(model, params, batch):
     return -jnp.sum(jnp.where(targets != -100, picked, 0.0))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("chunk", [5, 16, 66, 512])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_chunked_loss_is_the_plain_one(chunk, share):
@@ -184,6 +186,7 @@ def test_full_fine_tuning_is_the_same_step():
     jax.tree.map(lambda p, g, n: np.testing.assert_allclose(p - 0.1 * g, n, atol=1e-5), params, grads, state.adapter)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_packed_loss_is_the_sum_of_the_unpacked(fields):
     """Each of mask, positions and border label is needed; GPT-2's learned positions show the second."""

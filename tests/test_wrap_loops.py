@@ -6,6 +6,7 @@ import torture
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("name", "kind", "dtype"), torture.rows(loops=True))
 def test_torture(name, kind, dtype):
     torture.check(name, kind, dtype)

@@ -50,6 +50,7 @@ def assert_same(mine, theirs, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max()))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -251,6 +252,7 @@ def test_nnx_helper_loses_no_state(quick_compilation):
 # Equinox: a module is a tree, whose leaves are replaced in place
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("quantize", [False, True])
 def test_equinox(quantize, quick_compilation):
     mlp = eqx.nn.MLP(20, 8, 36, 2, activation=jax.nn.gelu, use_final_bias=False, key=KEY)
