@@ -76,6 +76,7 @@ def test_the_file(chat_run, records_file, llama_dir):
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(llama_dir), output / "adapter")
 
 
+@pytest.mark.slow
 def test_of_raw_text(tmp_path, gpt2_dir, text_file, call):
     result = train(gpt2_dir, text_file, tmp_path / "r", eval_fraction=0.3)
     settings = RunSettings.read(result.adapter_dir)
@@ -154,6 +155,7 @@ def test_the_data_of_a_run_elsewhere(chat_run, records_file, tmp_path, call):
     assert "seed" not in said.err and "template chat" in said.err
 
 
+@pytest.mark.slow
 def test_a_file_to_evaluate_on(llama_dir, records_file, tmp_path, call):
     held_out = tiny.write_records(tmp_path / "held_out.jsonl", tiny.records(count=6, seed=9))
     result = train(llama_dir, records_file, tmp_path / "r", eval_data=held_out)
@@ -186,6 +188,7 @@ def test_compare_and_generate(chat_run, records_file, tmp_path, call):
     assert bare.out == told.out and told.err == "" and "template chat, quantize nf4" in bare.err
 
 
+@pytest.mark.slow
 def test_merging_a_packed_run(chat_run, llama_dir, records_file, tmp_path, call):
     """The merged checkpoint is the model that was trained, and says for itself how it is evaluated."""
     output, result = chat_run
@@ -199,6 +202,7 @@ def test_merging_a_packed_run(chat_run, llama_dir, records_file, tmp_path, call)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), exported, merged)))
 
 
+@pytest.mark.slow
 def test_several_adapters(chat_run, llama_dir, records_file, tmp_path, call, fails):
     output, _ = chat_run
     for name in "ab":
@@ -325,6 +329,7 @@ def test_a_base_that_changed_in_place(file, moving_base, other_dir, call):
     assert base_notes(call("generate", "--adapter", without, *PROMPT)) == [], "nothing is known of what it was"
 
 
+@pytest.mark.slow
 def test_every_command_says_it(chat_run, other_dir, records_file, tmp_path, call):
     output, _ = chat_run
     flags = ("--adapter", output / "adapter", "--model", other_dir)

@@ -82,6 +82,7 @@ def test_prompts_of_any_length_continue_as_in_transformers(loaded, graph, form):
     assert all(len(row) == NEW for row in expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "form"), [("gpt2", "stacked"), ("llama", "per layer")])
 def test_an_adapter_generates_what_its_merged_weights_do(loaded, family, form):
     model, params, _ = loaded[family]
@@ -91,6 +92,7 @@ def test_an_adapter_generates_what_its_merged_weights_do(loaded, family, form):
     assert out != greedy(model, jlora.remove_lora(params))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [40, 63])
 def test_the_last_position_of_the_model_is_used(loaded, length):
     """GPT-2 has 64 learned positions; the padded prompt and the new tokens together have more."""
@@ -112,6 +114,7 @@ def test_prompts_may_be_an_array(loaded, kind):
 # The end of a row
 
 
+@pytest.mark.few(1)
 def test_a_row_ends_at_its_first_end_of_text_as_in_transformers(loaded, graph):
     model, params, oracle = loaded[graph]
     free = greedy(model, params)
@@ -137,6 +140,7 @@ def test_the_models_own_end_of_text_is_the_default(loaded, several):
 # Randomness
 
 
+@pytest.mark.few(1)
 def test_the_same_key_gives_the_same_and_another_key_another(loaded, graph):
     model, params, _ = loaded[graph]
     runs = [jlora.generate(model, params, PROMPTS, max_new_tokens=NEW, key=jax.random.key(k)) for k in (0, 0, 1)]
@@ -203,7 +207,7 @@ def p_value(counts, expected):
     return scipy.stats.chisquare(*pooled).pvalue
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_tokens_come_as_often_as_they_should(loaded, draw):
     model, params, _ = loaded["gpt2"]
@@ -253,6 +257,7 @@ def test_equal_logits_are_kept_together():
 # Compilation
 
 
+@pytest.mark.slow
 def test_calls_of_like_shape_share_a_compilation(loaded, checkpoints):
     model, params, _ = loaded["gpt2"]
     kwargs = {"max_new_tokens": 3}

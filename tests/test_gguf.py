@@ -99,6 +99,7 @@ def adapted(params, config, seed=0):
 # Models
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_logits_are_ours(variant, loaded, tok, tmp_path):
     theirs, model, params = loaded(variant)

@@ -99,7 +99,7 @@ def perturbed(params, seed=0, size=0.1):
 # Against PEFT
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", PARITY)
 def test_files_go_both_ways(checkpoints, loaded, case, tmp_path):
     family, fields = PARITY[case]
@@ -245,7 +245,7 @@ def test_nothing_is_trained_in_the_buffer_of_the_frozen(loaded):
     assert not pointers[0] & pointers[1]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "dropout": 0.3}], ids=str)
 def test_nothing_of_a_frozen_kernel_is_made(stack, kind):

@@ -51,7 +51,7 @@ def compiled_peak(model, params, tx, batch_size, length):
     return planned(step.lower(state, base, abstract_batch(batch_size, length), key).compile())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_prediction_is_near_the_compilers_plan(case):
     model, params = prepare(*CASES[case])
@@ -61,7 +61,7 @@ def test_prediction_is_near_the_compilers_plan(case):
     assert 0.8 < predicted.peak / peak < 1.5, (predicted, peak)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prediction_of_every_kind_of_adapter(kind):
     """Measured 1.02 to 1.17; what is trained is counted exactly."""
@@ -74,6 +74,7 @@ def test_prediction_of_every_kind_of_adapter(kind):
     assert 0.9 < predicted.peak / peak < 1.3, (predicted, peak)
 
 
+@pytest.mark.slow
 def test_parts_are_what_they_say():
     model, params = prepare(*CASES["llama nf4"])
     tx = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)

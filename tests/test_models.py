@@ -33,7 +33,7 @@ def logits_of(model, params, ids=IDS, **kwargs):
     return np.asarray(model.apply({"params": params}, jnp.asarray(ids), **kwargs))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case, tmp_path):
     family, changes = CASES[case]

@@ -256,7 +256,7 @@ def flags_for(name, adapter_dir, llama_dir, output):
     return [flag.format(**places) for flag in COMMANDS[name]] + ["--output", str(output)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "at"), [("merge", 2), ("merge", 6), ("ollama", 3), ("quantize", 4), ("gguf", 1), ("mlx", 5)]
 )

@@ -56,7 +56,7 @@ def our_logits(model, params, ids=IDS):
     return np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["names", "all-linear", "patterns", "rslora", "layers", "exclude", "regex"])
 def test_files_go_both_ways(checkpoint, family, kind, tmp_path):
     directory, base = checkpoint
@@ -317,6 +317,7 @@ def test_what_would_mislead_a_reader_is_not_written(checkpoints, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("trained_family", ["gpt2", "llama"])
 def test_twenty_steps_follow_peft_and_torch(checkpoints, trained_family, tmp_path):
     """From PEFT's initial adapter, on the same batches, with clipping and unsupervised labels."""

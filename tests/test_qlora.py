@@ -74,7 +74,7 @@ def four_bit(dense, tmp_path_factory):
     return made
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_checkpoint_of_transformers_gives_its_logits(four_bit, family, stack):
     _, directory, theirs = four_bit[family]
@@ -99,6 +99,7 @@ def test_without_double_quantization_and_in_bfloat16(dense, family, tmp_path):
     np.testing.assert_allclose(our_logits(model, params), torch_logits(theirs), atol=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp_path):
     dense, directory, theirs = four_bit[family]

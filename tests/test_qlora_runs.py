@@ -97,6 +97,7 @@ def test_a_stopped_run_on_a_packed_base_ends_as_if_it_had_not(llama_dir, text_fi
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_remaining_commands_take_a_packed_model(packed_dir, text_file, tmp_path, capsys):
     finetune(packed_dir, text_file, tmp_path / "run", "--quiet")
     adapter = ["--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "4", "--prompts", "the lamp"]

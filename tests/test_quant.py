@@ -141,6 +141,7 @@ def bitsandbytes_tensor(w, dtype=torch.float32, block_size=64, **kwargs):
     )
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*WEIGHTS, "large"])
 def test_the_same_bytes_decode_to_the_same_bits(name, dtype):
@@ -240,7 +241,7 @@ def test_bits_per_parameter(spec, bits):
 SHAPES = [(64,), (100,), (128, 96), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8), (2, 50, 6)]
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("name", SPECS)
@@ -288,7 +289,7 @@ def test_integer_formats_round_as_the_paper_writes_them():
         np.testing.assert_allclose(np.asarray(jlora.dequantize(q)).T, values * (absmax / np.float32(unit)), rtol=3e-7)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("shape", [(128, 96), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

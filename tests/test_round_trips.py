@@ -178,7 +178,7 @@ def test_the_table_is_about_these():
     assert set(CELLS.values()) <= {"both", "out", "no", "untied only"}
 
 
-@pytest.mark.few(60)
+@pytest.mark.few(24)
 @pytest.mark.parametrize(("row", "column", "family"), cells("out"))
 def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     _, model, params = loaded(family)
