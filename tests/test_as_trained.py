@@ -170,6 +170,7 @@ def test_a_run_that_held_nothing_out(llama_dir, records_file, tmp_path, fails):
     assert "all of the data were trained on" in fails("evaluate", "--adapter", result.adapter_dir)
 
 
+@pytest.mark.slow
 def test_compare_and_generate(chat_run, records_file, tmp_path, call):
     output, result = chat_run
     flags = ("--adapter", output / "adapter", "--prompts", "Write salt.", "--max-new-tokens", 3)

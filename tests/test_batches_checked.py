@@ -72,7 +72,7 @@ MASKED = {
 }
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("dtype", [np.int32, bool])

@@ -153,6 +153,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_newest_that_is_whole_is_used(directory, damage):
     DAMAGES[damage](directory / "6")

@@ -35,6 +35,7 @@ def test_greedy_is_transformers_greedy(loaded, family):
     assert jlora.generate(model, jlora.stack_layers(params), PROMPTS, max_new_tokens=NEW, temperature=0) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 def test_adapted_greedy_is_the_uncached_argmax(loaded, family):
     model, params, _ = loaded[family]

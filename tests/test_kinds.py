@@ -141,7 +141,7 @@ STEPS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", STEPS)
 def test_ten_steps_follow_peft_and_torch(loaded, case, tmp_path):
     """From PEFT's initial adapter, on the same batches: losses and everything that is trained."""

@@ -76,7 +76,7 @@ def gpt2(loaded):
 # Invariants 1 and 2
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_the_tree_invariants(loaded, family, dtype, stack):

@@ -93,6 +93,7 @@ def test_parts_are_what_they_say():
     assert predict(model, params, tx, batch_size=2, length=64, accumulate=2).gradients == 2 * predicted.gradients
 
 
+@pytest.mark.slow
 def test_the_command_reads_config_json_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     flags = ["memory", "--model", str(tmp_path), "--rank", "4", "--max-length", "64", "--batch-size", "2"]

@@ -64,6 +64,7 @@ def plain_gradients(transpose):
     return jax.jit(jax.value_and_grad(functools.partial(plain_loss, transpose=transpose), (0, 1)))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["transposed", "kernel", "lora"])
 @pytest.mark.parametrize("chunk", [5, TOKENS, 64])
@@ -179,7 +180,7 @@ def test_an_update_is_two_thin_products():
     assert all([v.aval.dtype for v in e.invars] == [jnp.bfloat16] * 2 for e in made)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2)], ids=str)
 @pytest.mark.parametrize(("seq", "kv_len"), [(7, None), (7, 10), (1, 5)], ids=str)

@@ -72,7 +72,7 @@ def plain_loss(model, params, batch):
     return -jnp.sum(jnp.where(targets != -100, picked, 0.0))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("chunk", [5, 16, 66, 512])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_chunked_loss_is_the_plain_one(chunk, share):
@@ -112,6 +112,7 @@ def test_head_gradients_dense_and_adapted(transpose):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, want)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("remat", ["none", "layer"])
@@ -208,6 +209,7 @@ def test_packed_loss_is_the_sum_of_the_unpacked(fields):
     assert abs(float(loss_fn(params, no_mask, None)[0]) - alone) > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_is_the_same_in_every_form():
     for fields in (GPT2, LLAMA):
         losses = []

@@ -50,7 +50,7 @@ def assert_same(mine, theirs, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max()))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -151,6 +151,7 @@ ROLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_linen(remat, quick_compilation):
     model, ids = Linen(remat), jax.random.randint(KEY, (2, 7), 0, 50)

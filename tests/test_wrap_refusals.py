@@ -313,6 +313,7 @@ def test_weights_with_roles_are_refused_elsewhere(tmp_path):
                 jlora.linear(jnp.ones((1, 4)), q)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("roles", "shape"), [("ioo", (8, 4, 6)), ("iio", (4, 6, 8)), ("oio", (4, 64, 6)), ("oi", (8, 32))]
 )

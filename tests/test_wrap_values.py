@@ -70,7 +70,7 @@ VIEWS = {
 
 
 # PiSSA is of dense kernels.
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kind", "base"), [(k, b) for k in KINDS for b in ("dense", "nf4") if (k, b) != ("pissa", "nf4")]
 )
@@ -210,6 +210,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_two_devices():
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     import os
