@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from command import run
 from safetensors.torch import load_file, save_file
 
 import jlora
-from jlora import cli
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,14 +68,6 @@ def adapter(directory, model_dir, targets=("q_proj", "up_proj"), **changes):
     )  # fmt: skip
     jlora.save_adapter(directory, params, config=config, base_model=str(model_dir))
     return directory
-
-
-def run(*flags):
-    try:
-        cli.main([str(flag) for flag in flags])
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 def bytes_of(directory, *names):
