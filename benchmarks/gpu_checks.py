@@ -161,8 +161,8 @@ def numbers(emit, *, smoke: bool) -> None:
 def finetune(emit, *, output: str, stop_at: int, resume: bool) -> None:
     """A short run, or the rest of it; `stop_at`: it gets the signal that Ctrl-C sends, in that step."""
     import jlora
-    from jlora.finetuning.loop import Stopped
-    from jlora.finetuning.run import Run
+    from jlora.runs.loop import Stopped
+    from jlora.runs.run import Run
 
     log = Run.log
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora._tree import flatten, nest
 from jlora.models import Model, model_from_config
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
 from jlora.train.memory import abstract_tree
+from jlora.tree.paths import flatten, nest
 
 _LLAMA_3 = {
     "model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,

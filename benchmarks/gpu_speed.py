@@ -231,8 +231,8 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
     from gpu_models import in_threads, queued
 
     import jlora
-    from jlora._weight import dense_matmul
     from jlora.quant.matmul import IMPLEMENTATIONS, implementation, quantized_matmul
+    from jlora.weight import dense_matmul
 
     def draw(key, shape):
         return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(0.02)

@@ -53,10 +53,10 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jlora._tree import flatten
-    from jlora.formats.safetensors import INDEX, save_tensors
-    from jlora.io.names import hf_name
+    from jlora.files.names import hf_name
     from jlora.models import abstract_params, model_from_config
+    from jlora.storage.safetensors import INDEX, save_tensors
+    from jlora.tree.paths import flatten
 
     fields = {**FIELDS, "num_hidden_layers": layers}
     model = model_from_config(fields, dtype=jnp.bfloat16)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jlora
-from jlora._weight import dense_matmul
 from jlora.quant.matmul import IMPLEMENTATIONS, implementation, quantized_matmul
+from jlora.weight import dense_matmul
 
 ROWS = (1, 4, 16, 128, 512, 2048, 8192)
 SHORT = {"kernels": (("GPT-2", "c_fc"), ("Llama-3.2-1B", "up_proj")), "rows": (1, 16, 512)}

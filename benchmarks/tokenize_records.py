@@ -19,7 +19,7 @@ import tyro
 from bench import ROOT, machine, pin
 
 from jlora.data import InstructDataset
-from jlora.io import load_tokenizer
+from jlora.files import load_tokenizer
 
 WORDS = "the keeper lit a lamp and wrote of wind rain gulls tide salt, however: (unusual) ships' bread 12 345".split()
 

@@ -109,12 +109,12 @@ def jlora_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], 
     import jax.numpy as jnp
     import optax
 
-    from jlora._tree import flatten, nest
-    from jlora.io.names import hf_name
+    from jlora.files.names import hf_name
     from jlora.lora import LoraConfig, add_lora, split, stack_layers
     from jlora.models import abstract_params, model_from_config
     from jlora.quant import NF4, quantize_params
     from jlora.train import causal_lm_loss, init_state, make_step
+    from jlora.tree.paths import flatten, nest
 
     fields = {**FIELDS[args.family], DEPTH[args.family]: args.layers}
     model = model_from_config(fields, dtype=args.dtype, remat="layer" if args.remat else "none")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._tree import path_string
+from jlora.tree.paths import path_string
 
 MAX_SEED = 2**32 - 1
 """`jax.random.key` keeps 32 bits of a seed, unless `jax_enable_x64` is set: 2**32 + 1 would be the seed 1."""

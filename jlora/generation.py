@@ -11,9 +11,9 @@ import numpy as np
 
 from jlora._numbers import NotFinite
 from jlora._typing import Array, Float, Int, Key, Params
-from jlora.formats.stops import stop_ids, token_ids
 from jlora.lora import is_stacked, linear
 from jlora.models import Model, empty_cache
+from jlora.storage.stops import stop_ids, token_ids
 
 _LEAST_TEMPERATURE = 1e-6
 """Below it logits would overflow float32."""

@@ -7,7 +7,7 @@ import sys
 import time
 
 import jlora.cli
-from jlora.finetuning import loop
+from jlora.runs import loop
 
 WRITES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 

@@ -14,9 +14,9 @@ import transformers
 
 import jlora
 from jlora import cli
-from jlora.formats.checkpoint_files import base_fingerprint
-from jlora.formats.run_settings import FILE, RunSettings
-from jlora.io.hf import AdapterBeside
+from jlora.files.hf import AdapterBeside
+from jlora.storage.checkpoint_files import base_fingerprint
+from jlora.storage.run_settings import FILE, RunSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -249,7 +249,7 @@ def test_push_tells_no_paths(chat_run, tmp_path, call):
     said = call("push", output, "user/name", "--dry-run")
     assert FILE in said.out
     from jlora.cli.push import Push, contents
-    from jlora.report.publication import read_publication
+    from jlora.publish.card import read_publication
 
     shared = json.loads(contents(Push(directory=str(output), repo="x"), read_publication(output), tmp_path)[FILE])
     base = RunSettings.read(output / "adapter").base

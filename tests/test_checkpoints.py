@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.formats.files import NoSpace
+from jlora.storage.whole import NoSpace
 from jlora.train import Checkpoints, adamw, checkpoints, init_state
 
 TX = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)

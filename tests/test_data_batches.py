@@ -163,4 +163,4 @@ def test_the_package_imports_nothing_heavy():
                 root = name.split(".")[0]
                 assert root in allowed or root in __import__("sys").stdlib_module_names, (file.name, name)
                 assert root != "datasets" or node not in tree.body, "imported where it is used"
-                assert name != "jlora.formats.jinja" or node not in tree.body, "imported where it is used"
+                assert name != "jlora.storage.jinja" or node not in tree.body, "imported where it is used"

@@ -5,7 +5,7 @@ import pytest
 from tokenizer_kinds import make
 
 from jlora.data import prompt_ids
-from jlora.formats.jinja import MAX_CHARS, MAX_STEPS, Unbounded, render_template
+from jlora.storage.jinja import MAX_CHARS, MAX_STEPS, Unbounded, render_template
 
 TALK = [{"role": "user", "content": " a <b> é\n"}, {"role": "assistant", "content": "c"}]
 GROW = "{{% set ns = namespace(s={start}) %}}{{% for i in range(60) %}}{{% set ns.s = {grown} %}}{{% endfor %}}{{{{ ns.s }}}}"

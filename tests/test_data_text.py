@@ -17,8 +17,8 @@ from jlora.data import IGNORED, TextDataset, kind_of, load_data, prepare_text, p
 from jlora.data import text as text_module
 from jlora.data.chunks import CONTEXT, context_of, encode_chunks, stable_chunks
 from jlora.data.tokens import encode, fingerprint, pad_id
-from jlora.formats.files import NoSpace
-from jlora.formats.lock import InUse, only_writer
+from jlora.storage.lock import InUse, only_writer
+from jlora.storage.whole import NoSpace
 
 EOT = "<|endoftext|>"
 STORY = "".join(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jlora.formats import files
-from jlora.formats.files import (
+from jlora.storage import whole
+from jlora.storage.whole import (
     NoSpace,
     check_size,
     check_writable,
@@ -175,7 +175,7 @@ def test_killed_at_every_call(writer, after, tmp_path):
     """Without jlora's imports, which would take a second each time."""
     write = WRITERS[writer]
     code = (
-        f"{Path(files.__file__).read_text()}\n{KILLER}\n{inspect.getsource(write)}\n{write.__name__}(Path(sys.argv[3]))"
+        f"{Path(whole.__file__).read_text()}\n{KILLER}\n{inspect.getsource(write)}\n{write.__name__}(Path(sys.argv[3]))"
     )
     for at in range(1, 100):
         path = tmp_path / str(at) / "out"
@@ -196,7 +196,7 @@ def test_killed_at_every_call(writer, after, tmp_path):
 @pytest.mark.parametrize("after", ["before", "after"])
 def test_killed_while_it_is_replaced(after, tmp_path):
     """What was there is there whole, or what is to be."""
-    source = Path(files.__file__).read_text(), KILLER, inspect.getsource(replace_directory)
+    source = Path(whole.__file__).read_text(), KILLER, inspect.getsource(replace_directory)
     code = "\n".join((*source, "replace_directory(Path(sys.argv[3]))"))
     seen = set()
     for at in range(1, 100):
@@ -214,9 +214,9 @@ def test_killed_while_it_is_replaced(after, tmp_path):
 @pytest.mark.parametrize("after", ["before", "after"])
 def test_killed_while_files_come_into_a_directory(after, tmp_path):
     """All or none beside what is somebody's, and the same can be written again."""
-    source = Path(files.__file__).read_text(), KILLER, inspect.getsource(write_files)
+    source = Path(whole.__file__).read_text(), KILLER, inspect.getsource(write_files)
     code = "\n".join((*source, "write_files(Path(sys.argv[3]))"))
-    whole = ["config.json", "mine.txt", "sub", "sub/a.txt"]
+    everything = ["config.json", "mine.txt", "sub", "sub/a.txt"]
     halves = 0
     for at in range(1, 100):
         path = tmp_path / str(at)
@@ -226,10 +226,10 @@ def test_killed_while_files_come_into_a_directory(after, tmp_path):
             break
         halves += (path / "sub/a.txt").exists() != (path / "config.json").exists()
         remove_partial(path / "config.json")
-        assert listing(path) in (["mine.txt"], whole)
+        assert listing(path) in (["mine.txt"], everything)
         if not (path / "config.json").exists():
             write_files(path)
-        assert listing(path) == whole and (path / "mine.txt").read_text() == "mine"
+        assert listing(path) == everything and (path / "mine.txt").read_text() == "mine"
     assert halves and 8 < at < 99
 
 
@@ -273,8 +273,8 @@ def test_interrupted_while_it_is_replaced(tmp_path, monkeypatch):
 
 def test_a_directory_is_removed_at_once(tmp_path):
     write_directory(tmp_path / "out")
-    files.remove_directory(tmp_path / "out")
-    files.remove_directory(tmp_path / "out")
+    whole.remove_directory(tmp_path / "out")
+    whole.remove_directory(tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -287,14 +287,14 @@ def test_all_that_is_left_in_a_directory_of_ours(tmp_path):
     (tmp_path / ".mine").touch()
     with whole_file(tmp_path / "alive") as partial:
         partial.write_text("new")
-        files.remove_all_partial(tmp_path)
+        whole.remove_all_partial(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".mine", "alive"]
 
 
 def test_killed_within(tmp_path):
     """With what a library has made beside the file that it was to write."""
     code = (
-        "import os; from pathlib import Path; from jlora.formats.files import whole_file, whole_directory\n"
+        "import os; from pathlib import Path; from jlora.storage.whole import whole_file, whole_directory\n"
         f"with whole_directory(Path({str(tmp_path / 'out')!r})) as d, whole_file(d / 'model.safetensors') as f:\n"
         "    f.with_name('.tmpABCDEF').write_text('half'); os.kill(os.getpid(), 9)\n"
     )
@@ -422,7 +422,7 @@ def test_refused_where_nothing_can_be_written(tmp_path, monkeypatch):
     def read_only(**kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/.x")
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(whole.tempfile, "mkdtemp", read_only)
     with pytest.raises(PermissionError) as denied:
         check_writable(tmp_path / "out")
     assert denied.value.filename == str(tmp_path / "out")
@@ -498,8 +498,8 @@ def test_a_file_of_another_size_than_it_must_have_is_not_kept(size, tmp_path):
 
 
 def test_a_short_file_on_a_full_disk(tmp_path, monkeypatch):
-    usage = files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    usage = whole.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: usage._replace(free=0))
     with pytest.raises(NoSpace, match="out': 0 bytes free"), whole_file(tmp_path / "out") as partial:
         partial.write_bytes(bytes(50))
         check_size(partial, 100)

@@ -20,7 +20,7 @@ import yaml
 
 import jlora
 from jlora.data import eval_batches, load_data
-from jlora.finetuning import Stopped, TrainingDiverged, loop
+from jlora.runs import Stopped, TrainingDiverged, loop
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,18 +9,18 @@ import jlora
 
 PACKAGE = Path(jlora.__file__).parent
 FLOORS = [
-    {"_start", "_terminal", "_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"},
-    {"quant", "formats"},
+    {"_start", "_terminal", "_typing", "weight", "tree", "_numbers"},
+    {"quant", "storage"},
     {"lora"},
     {"wrapping", "models"},
-    {"io", "data", "train", "generation"},
-    {"finetuning", "report"},
+    {"files", "data", "train", "generation"},
+    {"runs", "report", "publish"},
     {"cli"},
     {"__init__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within the lowest floor: the tree functions know values, values know the vocabulary.
-GROUND = ["_start", "_terminal", "_typing", "_roles", "_weight", "_tree", "_modules", "_numbers"]
+GROUND = ["_start", "_terminal", "_typing", "weight", "tree", "_numbers"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 

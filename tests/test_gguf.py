@@ -17,13 +17,13 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import jlora
-from jlora._tree import flatten
 from jlora.cli import main
-from jlora.io import save_torch
-from jlora.io.gguf import ARCHITECTURES, LAYER_TENSORS, TENSORS, tensor_name
-from jlora.io.ollama import ChatTemplate, modelfile
-from jlora.io.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer_name
+from jlora.files import save_torch
+from jlora.files.gguf import ARCHITECTURES, LAYER_TENSORS, TENSORS, tensor_name
+from jlora.files.ollama import ChatTemplate, modelfile
+from jlora.files.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer_name
 from jlora.models import abstract_params, model_from_config
+from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,8 +18,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora._modules import names_match, pattern_matches
 from jlora.lora.config import _IDLE, _NEUTRAL, _PEFT, LoraConfig
+from jlora.tree.modules import names_match, pattern_matches
 
 MODEL = "examples/assets/tiny-llama"
 IDS = np.arange(100, 140)[None]
@@ -205,7 +205,7 @@ def test_fields_of_an_adapter(name, value, adapter, base, tmp_path):
     directory = edited(adapter, tmp_path / "a", "adapter_config.json", **{name: value})
     with pytest.raises(ValueError) as error:
         jlora.load_adapter(directory, base)
-        jlora.io.base_model_of(directory)
+        jlora.files.base_model_of(directory)
     assert type(error.value) is ValueError and len(str(error.value)) < 3000
     ours = {"r": "rank", "target_modules": "targets", "lora_alpha": "alpha"}
     assert (
@@ -334,7 +334,7 @@ def test_adapters_that_are_not_finite_are_refused(value, base, tmp_path):
         bad = tensors[name].copy()
         bad.reshape(-1)[-1] = value
         save_file(tensors | {name: bad}, file, metadata={"format": "pt"})
-        for read in (jlora.load_adapter, jlora.io.load_adapters):
+        for read in (jlora.load_adapter, jlora.files.load_adapters):
             with pytest.raises(ValueError, match=re.escape(name)):
                 read(tmp_path, base)
 
@@ -342,7 +342,7 @@ def test_adapters_that_are_not_finite_are_refused(value, base, tmp_path):
 def test_mlx_adapters_that_are_not_finite_are_refused(base, tmp_path):
     model, _ = jlora.load(MODEL)
     config = LoraConfig(rank=2, targets=["q_proj"])
-    jlora.io.save_mlx_adapter(tmp_path, trained(base, config), config=config, model=model)
+    jlora.files.save_mlx_adapter(tmp_path, trained(base, config), config=config, model=model)
     tensors = load_file(tmp_path / "adapters.safetensors")
     name = sorted(tensors)[0]
     save_file(tensors | {name: np.full_like(tensors[name], np.nan)}, tmp_path / "adapters.safetensors")

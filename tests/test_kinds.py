@@ -20,11 +20,11 @@ from test_train_step import LLAMA, build, make_batch, walk
 
 import jlora
 from jlora import FullWeight, LoraConfig, LoraWeight
-from jlora._tree import flatten
 from jlora.cli.inspect import adapter_table
 from jlora.lora import adapted_leaves, adapted_modules
 from jlora.lora.weight import column_norms
 from jlora.train.checkpoints import Checkpoints
+from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

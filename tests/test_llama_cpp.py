@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 import jlora
 from jlora.cli import main
-from jlora.io.vocabulary import PRE_TOKENIZERS
+from jlora.files.vocabulary import PRE_TOKENIZERS
 from jlora.models import gpt2, model_from_config
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora._tree import flatten
-from jlora.formats import Checkpoint
+from jlora.storage import Checkpoint
+from jlora.tree.paths import flatten
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

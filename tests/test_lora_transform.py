@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import jlora
 from jlora import LoraConfig, LoraWeight
-from jlora._tree import flatten, map_with_path
 from jlora.lora import is_stacked
 from jlora.models import replace
+from jlora.tree.paths import flatten, map_with_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

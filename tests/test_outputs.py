@@ -19,9 +19,9 @@ import jlora
 from jlora import cli
 from jlora.cli.config_file import flags_of, with_config_file
 from jlora.cli.memory import Memory
-from jlora.formats import files
-from jlora.io.gguf import save_gguf
-from jlora.io.torch_file import save_torch
+from jlora.files.gguf import save_gguf
+from jlora.files.torch_file import save_torch
+from jlora.storage import whole
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -80,9 +80,9 @@ class Killed(BaseException):
 def test_stopped_at_every_flush_and_rename_it_is_there_whole_or_not(save, trained, tokenizer, tmp_path, monkeypatch):
     """As a kill leaves it: nothing is cleaned up after it; then the same call again."""
     save(tmp_path / "whole", trained, tokenizer)
-    whole = tree(tmp_path / "whole")
+    expected = tree(tmp_path / "whole")
     calls = stop_at = 0
-    remove, killed = files._remove, False
+    remove, killed = whole._remove, False
 
     def stopping(call):
         def one(*args, **kwargs):
@@ -97,7 +97,7 @@ def test_stopped_at_every_flush_and_rename_it_is_there_whole_or_not(save, traine
 
     for name in ("fsync", "rename", "replace"):
         monkeypatch.setattr(os, name, stopping(getattr(os, name)))
-    monkeypatch.setattr(files, "_remove", lambda work, lock: os.close(lock) if killed else remove(work, lock))
+    monkeypatch.setattr(whole, "_remove", lambda work, lock: os.close(lock) if killed else remove(work, lock))
     for stop_at in (1, 2, 3, 5, 8, 13):  # noqa: B007
         calls, killed, path = 0, False, tmp_path / f"{stop_at}" / "whole"
         try:
@@ -107,9 +107,9 @@ def test_stopped_at_every_flush_and_rename_it_is_there_whole_or_not(save, traine
         if not path.exists():
             stop_at, killed = 0, False
             save(path, trained, tokenizer)
-        assert tree(path) == whole
+        assert tree(path) == expected
         killed = False
-        files.remove_partial(path)
+        whole.remove_partial(path)
         assert os.listdir(path.parent) == ["whole"]
 
 
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(save, trained, tokenizer, tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(files.NoSpace, match=r"^no space left on .* free\.$"):
+    with pytest.raises(whole.NoSpace, match=r"^no space left on .* free\.$"):
         save(tmp_path / "out", trained, tokenizer)
     assert os.listdir(tmp_path) == []
     monkeypatch.undo()
@@ -131,7 +131,7 @@ LIMITED = """
 import resource, signal, sys
 sys.path[:0] = [{tests!r}]
 import jax, numpy as np, jlora
-from jlora.formats.files import NoSpace
+from jlora.storage.whole import NoSpace
 from test_outputs import LIBRARY
 config = jlora.LoraConfig(rank=2, targets=["q_proj"])
 model, params = jlora.load({model!r}, dtype="float32")
@@ -274,7 +274,7 @@ def test_killed_and_run_again(name, at, adapter_dir, llama_dir, tmp_path):
 def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(
     name, adapter_dir, llama_dir, tmp_path, fails, monkeypatch
 ):
-    monkeypatch.setattr("jlora.io.hf.load", None)
+    monkeypatch.setattr("jlora.files.hf.load", None)
     monkeypatch.setattr("jlora.cli.base.load", None)
     monkeypatch.setattr("jlora.cli.quantize.load", None)
     (tmp_path / "file").write_text("mine")
@@ -329,7 +329,7 @@ def test_an_evaluation_is_printed_also_when_its_file_cannot_be_written(
     llama_dir, text_file, tmp_path, capsys, monkeypatch
 ):
     def full(path, text):
-        raise files.NoSpace("no space left on x")
+        raise whole.NoSpace("no space left on x")
 
     monkeypatch.setattr("jlora.cli.evaluate.write_text", full)
     flags = ["--data", text_file, "--split", "all", "--max-length", 16, "--output", tmp_path / "e.json"]

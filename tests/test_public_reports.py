@@ -15,9 +15,9 @@ import jlora
 from jlora.cli import main
 from jlora.data import IGNORED, InstructDataset, load_data, read_records, trained_too
 from jlora.data.columns import has_empty_answer
-from jlora.formats.structured import read_json
-from jlora.io import base_model_of
+from jlora.files import base_model_of
 from jlora.models import model_from_config
+from jlora.storage.structured import read_json
 from jlora.train import init_state, make_step
 from jlora.train.checkpoints import Checkpoints
 

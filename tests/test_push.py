@@ -27,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 import jlora
 from jlora.cli import push
 from jlora.cli.config_file import flags_of
-from jlora.report.publication import RunRecord, _use_gguf, _use_mlx, model_card, read_publication
+from jlora.publish.card import RunRecord, _use_gguf, _use_mlx, model_card, read_publication
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,8 +15,8 @@ from jaxprs import walk
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora._tree import flatten
 from jlora.quant.tensor import QuantizedTensor
+from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.random.default_rng(3).integers(0, VOCAB, (2, 9))

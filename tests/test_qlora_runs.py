@@ -11,7 +11,7 @@ from tiny import read_log
 
 import jlora
 from jlora.cli import main
-from jlora.finetuning.log import Log
+from jlora.runs.log import Log
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 FLAGS = "--steps 6 --rank 4 --learning-rate 1e-2 --batch-size 2 --max-length 32 --eval-every 3".split()
@@ -106,7 +106,7 @@ def test_the_remaining_commands_take_a_packed_model(packed_dir, text_file, tmp_p
     assert "KL" in capsys.readouterr().out
     main(["merge", "--adapter", str(tmp_path / "run" / "adapter"), "--output", str(tmp_path / "merged")])
     _, params = jlora.load(tmp_path / "merged", dtype="float32")
-    assert not any(isinstance(leaf, jlora.QuantizedTensor) for leaf in jlora._tree.flatten(params).values())
+    assert not any(isinstance(leaf, jlora.QuantizedTensor) for leaf in jlora.tree.paths.flatten(params).values())
 
 
 def test_what_quantize_refuses(packed_dir, llama_dir, tmp_path, capsys):

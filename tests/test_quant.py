@@ -402,7 +402,7 @@ def tree(dtype=jnp.float32):
 
 
 def quantized_paths(params):
-    from jlora._tree import flatten
+    from jlora.tree.paths import flatten
 
     return [path for path, leaf in flatten(params).items() if isinstance(leaf, jlora.QuantizedTensor)]
 

@@ -15,7 +15,7 @@ from test_kinds import perturbed
 
 import jlora
 from jlora import LoraConfig
-from jlora.io import save_torch
+from jlora.files import save_torch
 from jlora.models import has_adapted_tie
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,8 +14,8 @@ from test_peft import IDS
 
 import jlora
 from jlora import LoraConfig, RoutedWeight
-from jlora._tree import flatten
 from jlora.lora import adapted_modules
+from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,11 +15,11 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.finetuning import Stopped, TrainingDiverged, loop
-from jlora.finetuning.run import Run
-from jlora.formats.files import NoSpace
-from jlora.formats.lock import InUse, only_writer
-from jlora.formats.run_settings import FILE
+from jlora.runs import Stopped, TrainingDiverged, loop
+from jlora.runs.run import Run
+from jlora.storage.lock import InUse, only_writer
+from jlora.storage.run_settings import FILE
+from jlora.storage.whole import NoSpace
 from jlora.train import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -317,7 +317,7 @@ def test_output_below_the_data(model, text_file, tmp_path, finished):
 HOLD = """
 import sys
 from pathlib import Path
-from jlora.formats.lock import only_writer
+from jlora.storage.lock import only_writer
 with only_writer(Path(sys.argv[1]), "trained"):
     print("held", flush=True)
     sys.stdin.read()

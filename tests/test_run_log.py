@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from jlora.finetuning.log import Log, lowest
-from jlora.formats.files import NoSpace
+from jlora.runs.log import Log, lowest
+from jlora.storage.whole import NoSpace
 
 
 def entry(step, **more):

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 import jlora
-from jlora.formats.stops import generation_config, stop_ids, token_ids, turn_end_ids, with_stops
-from jlora.io.ollama import modelfile
-from jlora.io.vocabulary import Vocabulary
+from jlora.files.ollama import modelfile
+from jlora.files.vocabulary import Vocabulary
 from jlora.models import model_from_config
+from jlora.storage.stops import generation_config, stop_ids, token_ids, turn_end_ids, with_stops
 
 EOT, START, END = 0, 1, 2  # of tiny.tokenizer
 LLAMA3 = (

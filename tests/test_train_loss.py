@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jaxprs import walk
 
-from jlora._weight import einsum
 from jlora.lora import LoraWeight, linear
 from jlora.models.gpt2 import gelu
 from jlora.models.layers import attention
 from jlora.train.loss import IGNORE, cross_entropy, next_tokens
+from jlora.weight import einsum
 
 TOKENS, WIDTH, VOCAB, RANK = 23, 16, 41, 3
 pytestmark = pytest.mark.usefixtures("quick_compilation")

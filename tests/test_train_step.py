@@ -10,11 +10,11 @@ import pytest
 from jaxprs import walk
 
 import jlora
-from jlora._tree import flatten
-from jlora._weight import einsum
 from jlora.lora import adapted_modules
 from jlora.models import model_from_config
 from jlora.train.loss import cross_entropy
+from jlora.tree.paths import flatten
+from jlora.weight import einsum
 
 # Widths that no batch or token count equals, so that a shape tells what it is.
 GPT2 = {"model_type": "gpt2", "n_embd": 40, "n_head": 4, "vocab_size": 113, "n_positions": 32}

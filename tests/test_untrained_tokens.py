@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import cli
-from jlora.io import find, load_tokenizer, read_config, untrained_tokens
+from jlora.files import find, load_tokenizer, read_config, untrained_tokens
 from jlora.models import model_from_config
 
 EOT, START, END = 0, 1, 2  # of tiny.tokenizer

@@ -13,7 +13,7 @@ from rich.table import Table
 from jlora import _start
 from jlora._terminal import console, never_fail_to_encode, say, visible
 from jlora.cli.config_file import with_config_file
-from jlora.formats.files import NoSpace, no_space
+from jlora.storage.whole import NoSpace, no_space
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, _start.INTERRUPTED
 
@@ -27,7 +27,7 @@ _FOREIGN_LENGTH = 400
 def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
     """Name -> (dataclass of its flags, what runs it)."""
     from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
-    from jlora.finetuning import FinetuneConfig, finetune
+    from jlora.runs import FinetuneConfig, finetune
 
     return {
         "finetune": (FinetuneConfig, finetune),
@@ -183,7 +183,7 @@ def _interrupted(stop: BaseException) -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     if "huggingface_hub" in sys.modules:
-        from jlora.io.hub import without_token
+        from jlora.publish.hub import without_token
 
         message = without_token(message)
     say(console(stderr=True), ("error:", "bold red"), f" {message}")

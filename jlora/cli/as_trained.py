@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jlora._terminal import console, say
-from jlora.formats.adapters import adapter_directories, open_adapter
-from jlora.formats.checkpoint_files import CONFIG, base_fingerprint
-from jlora.formats.run_settings import FILE, RunSettings
-from jlora.io import find
+from jlora.files import find
+from jlora.storage.adapters import adapter_directories, open_adapter
+from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
+from jlora.storage.run_settings import FILE, RunSettings
 
 Options = TypeVar("Options")
 

@@ -17,12 +17,12 @@ from jlora._terminal import say
 from jlora.cli.as_trained import note, note_other_base
 from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, trained_too
 from jlora.data.tokens import fingerprint
-from jlora.formats.run_settings import RunSettings
-from jlora.io import base_model_of, find, load, load_adapter, load_tokenizer
-from jlora.io.hf import AdapterBeside, add_stops
-from jlora.io.origin import Origin
+from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
+from jlora.files.hf import AdapterBeside, add_stops
+from jlora.files.origin import Origin
 from jlora.models import has_adapted_tie, untie
 from jlora.quant import SPECS
+from jlora.storage.run_settings import RunSettings
 
 Split = Literal["validation", "train", "all"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jlora.formats.structured import read_yaml
+from jlora.storage.structured import read_yaml
 
 _NUMBER = re.compile(r"-[\d.]")
 

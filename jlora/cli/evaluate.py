@@ -6,7 +6,7 @@ from jlora._numbers import json_text
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
 from jlora.data import eval_batches
-from jlora.formats.files import check_writable, write_text
+from jlora.storage.whole import check_writable, write_text
 from jlora.train import evaluate
 
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from jlora._terminal import console, say
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
-from jlora.formats.files import refuse_existing, whole_directory, write_text
-from jlora.io import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
-from jlora.io.gguf import DEFAULT_DTYPE, GGUFDtype
-from jlora.io.hf_save import refuse_checkpoint
-from jlora.io.ollama import modelfile
+from jlora.files import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
+from jlora.files.gguf import DEFAULT_DTYPE, GGUFDtype
+from jlora.files.hf_save import refuse_checkpoint
+from jlora.files.ollama import modelfile
 from jlora.lora import LoraConfig
+from jlora.storage.whole import refuse_existing, whole_directory, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from jlora.cli.as_trained import as_trained, note_other_base
 from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
-from jlora.formats.adapters import adapter_directories
+from jlora.files import base_model_of, load_adapters
 from jlora.generation import generate
-from jlora.io import base_model_of, load_adapters
 from jlora.lora import route
+from jlora.storage.adapters import adapter_directories
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

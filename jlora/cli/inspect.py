@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from jlora._modules import linear_kernels
 from jlora._terminal import console, say
-from jlora._tree import flatten
 from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
-from jlora.formats import Checkpoint
-from jlora.formats.adapters import PEFT, adapter_directories, open_adapter
-from jlora.formats.mlx import checkpoint_module
-from jlora.formats.run_settings import RunSettings
-from jlora.io import find, load_tokenizer, read_config, untrained_tokens
-from jlora.io.adapters import factor_names
-from jlora.io.peft import PREFIX
-from jlora.io.untrained import HEAD
+from jlora.files import find, load_tokenizer, read_config, untrained_tokens
+from jlora.files.adapters import factor_names
+from jlora.files.peft import PREFIX
+from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
+from jlora.storage import Checkpoint
+from jlora.storage.adapters import PEFT, adapter_directories, open_adapter
+from jlora.storage.mlx import checkpoint_module
+from jlora.storage.run_settings import RunSettings
+from jlora.tree.modules import linear_kernels
+from jlora.tree.paths import flatten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

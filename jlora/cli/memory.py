@@ -10,17 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora._terminal import console, say
-from jlora._tree import count, nbytes
 from jlora.cli.base import row_length
-from jlora.finetuning import FinetuneConfig
-from jlora.finetuning.config import targets_of
-from jlora.io import find, read_config
+from jlora.files import find, read_config
 from jlora.lora import LoraConfig, split
 from jlora.models import model_from_config
 from jlora.quant import SPECS
+from jlora.runs import FinetuneConfig
+from jlora.runs.config import targets_of
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
 from jlora.train.memory import Memory as Prediction
 from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
+from jlora.tree.paths import count, nbytes
 
 _MEANING = {
     "weights": "frozen parameters as stored",

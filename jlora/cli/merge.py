@@ -8,10 +8,10 @@ import jax
 from jlora._terminal import console, say
 from jlora.cli.as_trained import as_trained, merged_settings
 from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
-from jlora.formats.files import whole_files
-from jlora.io import load, save_pretrained
-from jlora.io.hf_save import refuse_checkpoint
+from jlora.files import load, save_pretrained
+from jlora.files.hf_save import refuse_checkpoint
 from jlora.report import next_token_distance
+from jlora.storage.whole import whole_files
 
 PROBE = 64  # random tokens on which the merged model is compared with the adapted one
 

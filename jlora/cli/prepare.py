@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 from jlora._terminal import console, say
 from jlora.data import prepare_text
-from jlora.formats.files import check_writable
-from jlora.io import find, load_tokenizer, read_config
+from jlora.files import find, load_tokenizer, read_config
 from jlora.models import model_from_config
+from jlora.storage.whole import check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

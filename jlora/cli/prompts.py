@@ -8,8 +8,8 @@ from jlora.cli.as_trained import note
 from jlora.data.prompts import Prompt, check_text, prompts_of, text_ids
 from jlora.data.records import Record
 from jlora.data.templates import prompt_ids
-from jlora.formats.stops import GENERATION_CONFIG, generation_config
-from jlora.io import find
+from jlora.files import find
+from jlora.storage.stops import GENERATION_CONFIG, generation_config
 
 _SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 """Where neither a flag nor the checkpoint says otherwise."""

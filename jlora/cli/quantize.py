@@ -6,11 +6,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jlora._terminal import console, say
-from jlora._tree import count, nbytes
-from jlora.io import load, save_quantized
-from jlora.io.hf_save import refuse_checkpoint
-from jlora.io.origin import Origin
+from jlora.files import load, save_quantized
+from jlora.files.hf_save import refuse_checkpoint
+from jlora.files.origin import Origin
 from jlora.quant import NF4
+from jlora.tree.paths import count, nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

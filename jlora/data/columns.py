@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jlora.data.tokens import require_text
-from jlora.formats.structured import decode_json
+from jlora.storage.structured import decode_json
 
 _COLUMNS = "`instruction` and `output` (and optionally `input`), or `messages`, or `conversations`"
 _ROLES = ("system", "developer", "user", "assistant", "tool")

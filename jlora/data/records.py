@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.data.columns import Record as Record
 from jlora.data.columns import cut, kind, normalized
-from jlora.formats.structured import beyond_bounds, decode_json
+from jlora.storage.structured import beyond_bounds, decode_json
 
 _LISTED = 10  # bad records named in one error
 

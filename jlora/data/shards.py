@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.files import is_partial, whole_file
-from jlora.formats.lock import LOCK
-from jlora.formats.structured import read_json
+from jlora.storage.lock import LOCK
+from jlora.storage.structured import read_json
+from jlora.storage.whole import is_partial, whole_file
 
 META = "meta.json"
 EVALUATION = "evaluation"

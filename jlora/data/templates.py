@@ -173,7 +173,7 @@ def _chat_rendering(conversation: Conversation, tokenizer: Tokenizer, *, prompt:
 
 def _rendered(conversation: Conversation, turns: int, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
     """Its first turns."""
-    from jlora.formats.jinja import render_template  # jinja2 is imported where it is used, as transformers does
+    from jlora.storage.jinja import render_template  # jinja2 is imported where it is used, as transformers does
 
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

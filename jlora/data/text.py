@@ -34,8 +34,8 @@ from jlora.data.shards import (
 from jlora.data.stats import Stats
 from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id, with_bos
 from jlora.data.vocabulary import beyond
-from jlora.formats.files import full_disk_said, remove_all_partial
-from jlora.formats.lock import LOCK, only_writer
+from jlora.storage.lock import LOCK, only_writer
+from jlora.storage.whole import full_disk_said, remove_all_partial
 
 _FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
 _BLOCK_BYTES = 1 << 18

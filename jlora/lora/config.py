@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from jlora._modules import ALL_LINEAR, pattern_matches
-from jlora.formats import Checkpoint
-from jlora.formats.adapters import MLX, open_adapter
-from jlora.formats.fields import (
+from jlora.storage import Checkpoint
+from jlora.storage.adapters import MLX, open_adapter
+from jlora.storage.fields import (
     MAX_SIZE,
     anything,
     check_fields,
@@ -29,7 +28,8 @@ from jlora.formats.fields import (
     text,
     wrong_fields,
 )
-from jlora.formats.mlx import MlxConfig, updated_modules
+from jlora.storage.mlx import MlxConfig, updated_modules
+from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
 INITS = ("kaiming", "gaussian", "pissa")
 BIASES = ("none", "lora_only", "all")

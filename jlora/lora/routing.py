@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._modules import nearest
-from jlora._roles import LINEAR
-from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Array, Float, Int, Params
-from jlora._weight import Weight, as_dense, einsum
 from jlora.lora.seam import embed, linear
 from jlora.lora.weight import AdaptedWeight, LoraWeight
+from jlora.tree.modules import nearest
+from jlora.tree.paths import flatten, is_weight, map_with_path
+from jlora.weight import Weight, as_dense, einsum
+from jlora.weight.roles import LINEAR
 
 Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
 """An adapter's name, None for the base alone, or one of these (or a number in the order of the names, -1: none) for each row."""

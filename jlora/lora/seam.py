@@ -6,7 +6,7 @@ Model code never learns what kind of weight it holds.
 import jax.numpy as jnp
 
 from jlora._typing import Array, Float, Int
-from jlora._weight import Weight, dense_matmul
+from jlora.weight import Weight, dense_matmul
 
 
 def linear(

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._tree import LAYER_CONTAINERS, flatten, layer_path, nest, per_layer_paths, split_layer_path
 from jlora._typing import Params
+from jlora.tree.paths import LAYER_CONTAINERS, flatten, layer_path, nest, per_layer_paths, split_layer_path
 
 
 def is_stacked(params: Params) -> bool:

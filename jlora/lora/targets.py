@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jlora._modules import (
+from jlora.lora.config import LoraConfig
+from jlora.tree.modules import (
     ALL_LINEAR,
     HEADS,
     describe,
@@ -21,9 +22,8 @@ from jlora._modules import (
     spans,
     unclear_kernels,
 )
-from jlora._tree import flatten
-from jlora._weight import Weight
-from jlora.lora.config import LoraConfig
+from jlora.tree.paths import flatten
+from jlora.weight import Weight
 
 
 def layer_index(module: str) -> int | None:

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._modules import is_embedding, layer_paths, module_path, stated_roles
-from jlora._roles import LINEAR, sizes
-from jlora._tree import flatten, is_weight, map_with_path, path_string
 from jlora._typing import Array, Key, Params
-from jlora._weight import Weight, materialize
 from jlora.lora.config import LoraConfig
 from jlora.lora.routing import RoutedWeight
 from jlora.lora.targets import select, select_biases, select_whole
 from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
 from jlora.quant import QuantizedTensor
+from jlora.tree.modules import is_embedding, layer_paths, module_path, stated_roles
+from jlora.tree.paths import flatten, is_weight, map_with_path, path_string
+from jlora.weight import Weight, materialize
+from jlora.weight.roles import LINEAR, sizes
 
 
 def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora._roles import LINEAR
 from jlora._typing import Array, Float, Key
-from jlora._weight import Weight, as_dense, dense_matmul
 from jlora.lora.seam import embed, linear
 from jlora.quant.tensor import unfold
+from jlora.weight import Weight, as_dense, dense_matmul
+from jlora.weight.roles import LINEAR
 
 _TINY = 1e-30
 """Floor of a squared norm: a column of zeros is scaled by 0 / 1e-15, not 0 / 0."""

@@ -7,8 +7,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jlora._tree import flatten, nest, per_layer_paths, split_layer_path
-from jlora.formats.fields import shown
 from jlora.models.config import ConfigReader
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
@@ -18,6 +16,8 @@ from jlora.models.llama import LlamaConfig as LlamaConfig
 from jlora.models.tied import has_adapted_tie as has_adapted_tie
 from jlora.models.tied import refuse_adapted_tie as refuse_adapted_tie
 from jlora.models.tied import untie as untie
+from jlora.storage.fields import shown
+from jlora.tree.paths import flatten, nest, per_layer_paths, split_layer_path
 
 Model: TypeAlias = GPT2 | Llama
 ModelConfig: TypeAlias = GPT2Config | LlamaConfig

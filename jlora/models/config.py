@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.formats.fields import MAX_SIZE, Kind, either, flag, integer, list_of, positive, shown
+from jlora.storage.fields import MAX_SIZE, Kind, either, flag, integer, list_of, positive, shown
 
 MAX_LAYERS = 1024
 """Eight times the deepest model there is."""

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, Float, Int, Params
-from jlora._weight import Weight
 from jlora.lora import linear
 from jlora.models.config import MAX_LAYERS, ConfigReader
 from jlora.models.layers import (
@@ -26,6 +25,7 @@ from jlora.models.layers import (
     make_context,
     run_layers,
 )
+from jlora.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

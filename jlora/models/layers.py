@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._typing import Array, Bool, Float, Int
-from jlora._weight import Weight, as_dense
 from jlora.lora import AdaptedWeight, embed, linear
+from jlora.weight import Weight, as_dense
 
 Remat = Literal["none", "layer"]
 

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, Float, Int, Params
-from jlora._weight import Weight
-from jlora.formats.fields import shown
 from jlora.lora import linear
 from jlora.models.config import MAX_HEADS, MAX_LAYERS, ConfigReader
 from jlora.models.layers import (
@@ -33,6 +31,8 @@ from jlora.models.layers import (
     rotate,
     run_layers,
 )
+from jlora.storage.fields import shown
+from jlora.weight import Weight
 
 _DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},

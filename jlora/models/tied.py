@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from jlora._tree import flatten
 from jlora._typing import Params
 from jlora.lora import AdaptedWeight
 from jlora.models.gpt2 import GPT2
 from jlora.models.layers import frozen_base
 from jlora.models.llama import Llama
+from jlora.tree.paths import flatten
 
 
 def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest, stated_roles
-from jlora._roles import check_roles
-from jlora._tree import flatten, is_weight, map_with_path
 from jlora._typing import Array, Float, Params
-from jlora._weight import materialize
 from jlora.quant.formats import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
+from jlora.tree.modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest, stated_roles
+from jlora.tree.paths import flatten, is_weight, map_with_path
+from jlora.weight import materialize
+from jlora.weight.roles import check_roles
 
 
 def quantize(

@@ -7,12 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jlora._roles import LINEAR, check_roles, inverse, order, sizes
 from jlora._typing import Array, Float, UInt8
-from jlora._weight import Weight
 from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
 from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
+from jlora.weight import Weight
+from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
 _DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
 _META = ("kernel_shape", "format_name", "block_size", "logical_dtype", "roles", "axes")

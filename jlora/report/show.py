@@ -9,7 +9,7 @@ from rich.text import Text
 from jlora._terminal import console as make_console
 from jlora._terminal import visible
 from jlora.report.comparison import Comparison
-from jlora.report.history import read_history
+from jlora.storage.history import read_history
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

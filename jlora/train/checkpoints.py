@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._tree import path_string
-from jlora.formats.files import no_space, remove_all_partial, remove_directory, whole_directory
-from jlora.formats.structured import read_json
+from jlora.storage.structured import read_json
+from jlora.storage.whole import no_space, remove_all_partial, remove_directory, whole_directory
 from jlora.train.step import TrainState
+from jlora.tree.paths import path_string
 
 RECORD, STATE = "checkpoint.json", "state"
 _PLAIN = re.compile(r"[\w/. -]*")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
-from jlora._weight import Weight
 from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
+from jlora.weight import Weight
 
 LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._tree import flatten, layer_path, nbytes
 from jlora._typing import Params
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
 from jlora.quant import QuantizedTensor, QuantSpec, quantize_params
 from jlora.train.loss import CHUNK, causal_lm_loss
+from jlora.tree.paths import flatten, layer_path, nbytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._tree import path_string
 from jlora._typing import Array, Batch, Int, Key
 from jlora.lora import combine
 from jlora.train.loss import LossFn
+from jlora.tree.paths import path_string
 
 
 class TrainState(NamedTuple):

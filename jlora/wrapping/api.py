@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jlora._tree import is_weight, path_string
-from jlora._weight import Weight
 from jlora.lora import AdaptedWeight
+from jlora.tree.paths import is_weight, path_string
+from jlora.weight import Weight
 from jlora.wrapping.interpreter import Context, Recorder, policy_of
 from jlora.wrapping.liveness import needed
 from jlora.wrapping.report import RETURNED, UNUSED, Report, Use

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._typing import Array
-from jlora._weight import einsum
 from jlora.lora import embed, linear
+from jlora.weight import einsum
 from jlora.wrapping.sides import SideOp
 from jlora.wrapping.values import Factored, Packed, Split, Unhandled, is_value, varying_alike
 from jlora.wrapping.views import Rule, cut

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._weight import einsum
+from jlora.weight import einsum
 from jlora.wrapping.consumers import Dims, multiply
 from jlora.wrapping.liveness import live_carry, scan_counts
 from jlora.wrapping.values import Factored, Unhandled, is_value
@@ -104,7 +104,7 @@ def _custom_vjp(ctx, eqn, values, live):
 
 @functools.cache
 def _own_einsum() -> str:
-    """How a jaxpr names the source of `jlora._weight.einsum`."""
+    """How a jaxpr names the source of `jlora.weight.base.einsum`."""
     like = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     traced = jax.make_jaxpr(lambda x, w: einsum("ti,io->to", jnp.dtype(jnp.float32), x, w))(like, like)
     params = traced.jaxpr.eqns[0].params

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._roles import order, sizes
 from jlora._typing import Array
-from jlora._weight import Weight
 from jlora.lora import FullWeight, LoraWeight
 from jlora.quant import NF4Tensor, QuantizedTensor
 from jlora.quant.matmul import not_before
+from jlora.weight import Weight
+from jlora.weight.roles import order, sizes
 from jlora.wrapping.sides import SideOp
 
 _TINY = 1e-30  # as in `LoraWeight`: a column of zeros has no direction

@@ -1,0 +1,386 @@
+"""GGUF: models and LoRA adapters for llama.cpp and what is built on it.
+
+Kernels [in, out] are stored as numpy [out, in] (GGUF counts the axes the other way round). llama.cpp rotates neighbouring
+pairs in the "llama" architecture where Hugging Face's checkpoints rotate halves, so the rows of its query and key
+projections are permuted; "qwen2" rotates halves.
+
+Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/` (`convert_hf_to_gguf.py`) and
+`src/llama-adapter.cpp`.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._typing import Params
+from jlora.files.hf_save import layer_rows
+from jlora.files.names import mismatches
+from jlora.files.peft import check_config, without_residuals
+from jlora.files.updates import check_shapes, kernel_shapes, more_than_updates
+from jlora.files.vocabulary import Vocabulary
+from jlora.lora import LoraConfig, LoraWeight, adapted_modules
+from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
+from jlora.models.layers import rope_frequencies
+from jlora.storage.whole import check_size, refuse_existing, whole_file
+from jlora.tree.modules import module_path
+from jlora.tree.paths import flatten, is_weight, per_layer_paths
+from jlora.weight import materialize
+
+GGUFDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
+DEFAULT_DTYPE: GGUFDtype = "q8_0"
+
+FILE_TYPES: Mapping[str, str] = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+}
+"""dtype -> name in `gguf.LlamaFileType`. The tensors' own type has the dtype's name in capitals."""
+
+ARCHITECTURES: Mapping[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
+"""`model_type` -> `general.architecture`."""
+
+_PERMUTED_ARCHITECTURE = "llama"
+
+TENSORS: Mapping[str, str] = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+}
+"""Module outside the layers -> tensor name without ".weight" or ".bias"."""
+
+LAYER_TENSORS: Mapping[str, str] = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+"""Module inside a layer -> tensor name after "blk.N."."""
+
+_ALWAYS_F32 = ("position_embd.weight",)  # llama.cpp adds it to the embeddings in float32; its converter keeps it, too
+
+_LARGEST: Mapping[str, float] = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895e38, "Q8_0": 127 * 65504.0}
+"""Tensor type -> the magnitude up to which it rounds to a finite number. The scale of a q8_0 block is f16."""
+
+
+def save_gguf(
+    path: str | os.PathLike, model: Model, params: Params, *, tokenizer: Any, dtype: GGUFDtype = DEFAULT_DTYPE
+) -> None:
+    """A model for llama.cpp: one GGUF file with weights, hyperparameters and vocabulary.
+
+    Adapters are merged in float32 and quantized bases are dequantized to float32 before the result is cast to `dtype`.
+    Vectors (norms, biases) and GPT-2's position embedding are float32 whatever the `dtype`. q8_0 packs 32 neighbours of
+    a row into 34 bytes, 8.5 bits a weight; tensors whose rows do not divide into 32 are stored as f16, as llama.cpp's
+    converter does. Quantize further with `llama-quantize` from an f16 or bf16 file. A tied head is left out, as llama.cpp
+    takes the embedding for it. At any time there is one dense tensor beside the parameters.
+
+    Args:
+        path: the file to write, such as "model.gguf"; it appears when it is complete.
+        params: per-layer or stacked, adapted or not, quantized or not.
+        tokenizer: of the model; byte-level BPE (GPT-2, Llama 3, Qwen2), see `Vocabulary`.
+        dtype: "f32", "f16", "bf16" or "q8_0".
+
+    Raises:
+        ImportError: without the package gguf.
+        FileExistsError: when `path` exists.
+        ValueError: for another `dtype`, parameters that are not the model's, values that are not finite or too large for
+            f16, an adapted embedding that is also the output head (`jlora.untie` the model first), and tokenizers that
+            GGUF does not represent. Nothing is left behind.
+    """
+    gguf = _import_gguf()
+    if dtype not in FILE_TYPES:
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(FILE_TYPES)}; got {dtype!r}. For 4 to 6 bits a weight, write f16 and run "
+            "llama.cpp's llama-quantize on it."
+        )
+    path = refuse_existing(path)
+    _check_params(model, params)
+    refuse_adapted_tie(model, params)
+    vocabulary = Vocabulary.of(tokenizer, model.config)
+    wanted = gguf.GGMLQuantizationType[dtype.upper()]
+    stored = {}
+    for name, origin, leaf in _tensors(model, params):
+        shape = leaf.shape[::-1] if origin.endswith("/kernel") else leaf.shape
+        stored[name] = shape, _tensor_type(gguf, name, shape, wanted)
+
+    def describe(writer):
+        _write_metadata(writer, model, path.stem, int(gguf.LlamaFileType[FILE_TYPES[dtype]]), gguf)
+        _write_vocabulary(writer, vocabulary)
+
+    arrays = (
+        _stored(gguf, name, _float32(model, origin, leaf), stored[name][1])
+        for name, origin, leaf in _tensors(model, params)
+    )
+    _write(gguf, path, model, describe, stored, arrays)
+
+
+def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraConfig, model: Model) -> None:
+    """A LoRA adapter for llama.cpp (`--lora adapter.gguf` beside the base model's GGUF), float32.
+
+    lora_A [in, rank] is stored as numpy (rank, in), lora_B [rank, out] as (out, rank), its rows permuted where the base's
+    are. llama.cpp scales every module by `adapter.lora.alpha / rank`, with one alpha for all; rsLoRA's and per-module
+    scalings are folded into lora_B, which is multiplied by `scaling * rank / alpha`.
+
+    Args:
+        path: the file to write, such as "adapter.gguf"; it appears when it is complete.
+        params: adapted parameters, per-layer or stacked, or the adapter half that `split` gave.
+        config: the config they were adapted with.
+        model: the base model.
+
+    Raises:
+        ImportError: without the package gguf.
+        FileExistsError: when `path` exists.
+        ValueError: when nothing is adapted, `config` is not the one the parameters were adapted with, a factor is not
+            finite, or the adapter holds more than low-rank updates of linear kernels. Nothing is left behind.
+    """
+    gguf = _import_gguf()
+    path = refuse_existing(path)
+    modules = adapted_modules(params)
+    if not modules:
+        raise ValueError("`save_gguf_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
+    check_config(params, config)
+    if config.init == "pissa":
+        params, config = without_residuals(params, config)
+        modules = adapted_modules(params)
+    _check_adapter(model, params, modules)
+    tensors = {}
+    for module, weight in modules.items():
+        b = np.asarray(weight.lora_B, np.float32).T * (weight.scaling * weight.rank / config.alpha)
+        name = f"{tensor_name(module)}.weight"
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(weight.lora_A, np.float32).T)
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
+    for name, array in tensors.items():
+        _check_finite(name, array)
+
+    def describe(writer):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(path.stem)
+        writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config.alpha))
+
+    stored = {name: (array.shape, gguf.GGMLQuantizationType.F32) for name, array in tensors.items()}
+    _write(gguf, path, model, describe, stored, tensors.values())
+
+
+def tensor_name(module: str) -> str:
+    """The GGUF name of a module, without ".weight" or ".bias".
+
+    >>> tensor_name("model.layers.3.self_attn.q_proj"), tensor_name("transformer.wte")
+    ('blk.3.attn_q', 'token_embd')
+    """
+    layer = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
+    return f"blk.{layer[1]}.{LAYER_TENSORS[layer[2]]}" if layer else TENSORS[module]
+
+
+def _import_gguf() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ImportError("GGUF files are written by the package gguf: pip install 'jlora[gguf]'") from error
+    return gguf
+
+
+def _write(
+    gguf: Any,
+    path: Path,
+    model: Model,
+    describe: Callable[[Any], None],
+    stored: Mapping[str, tuple[tuple[int, ...], Any]],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """One file, whole or not at all.
+
+    The tensors are written here and not by gguf, which uses `ndarray.tofile`: that loses the error of its last bytes, and on
+    a full disk leaves a hole or a shorter file without a word.
+
+    Args:
+        describe: adds the fields.
+        stored: name -> (shape, type in the file) of every tensor.
+        arrays: their bytes, in the same order.
+    """
+    sizes = [math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind)) for shape, kind in stored.values()]
+    with whole_file(path, new=True, needed=sum(sizes)) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURES[model.config.model_type])
+        try:
+            describe(writer)
+            for (name, (shape, kind)), size in zip(stored.items(), sizes, strict=True):
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (file,) = writer.fout
+            writer.write_padding(file, file.tell())
+            for array, size in zip(arrays, sizes, strict=True):
+                written = file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                assert written == size, f"a tensor of {written} bytes, announced with {size}"
+                writer.write_padding(file, size)
+            expected = file.tell()
+        finally:
+            writer.close()
+        check_size(partial, expected)
+
+
+def _check_params(model: Model, params: Params) -> None:
+    """Every parameter of the model once, in its shape; a file without one would be refused only when it is loaded."""
+    depth, found = model.config.depth, {}
+    for path, leaf in flatten(params).items():
+        if isinstance(leaf, LoraWeight) and any(x is None for x in (leaf.base, leaf.lora_A, leaf.lora_B)):
+            raise ValueError(
+                f"`save_gguf` writes whole parameters, and {path!r} is half of a `split`. Pass `combine(adapter, base)`."
+            )
+        rows, shape = per_layer_paths(path, depth), tuple(leaf.shape)
+        found |= dict.fromkeys(rows, shape[1:] if rows != [path] and shape[0] == depth else shape)
+    expected = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
+    problems = mismatches(expected, found)
+    if problems:
+        raise ValueError(
+            f"These are not the parameters of this model ({model.config.model_type}):\n  " + "\n  ".join(problems)
+        )
+
+
+def _check_adapter(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
+    """Refuses what llama.cpp's adapters do not hold."""
+    kernels = kernel_shapes(model)
+    other = more_than_updates(params, modules) + [module for module in modules if module not in kernels]
+    if other:
+        raise ValueError(
+            "A GGUF adapter holds low-rank updates of the checkpoint's linear kernels and nothing else; this one has more: "
+            f"{', '.join(dict.fromkeys(other[:5]))}. Write the merged model with `save_gguf`."
+        )
+    check_shapes(modules, kernels)
+
+
+def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
+    """(name in the file, path in the tree, leaf) of every tensor, layer by layer, in the same order every time."""
+    config = model.config
+    for path, leaf in layer_rows(model, params):
+        name = tensor_name(module_path(path))
+        yield f"{name}.{'bias' if path.endswith('/bias') else 'weight'}", path, leaf
+    if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
+        plain, scaled = (
+            rope_frequencies(config.head_dim, config.rope_theta, scaling) for scaling in (None, config.rope_scaling)
+        )
+        yield "rope_freqs.weight", "", plain / scaled  # llama.cpp divides the frequencies by it
+
+
+def _tensor_type(gguf: Any, name: str, shape: tuple[int, ...], wanted: Any) -> Any:
+    if len(shape) < 2 or name in _ALWAYS_F32:
+        return gguf.GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _float32(model: Model, path: str, leaf: Any) -> np.ndarray:
+    """The dense tensor as the file orders it: kernels as [out, in]."""
+    array = np.asarray(materialize(leaf, jnp.dtype(jnp.float32)) if is_weight(leaf) else leaf).astype(np.float32)
+    return _permuted(model, module_path(path), array.T if path.endswith("/kernel") else array)
+
+
+def _permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of a query or key projection in llama.cpp's order: (half, pair) of each head becomes (pair, half)."""
+    config = model.config
+    if isinstance(config, GPT2Config) or ARCHITECTURES[config.model_type] != _PERMUTED_ARCHITECTURE:
+        return rows
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
+    if heads is None:
+        return rows
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{name!r} is not finite: training has diverged, and nothing was written. Export an earlier checkpoint."
+        )
+
+
+def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
+    _check_finite(name, array)
+    largest = float(np.abs(array).max())
+    if largest > _LARGEST[kind.name]:
+        raise ValueError(
+            f"{name!r} has values of up to {largest:g}, and {kind.name.lower()} ends at {_LARGEST[kind.name]:g}. Write bf16 "
+            "or f32 instead."
+        )
+    return gguf.quants.quantize(np.ascontiguousarray(array), kind)
+
+
+def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: Any) -> None:
+    count = sum(math.prod(leaf.shape) for leaf in flatten(abstract_params(model)).values())
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(count, count, 0, 0))
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    fields = _gpt2_fields(model.config) if isinstance(model.config, GPT2Config) else _llama_fields(model.config)
+    for key, value in fields.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{writer.arch}.{key}", value)
+
+
+def _gpt2_fields(config: GPT2Config) -> dict[str, int | float]:
+    return {
+        "block_count": config.n_layer,
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "feed_forward_length": config.n_inner,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _llama_fields(config: LlamaConfig) -> dict[str, int | float]:
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE, whichever the family
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    for kind, number in vocabulary.ids.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+    # Said also when false: llama.cpp adds a bos token to "llama-bpe" of its own accord.
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)

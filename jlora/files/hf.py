@@ -1,0 +1,254 @@
+"""Hugging Face checkpoints -> (model, params)."""
+
+import dataclasses
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.files.bnb import STATE_SUFFIX, QuantState
+from jlora.files.finite import FiniteCheck
+from jlora.files.names import (
+    FLOATS,
+    HEAD,
+    checkpoint_names,
+    is_ignorable,
+    is_transposed,
+    mismatches,
+    wrong_dtypes,
+)
+from jlora.models import Model, abstract_params, model_from_config
+from jlora.quant import QuantSpec, quantizable, quantize_rows
+from jlora.storage import Checkpoint
+from jlora.storage.adapters import CONFIG as ADAPTER_CONFIG
+from jlora.storage.fields import shown
+from jlora.storage.hub_id import is_hub_id
+from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
+from jlora.storage.structured import read_json
+from jlora.tree.paths import flatten, nest, split_layer_path
+
+
+class AdapterBeside(UserWarning):
+    """A model is loaded from a directory that holds an adapter too; transformers would put it on."""
+
+
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: Any = jnp.bfloat16,
+    quantize: QuantSpec | None = None,
+    stack: bool = False,
+    remat: str = "none",
+) -> tuple[Model, dict[str, Any]]:
+    """A pretrained model and its parameters, from a Hugging Face directory or hub id.
+
+    Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
+    parameters plus one dense tensor. Checkpoints that bitsandbytes quantized to NF4 are read as they are packed.
+
+    Args:
+        name: a directory with config.json and safetensors, or a hub id such as "gpt2" (downloaded to the hub's cache).
+        dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
+            dtype they were quantized from.)
+        quantize: `jlora.NF4()`, `Int8()` or `Int4()`: packs every linear kernel but the head, as soon as it is read.
+        stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
+        remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
+
+    Returns:
+        (Flax module, parameters); `model.apply({"params": params}, input_ids)` gives float32 logits. `model.config.eos_token_id`
+        is all that ends a generation: of generation_config.json, config.json and the tokenizer (see `stop_ids`).
+
+    Raises:
+        FileNotFoundError: no such directory or hub id, or no safetensors in it.
+        ValueError: a family or config field that the graphs do not compute; missing, unexpected and mis-shaped tensors,
+            all in one error; weights that are NaN or infinite; `quantize` for a checkpoint that is quantized otherwise.
+    """
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32; got {dtype!r}.") from error
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
+    directory = find(name)
+    if (directory / ADAPTER_CONFIG).is_file():
+        warnings.warn(
+            f"{str(directory)!r} holds a model and an adapter, which is not on: put it on with `jlora.load_adapter(directory, "
+            "params)` (--adapter DIRECTORY).",
+            AdapterBeside,
+            stacklevel=2,
+        )
+    model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
+    expected = flatten(abstract_params(model))
+    packed_paths = quantizable(abstract_params(model)) if quantize else set()
+    checkpoint = Checkpoint(directory)
+    names = checkpoint_names(expected, checkpoint.shapes)
+    states = {p: state for p in names if p.endswith("/kernel") and (state := QuantState.of(checkpoint, names[p]))}
+    _check(directory, model, expected, names, states, checkpoint)
+    if quantize and any(state.spec != quantize for state in states.values()):
+        raise ValueError(
+            f"{str(directory)!r} is quantized already, as {next(iter(states.values())).spec}; it cannot be loaded as {quantize}. "
+            "Leave `quantize` out, or load the dense original."
+        )
+    flat: dict[str, Any] = {}
+    finite = FiniteCheck()
+    # Largest first: its copies are made while there is little else.
+    for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
+        spec = quantize if path in packed_paths else None
+        value = _read(checkpoint, names[path], states.get(path), dtype, is_transposed(path, model), spec, finite)
+        layer = split_layer_path(path) if stack else None
+        if layer is None:
+            flat[path] = value
+        else:
+            stacked_path, index = layer
+            stacked = flat.get(stacked_path)
+            flat[stacked_path] = _set_row(
+                _zeros(model.config.depth, value) if stacked is None else stacked, value, index
+            )
+    finite.finish(directory)
+    return model, nest(flat)
+
+
+def _with_stops(model: Model, directory: Path) -> Model:
+    """The model with every stop of its directory as its end of text."""
+    declared = token_ids(
+        generation_config(directory).get("eos_token_id"), where=repr(str(directory / GENERATION_CONFIG))
+    )
+    tokens = None
+    with suppress(ValueError):  # a model runs without a tokenizer; `load_tokenizer` says what is wrong with it
+        tokens = SpecialTokens.of(directory)
+    return add_stops(model, tokens, declared)
+
+
+def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Model:
+    """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
+    own = token_ids(model.config.eos_token_id, where="config.json")
+    stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)
+    if stops == own:
+        return model
+    ids = stops[0] if len(stops) == 1 else stops or None
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_id=ids))
+
+
+def _read(
+    checkpoint: Checkpoint,
+    name: str,
+    state: QuantState | None,
+    dtype: Any,
+    transposed: bool,
+    spec: QuantSpec | None,
+    finite: FiniteCheck,
+):
+    """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
+    stored = jnp.array(checkpoint.read(name)).astype(dtype) if state is None else state.read(checkpoint, name)
+    finite.see(name, stored)
+    if state is not None:
+        return stored
+    if spec is None:
+        return stored.T if transposed else stored
+    return quantize_rows(stored if transposed else stored.T, spec)
+
+
+def _zeros(depth: int, row: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), row)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(stacked: Any, row: Any, index: int) -> Any:
+    return jax.tree.map(lambda s, r: jax.lax.dynamic_update_index_in_dim(s, r, index, 0), stacked, row)
+
+
+def _check(directory, model, expected, names, states: Mapping[str, QuantState], checkpoint: Checkpoint) -> None:
+    shapes, dtypes = {}, {}
+    for path, leaf in expected.items():
+        name, shape = names[path], leaf.shape
+        if path in states:
+            # bitsandbytes packs [out, in], also of the kernels that GPT-2 stores as [in, out].
+            if states[path].shape != shape[::-1]:
+                raise ValueError(
+                    f"{name!r} is quantized from {states[path].shape}; config.json makes it {shape[::-1]}."
+                )
+            for part, (part_shape, dtype) in states[path].tensors(name).items():
+                shapes[part], dtypes[part] = part_shape, (dtype,)
+        else:
+            shapes[name], dtypes[name] = shape[::-1] if is_transposed(path, model) else shape, FLOATS
+    ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model) or n.endswith(STATE_SUFFIX)]
+    problems = mismatches(shapes, checkpoint.shapes, ignorable)
+    problems += wrong_dtypes(dtypes, checkpoint.dtypes)
+    if problems:
+        raise ValueError(
+            f"The tensors in {str(directory)!r} do not fit its config.json ({model.config.model_type}):\n  "
+            + "\n  ".join(problems)
+            + "\nNothing was loaded. Check that config.json and the weights are of the same checkpoint."
+        )
+    _check_tie(directory, model, names, checkpoint)
+
+
+def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """A tied head may be stored a second time; with other values it is a head of its own, and transformers 5 uses it."""
+    embedding = names[model.config.embedding_path]
+    if not model.config.tie_word_embeddings or HEAD not in checkpoint.shapes:
+        return
+    if not np.array_equal(checkpoint.read(HEAD), checkpoint.read(embedding)):
+        raise ValueError(
+            f"config.json in {str(directory)!r} ties the output head to the embedding, and the file holds a {HEAD!r} of other "
+            f"values than {embedding!r}: transformers 5 uses that head, transformers 4 does not. Nothing was loaded. Set "
+            '"tie_word_embeddings": false in config.json to use it, or remove the tensor.'
+        )
+
+
+def find(name: str | os.PathLike) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (configuration, tokenizer and safetensors only)."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    text = os.fspath(name)
+    if not is_hub_id(text):
+        raise FileNotFoundError(
+            f"{text!r} is not a directory. Pass a Hugging Face model directory, or a hub id such as 'gpt2'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        twice = ["consolidated*", "original/*"]  # the same weights in their makers' own format
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=twice))
+    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+        raise FileNotFoundError(
+            f"{text!r} is neither a directory here nor could it be downloaded from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            "Check the spelling, the network, and for gated models `hf auth login`."
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The fields of `config.json`."""
+    path = directory / "config.json"
+    if not path.is_file():
+        adapter = (directory / ADAPTER_CONFIG).is_file()
+        raise FileNotFoundError(
+            f"There is no config.json in {str(directory)!r}."
+            + (
+                " It holds an adapter: load its base model, then `jlora.load_adapter(directory, params)`."
+                if adapter
+                else ""
+            )
+        )
+    fields = read_json(path)
+    quantized = fields.get("quantization_config")
+    if quantized:
+        says = quantized if isinstance(quantized, Mapping) else {}
+        if says.get("quant_method") != "bitsandbytes" or says.get("load_in_4bit") is not True:
+            method = says.get("quant_method", quantized)
+            raise ValueError(
+                f"{str(directory)!r} is quantized ({shown(method)}), says `quantization_config` in its config.json; jlora "
+                "reads dense checkpoints and bitsandbytes' 4-bit NF4. Load its dense original, with `quantize=jlora.NF4()` if it "
+                "is too large."
+            )
+    return fields

@@ -1,0 +1,386 @@
+"""What goes to a model hub of an adapter, a run or a checkpoint: the files that are known, and a model card."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jlora._terminal import visible
+from jlora.data import is_hub_data
+from jlora.lora import LoraConfig
+from jlora.storage import Checkpoint, run_settings
+from jlora.storage.adapters import CONFIG, MLX, PEFT, open_adapter
+from jlora.storage.checkpoint_files import TERMS, TOKENIZER
+from jlora.storage.history import read_history
+from jlora.storage.hub_id import is_hub_id
+from jlora.storage.structured import read_yaml
+
+CARD = "README.md"
+CURVE = "loss.png"
+
+
+class Kind(NamedTuple):
+    """What may be published."""
+
+    name: str
+    """In words."""
+    patterns: tuple[str, ...]
+    """The files that go up, where they are there; no others do."""
+    metadata: Mapping[str, Any]
+    """Of the card."""
+    usage: Callable[["Publication", str], Iterator[str]]
+    """Lines that say how a repository of this kind is used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says about how its adapter came to be."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    """config.yaml."""
+    history: Sequence[Mapping[str, Any]]
+    """metrics.jsonl."""
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike) -> "RunRecord":
+        """Raises a FileNotFoundError for what is not a directory of `jlora finetune`, and a ValueError for a broken one."""
+        directory = Path(directory)
+        for name in ("config.yaml", "metrics.jsonl"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{str(directory)!r} is no run of `jlora finetune`: there is no {name} in it.")
+        try:
+            config = read_yaml(directory / "config.yaml")
+            for name in ("model", "data"):
+                if not isinstance(config.get(name), str | None):
+                    raise ValueError(f"`{name}` in config.yaml must be text; got {config[name]!r}")
+            history = read_history(directory / "metrics.jsonl")
+        except ValueError as error:
+            raise ValueError(f"The run in {str(directory)!r} cannot be read: {str(error).rstrip('.')}.") from error
+        return cls(directory, config, history)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss)."""
+        return [(e["step"], e["loss"]) for e in self.history if "loss" in e]
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, evaluation loss)."""
+        return [(e["step"], e["eval_loss"]) for e in self.history if "eval_loss" in e]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data were raw text, which leaves its shards in the run."""
+        shards = self.directory / "data"
+        return shards.is_dir() and any(shards.iterdir())
+
+    @property
+    def data_set(self) -> str | None:
+        """The hub id of the data, where they came from the hub."""
+        name = str(self.config.get("data", ""))
+        return name if is_hub_data(name) and not self.is_text else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """A directory, or a GGUF file, that can be published."""
+
+    root: Path
+    kind: Kind
+    run: RunRecord | None
+    base: str | None
+    """The base model's name as it is written there."""
+
+    def files(self) -> dict[str, Path]:
+        """Path in the repository -> file.
+
+        Raises:
+            ValueError: when one is a link to what is elsewhere.
+        """
+        if self.root.is_file():
+            return {self.root.name: self.root}
+        found = [path for pattern in self.kind.patterns for path in sorted(self.root.glob(pattern))]
+        refuse_links(self.root, found)
+        return {path.relative_to(self.root).as_posix(): path for path in found if path.is_file()}
+
+    def left_behind(self, files: Iterable[str]) -> list[str]:
+        """What lies in the directory, and in its run, and is not among `files`; directories with a slash."""
+        if self.root.is_file():
+            return []
+        beside = list(self.root.iterdir())
+        if self.run is not None and self.root.parent == self.run.directory:
+            beside += [path for path in self.run.directory.iterdir() if path != self.root]
+        taken = {name.split("/")[0] for name in files}
+        return sorted(path.name + "/" * path.is_dir() for path in beside if path.name not in taken)
+
+
+def refuse_links(root: Path, paths: Iterable[Path]) -> None:
+    """Raises a ValueError for a file that lies elsewhere: whoever pushes a directory means what is in it."""
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(
+                f"{str(path)!r} is a link out of the directory, to {str(path.resolve())!r}, so nothing was pushed. Put a copy in "
+                "its place, or remove it."
+            )
+
+
+def read_publication(directory: str | os.PathLike, *, run: str | os.PathLike | None = None) -> Publication:
+    """What is to be published: an adapter directory, a run directory (its adapter), a checkpoint or GGUF models.
+
+    Args:
+        run: the run that it came from, for the card; found by itself for a run and its `adapter/`.
+
+    Raises:
+        FileNotFoundError: when there is nothing to publish, or a file of it is missing.
+        ValueError: when it is damaged.
+    """
+    root = Path(directory)
+    if not root.exists():
+        raise FileNotFoundError(
+            f"There is no {str(root)!r}. Pass an adapter, a run of `jlora finetune`, or a checkpoint."
+        )
+    if (root / "config.yaml").is_file() and not (root / CONFIG).is_file():
+        run, root = run or root, root / "adapter"
+        if not root.is_dir():
+            raise FileNotFoundError(f"The run in {str(run)!r} has no adapter yet. Finish it: jlora finetune --resume.")
+    elif run is None and root.name == "adapter" and (root.parent / "config.yaml").is_file():
+        run = root.parent
+    record = None if run is None else RunRecord.read(run)
+    if root.suffix == ".gguf" or (root.is_dir() and any(root.glob("*.gguf"))):
+        return Publication(root, _GGUF, record, record and record.config.get("model"))
+    if (root / CONFIG).is_file():
+        found = open_adapter(root)
+        LoraConfig.load(root)
+        Checkpoint(found.weights)
+        return Publication(root, _ADAPTERS[found.layout.name], record, found.base_model)
+    if (root / "config.json").is_file():
+        Checkpoint(root)  # every shard is there
+        return Publication(root, _CHECKPOINT, record, record and record.config.get("model"))
+    raise FileNotFoundError(
+        f"{str(root)!r} holds nothing to push: no adapter_config.json, no config.yaml of a run, no config.json of a "
+        "checkpoint, no .gguf file."
+    )
+
+
+def model_card(
+    publication: Publication,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    curve: bool = False,
+) -> str:
+    """README.md of a repository: YAML front matter, then what it is, how it came to be and how it is used.
+
+    Paths of this machine do not go into it: local data and local bases are called by their last name.
+
+    Args:
+        base_model: hub id of the base; default: the one that is written there, if it is one.
+        license: SPDX-like id of the hub; none is ever assumed.
+        curve: whether `CURVE` lies beside the card.
+    """
+    run, kind = publication.run, publication.kind
+    base = base_model or (publication.base if publication.base and is_hub_id(publication.base) else None)
+    quantized = bool(run and run.config.get("quantize"))
+    metadata = {
+        "base_model": base,
+        **{name: value for name, value in kind.metadata.items() if base or name != "base_model_relation"},
+        "tags": [*kind.metadata.get("tags", ()), *(["qlora"] if quantized else []), "jlora"],
+        "datasets": [run.data_set] if run and run.data_set else None,
+        "license": license,
+    }
+    front = yaml.safe_dump({k: v for k, v in metadata.items() if v}, sort_keys=False, allow_unicode=True)
+    local = f"a local checkpoint named {_last_name(publication.base)}" if publication.base else ""
+    origin = f"[{base}](https://huggingface.co/{base})" if base else local
+    lines = ["---", front.rstrip(), "---", "", f"# {repo.rpartition('/')[2]}", ""]
+    lines += [
+        f"{kind.name[0].upper()}{kind.name[1:]}{f' of {origin}' if origin else ''}, made with jlora (LoRA for JAX).",
+        "",
+    ]
+    lines += [*_training(run, curve)] if run else [*_settings(publication)]
+    lines += ["## Use", "", *kind.usage(dataclasses.replace(publication, base=base or publication.base), repo)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _last_name(name: str | None) -> str:
+    return _code(Path(name).name) if name else ""
+
+
+def _code(text: str) -> str:
+    """Text in a line of Markdown that stays text, whatever is in it."""
+    text = visible(" ".join(text.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if len(fence) > 1 else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def _training(run: RunRecord, curve: bool) -> Iterator[str]:
+    data = run.data_set
+    shown = f"[{data}](https://huggingface.co/datasets/{data})" if data else _last_name(run.config.get("data"))
+    yield from ("## Training", "", f"Data: {shown}" if shown else "", "")
+    yield from _table(("", ""), _hyperparameters(run))
+    if run.losses or run.evaluations:
+        yield from _table(("loss (nats a token)", "step", "loss", "perplexity"), _losses(run))
+    if curve:
+        yield from (f"![training and evaluation loss by step]({CURVE})", "")
+
+
+_SHOWN = (
+    "rank", "alpha", "dropout", "targets", "exclude", "layers_to_transform", "bias", "modules_to_save", "use_rslora", "use_dora",
+    "init", "quantize", "template", "max_length", "pack", "learning_rate", "warmup_fraction", "weight_decay", "max_grad_norm",
+    "batch_size", "accumulate", "epochs", "dtype", "seed",
+)  # fmt: skip
+
+
+def _hyperparameters(run: RunRecord) -> Iterator[tuple[str, str]]:
+    for name in _SHOWN:
+        value = run.config.get(name)
+        if name == "template" and run.is_text:
+            continue
+        if value not in (None, [], False, "none", "auto") or (name in ("dropout", "seed") and value is not None):
+            yield name.replace("_", " "), _plain(value)
+    if run.losses:
+        yield "steps", str(run.losses[-1][0])
+
+
+def _plain(value: Any) -> str:
+    """A value in a cell of a table."""
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if isinstance(value, bool) or _is_number(value) else _code(text).replace("|", "\\|")
+
+
+def _losses(run: RunRecord) -> Iterator[tuple[str, str, str, str]]:
+    rows = []
+    if run.losses:
+        rows += [("training, first step", *run.losses[0]), ("training, last step", *run.losses[-1])]
+    if run.evaluations:
+        best = min(run.evaluations, key=lambda entry: entry[1])
+        last = best if run.config.get("save") == "best" else run.evaluations[-1]
+        rows += [("evaluation, before training", *run.evaluations[0])] * (run.evaluations[0][0] == 0)
+        rows += [("evaluation, this adapter", *last)] * (last[0] > 0)
+    for name, step, loss in rows:
+        yield name, str(step), f"{loss:.4f}", f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+
+
+def _settings(publication: Publication) -> Iterator[str]:
+    """Of an adapter without a run: what its own config says."""
+    if publication.kind not in _ADAPTERS.values():
+        return
+    config = LoraConfig.load(publication.root)
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    rows = ((n.replace("_", " "), _plain(v)) for n, v in fields.items() if v not in (None, (), {}, False, "none", 0.0))
+    yield from ("## Adapter", "", *_table(("", ""), rows))
+
+
+def _table(header: Sequence[str], rows: Any) -> Iterator[str]:
+    yield from (f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}")
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
+def _python(*lines: str) -> Iterator[str]:
+    yield from ("```python", *lines, "```", "")
+
+
+def _use_in_jlora(publication: Publication, repo: str) -> Iterator[str]:
+    yield from ("With jlora:", "")
+    yield from _python(
+        "import jlora",
+        "from huggingface_hub import snapshot_download",
+        "",
+        f"model, params = jlora.load({_base(publication)})",
+        f'params = jlora.load_adapter(snapshot_download("{repo}"), params)',
+    )
+
+
+def _base(publication: Publication) -> str:
+    """The base in a line of code; never the last name of a path alone, which might be another model's on the hub."""
+    name = publication.base or "./base"
+    return json.dumps(name if is_hub_id(name) else f"path/to/{Path(name).name}")
+
+
+def _use_peft(publication: Publication, repo: str) -> Iterator[str]:
+    yield from ("With PEFT:", "")
+    yield from _python(
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({_base(publication)})",
+        f'model = PeftModel.from_pretrained(base, "{repo}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({_base(publication)})",
+    )
+    yield from _use_in_jlora(publication, repo)
+
+
+def _use_mlx(publication: Publication, repo: str) -> Iterator[str]:
+    base = shlex.quote(json.loads(_base(publication)))
+    yield from ("With mlx-lm:", "", "```sh", f"hf download {repo} --local-dir adapter")
+    yield from (
+        f"mlx_lm.generate --model {base} --adapter-path adapter --prompt '…'",
+        "```",
+        "",
+    )
+    yield from _use_in_jlora(publication, repo)
+
+
+def _use_checkpoint(publication: Publication, repo: str) -> Iterator[str]:
+    yield from ("With transformers:", "")
+    yield from _python(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+    )
+    yield from ("With jlora:", "")
+    yield from _python("import jlora", "", f'model, params = jlora.load("{repo}")')
+
+
+def _use_gguf(publication: Publication, repo: str) -> Iterator[str]:
+    yield from ("With llama.cpp:", "", "```sh", f"hf download {repo} --local-dir model")
+    for name in publication.files():
+        if name.endswith(".gguf"):
+            yield f"llama-cli -m {shlex.quote(visible(f'model/{name}'))}"
+    yield from ("```", "")
+
+
+_ADAPTERS: Mapping[str, Kind] = {
+    PEFT.name: Kind(
+        "LoRA adapter",
+        (CONFIG, PEFT.weights, run_settings.FILE, *TOKENIZER),
+        {"base_model_relation": "adapter", "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]},
+        _use_peft,
+    ),
+    MLX.name: Kind(
+        "LoRA adapter in mlx-lm's layout",
+        (CONFIG, MLX.weights, run_settings.FILE, *TOKENIZER),
+        {"base_model_relation": "adapter", "library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["lora"]},
+        _use_mlx,
+    ),
+}
+_CHECKPOINT = Kind(
+    "checkpoint",
+    (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        run_settings.FILE,
+        *TOKENIZER,
+        *TERMS,
+    ),
+    {"library_name": "transformers", "pipeline_tag": "text-generation"},
+    _use_checkpoint,
+)
+_GGUF = Kind("GGUF model", ("*.gguf", "Modelfile"), {"pipeline_tag": "text-generation", "tags": ["gguf"]}, _use_gguf)

@@ -1,0 +1,1 @@
+"""Trees of parameters: their paths as "a/b/c", and their modules."""

@@ -1,0 +1,111 @@
+"""Parameter trees by path: "model/layers/3/self_attn/q_proj/kernel".
+
+`Weight` values count as leaves here, so a wrapped tree has the same paths as the tree it was made from.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.weight import Weight
+
+LAYER_CONTAINERS = ("layers", "h")
+"""Names of the nodes whose children "0", "1", … are the layers, in Llama-like and GPT-2 checkpoints."""
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+def path_string(key_path: Iterable[Any]) -> str:
+    """A JAX key path as "a/b/c"."""
+    parts = []
+    for entry in key_path:
+        for field in ("key", "name", "idx"):
+            if hasattr(entry, field):
+                parts.append(str(getattr(entry, field)))
+                break
+        else:
+            parts.append(str(entry))
+    return "/".join(parts)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, `Weight` values whole."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)
+    return {path_string(path): leaf for path, leaf in leaves}
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`fn(path, leaf)` over every leaf, `Weight` values whole; same structure."""
+    return jax.tree_util.tree_map_with_path(lambda p, x: fn(path_string(p), x), tree, is_leaf=is_weight)
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries from leaves by path: the inverse of `flatten` on dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def layer_path(path: str, index: int) -> str | None:
+    """The path of layer `index` of a stacked leaf, or None when `path` is not in a stacked container.
+
+    >>> layer_path("model/layers/self_attn/q_proj/kernel", 3)
+    'model/layers/3/self_attn/q_proj/kernel'
+    >>> layer_path("model/norm/scale", 3) is None
+    True
+    """
+    container = re.fullmatch(rf"((?:.*/)?(?:{'|'.join(LAYER_CONTAINERS)}))/(?!\d+/)(.*)", path)
+    return None if container is None else f"{container[1]}/{index}/{container[2]}"
+
+
+def per_layer_paths(path: str, depth: int) -> list[str]:
+    """The paths of the layers of a stacked leaf; the path itself outside a stacked container."""
+    return [p for i in range(depth) if (p := layer_path(path, i)) is not None] or [path]
+
+
+def split_layer_path(path: str) -> tuple[str, int] | None:
+    """(path in the stacked tree, layer index) of a per-layer path, or None outside the layers.
+
+    >>> split_layer_path("transformer/h/11/ln_1/bias")
+    ('transformer/h/ln_1/bias', 11)
+    """
+    layer = re.fullmatch(rf"((?:.*/)?(?:{'|'.join(LAYER_CONTAINERS)}))/(\d+)/(.*)", path)
+    return None if layer is None else (f"{layer[1]}/{layer[3]}", int(layer[2]))
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """The tree with its frozen float leaves in `dtype`.
+
+    Integer leaves and packed codes are left alone, and the factors of an adapter keep their float32 master copies
+    (they are cast to the activations' dtype where they are used).
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` must be a floating point type; got {dtype}. Pass jnp.bfloat16 or jnp.float32.")
+
+    def one(leaf):
+        if is_weight(leaf):
+            return leaf.cast(dtype)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, params, is_leaf=is_weight)
+
+
+def count(params: Any) -> int:
+    """Number of parameters: what the values stand for plus what adapters add. `count(split(params)[0])`: the trained."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_weight))
+
+
+def nbytes(params: Any) -> int:
+    """Bytes of every stored array, packed codes as packed."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
