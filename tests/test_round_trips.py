@@ -1,4 +1,4 @@
-"""The README's table of adapters and formats: every cell that says so is written here and read there, or the reverse."""
+"""The table of adapters and formats in docs/formats.md: every cell that says so is written here and read there, or the reverse."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from jlora.models import has_adapted_tie
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 FAMILIES = ("gpt2", "llama", "qwen2")  # llama has a head of its own, the others tie it to the embedding
 LINEAR = {"gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "down_proj"), "qwen2": ("q_proj", "down_proj")}
 EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens", "qwen2": "embed_tokens"}
@@ -43,8 +43,8 @@ ADAPTERS = {
 
 
 def table() -> dict[tuple[str, str], str]:
-    """(row, column) -> cell of the README's table: "both" ways, "out", "no", or a note in place of the last."""
-    lines = README[README.index("| adapter |") :].split("\n\n")[0].splitlines()
+    """(row, column) -> cell of the page's table: "both" ways, "out", "no", or a note in place of the last."""
+    lines = PAGE[PAGE.index("| adapter |") :].split("\n\n")[0].splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {(row[0], column): cell for row in rows for column, cell in zip(header[1:], row[1:], strict=True)}
 
