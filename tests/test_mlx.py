@@ -19,8 +19,8 @@ from test_malformed import edit_json, header, raw, refused, text
 import jlora
 from jlora.cli import main
 from jlora.cli.inspect import adapter_table
+from jlora.files.mlx import MlxConfig, mlx_module
 from jlora.lora import adapted_modules
-from jlora.storage.mlx import MlxConfig, mlx_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
