@@ -23,8 +23,9 @@ from jlora.cli import main
 from jlora.files import save_torch
 from jlora.files.gguf import ARCHITECTURES, LAYER_TENSORS, TENSORS, tensor_name
 from jlora.files.ollama import ChatTemplate, modelfile
-from jlora.files.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer_name
+from jlora.files.vocabulary import Vocabulary, pre_tokenizer_name
 from jlora.models import abstract_params, model_from_config
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -21,6 +21,7 @@ from trees import perturbed, same_bits
 import jlora
 from jlora import FullWeight, LoraConfig, LoraWeight
 from jlora.cli.inspect import adapter_table
+from jlora.files.peft import from_peft
 from jlora.lora import adapted_leaves, adapted_modules
 from jlora.lora.weight import column_norms
 from jlora.train.checkpoints import Checkpoints
@@ -591,4 +592,4 @@ def test_a_residual_that_peft_draws_anew_is_refused_with_the_reason(tmp_path):
 def test_a_tied_adapter_of_peft_is_refused_by_name():
     fields = {"peft_type": "LORA", "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     with pytest.raises(ValueError, match="ensure_weight_tying = True"):
-        LoraConfig.from_peft(fields)
+        from_peft(fields)

@@ -27,8 +27,8 @@ from trees import adapted
 
 import jlora
 from jlora.cli import main
-from jlora.files.vocabulary import PRE_TOKENIZERS
 from jlora.models import gpt2, model_from_config
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from trees import adapted
 import jlora
 from jlora.cli import main
 from jlora.cli.inspect import adapter_table
+from jlora.files.mlx import MlxConfig, mlx_module
 from jlora.lora import adapted_modules
-from jlora.storage.mlx import MlxConfig, mlx_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -16,6 +16,7 @@ from trees import perturbed
 import jlora
 from jlora import LoraConfig
 from jlora.files import save_torch
+from jlora.files.peft import to_peft
 from jlora.models import has_adapted_tie
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -211,7 +212,7 @@ def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
     """tests/test_mlx.py has the reverse for mlx-lm, among the slow tests."""
     _, model, params = loaded(family)
     config = config_of(row, family)
-    fields = {k: v for k, v in config.to_peft().items() if k != "peft_type"}
+    fields = {k: v for k, v in to_peft(config).items() if k != "peft_type"}
     torch.manual_seed(5)
     theirs = peft.get_peft_model(peft_model(family), peft.LoraConfig(**fields, task_type="CAUSAL_LM")).eval()
     with torch.no_grad():
