@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,18 @@ from jlora._typing import Array, Float, Int, Key, Params
 from jlora.lora import is_stacked, linear
 from jlora.models import Model, empty_cache
 from jlora.storage.stops import stop_ids, token_ids
+
+
+class Sampling(NamedTuple):
+    """How to sample where nothing is said."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+
+
+SAMPLING = Sampling()
 
 _LEAST_TEMPERATURE = 1e-6
 """Below it logits would overflow float32."""
@@ -26,10 +38,10 @@ def generate(
     params: Params,
     prompt_ids: Sequence[Sequence[int]] | Int[Array, "batch seq"],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    max_new_tokens: int = SAMPLING.max_new_tokens,
+    temperature: float = SAMPLING.temperature,
+    top_k: int = SAMPLING.top_k,
+    top_p: float = SAMPLING.top_p,
     key: Key[Array, ""] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> list[list[int]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from jlora._numbers import check_seed
 from jlora._terminal import say
 from jlora.cli.as_trained import note, note_other_base
-from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, trained_too
+from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, row_length, trained_too
 from jlora.data.tokens import fingerprint
 from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
 from jlora.files.hf import AdapterBeside, add_stops
@@ -182,7 +182,7 @@ def open_data(
             eval_data=options.eval_data if options.split == "validation" else None,
             eval_fraction=_eval_fraction(options),
             template=options.template or "alpaca",
-            max_length=row_length(options.max_length, model),
+            max_length=row_length(options.max_length, model.config.max_length),
             seed=options.seed or 0,
             directory=directory,
             vocab_size=model.config.vocab_size,
@@ -207,15 +207,3 @@ def _eval_fraction(options: EvaluationData) -> float:
     if options.eval_data is not None or options.split == "all":
         return 0.0  # all of --data is for training, or is looked at
     return EVAL_FRACTION if options.eval_fraction is None else options.eval_fraction
-
-
-def row_length(max_length: int | None, model: Any) -> int:
-    """Tokens in a row: as asked, or 512 or the model's limit.
-
-    Raises:
-        ValueError: when the model has fewer positions.
-    """
-    limit = model.config.max_length
-    if max_length is not None and max_length > limit:
-        raise ValueError(f"`max_length` must be at most the model's {limit} positions; got {max_length}.")
-    return max_length or min(512, limit)

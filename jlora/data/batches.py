@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-IGNORED = -100  # the label of a position that is not supervised, as in transformers and torch.nn.CrossEntropyLoss
+from jlora._numbers import IGNORED as IGNORED
 
 
 class Row(NamedTuple):

@@ -15,6 +15,7 @@ from jlora.data.tokens import Tokenizer, pad_id
 from jlora.data.vocabulary import check_vocabulary
 
 EVAL_FRACTION = 0.1  # the share to evaluate on where nothing is said
+MAX_LENGTH = 512  # tokens in a row where nothing is said, if the model has as many positions
 
 Source = str | Path | Sequence[str | Path]
 
@@ -174,3 +175,14 @@ def split_records(
         [record for i, record in enumerate(records) if i not in held_out],
         [record for i, record in enumerate(records) if i in held_out],
     )
+
+
+def row_length(max_length: int | None, positions: int) -> int:
+    """Tokens in a row: as asked, or `MAX_LENGTH`, or the model's limit if that is less.
+
+    Raises:
+        ValueError: when the model has fewer positions.
+    """
+    if max_length is not None and max_length > positions:
+        raise ValueError(f"`max_length` must be at most the model's {positions} positions; got {max_length}.")
+    return max_length or min(MAX_LENGTH, positions)

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from jlora.storage.fields import (
     MAX_SIZE,
@@ -23,8 +23,9 @@ from jlora.storage.fields import (
 )
 from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
-INITS = ("kaiming", "gaussian", "pissa")
-BIASES = ("none", "lora_only", "all")
+Init: TypeAlias = Literal["kaiming", "gaussian", "pissa"]
+Bias: TypeAlias = Literal["none", "lora_only", "all"]
+INITS, BIASES = get_args(Init), get_args(Bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class LoraConfig:
     """Scale by `alpha / sqrt(rank)`."""
     use_dora: bool = False
     """DoRA: also train the norm of every column of the updated kernel (Liu et al. 2024, arXiv:2402.09353)."""
-    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    init: Init = "kaiming"
     """lora_A from U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/rank); lora_B is zero (in embeddings always: lora_A zero, lora_B from
     N(0, 1)). "pissa": the largest singular values of the kernel, which is trained from their rest (dense kernels only;
     Meng et al. 2024, arXiv:2404.02948); written to files as a plain update of twice the rank."""
@@ -68,7 +69,7 @@ class LoraConfig:
     """Alpha by module path, as `rank_pattern`."""
     exclude: str | Sequence[str] = ()
     """Modules not to adapt, by the rules of `targets`."""
-    bias: Literal["none", "lora_only", "all"] = "none"
+    bias: Bias = "none"
     """Biases to train as they are: none, those of the adapted modules, or all there are."""
     modules_to_save: Sequence[str] = ()
     """Modules to train whole, such as "lm_head" or "embed_tokens" (an embedding that is also the output head is trained as

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._numbers import IGNORED
 from jlora._typing import Array, Batch, Bool, Float, Int
-
-IGNORE = -100  # transformers' `ignore_index`
 
 REQUIRED = ("input_ids", "labels")
 OPTIONAL = ("attention_mask", "position_ids", "positions", "segment_ids", "adapter_ids")
@@ -127,7 +126,7 @@ def _check_dtype(name: str, value: Any) -> None:
     if kind not in tuple(allowed):
         extra = {
             "attention_mask": " A mask says 1 (attend) or 0 (padding); additive masks are not taken.",
-            "labels": f" Labels are signed: {IGNORE} is not supervised.",
+            "labels": f" Labels are signed: {IGNORED} is not supervised.",
         }.get(name, " Convert it with `.astype(np.int32)` where the numbers are whole.")
         raise ValueError(f"`{name}` must be int32; got {value.dtype}.{extra}")
 
@@ -148,7 +147,7 @@ def check_numbers(batch: Batch, limits: Limits, *, wait: bool) -> None:
 
 
 def _ranges(limits: Limits) -> Iterator[tuple[str, int, int | None]]:
-    """(key, least, greatest or None for none) of every array that is bounded. Labels may be `IGNORE` too."""
+    """(key, least, greatest or None for none) of every array that is bounded. Labels may be `IGNORED` too."""
     last = None if limits.positions is None else limits.positions - 1
     yield "input_ids", 0, limits.vocabulary - 1
     yield "labels", 0, limits.vocabulary - 1
@@ -173,16 +172,16 @@ def _leaves(value: np.ndarray, low: int, high: int | None, name: str) -> bool:
     """Whether a number leaves its range. The least and the greatest tell, but for labels that are ignored."""
     if high is not None and value.max() > high:
         return True
-    return bool(value.min() < low) and (name != "labels" or bool(np.any((value < low) & (value != IGNORE))))
+    return bool(value.min() < low) and (name != "labels" or bool(np.any((value < low) & (value != IGNORED))))
 
 
 def _out_of_range(name: str, value: np.ndarray, low: int, high: int | None) -> str:
     bad = (value < low) | (False if high is None else value > high)
     if name == "labels":
-        bad &= value != IGNORE
+        bad &= value != IGNORED
     row, column = (int(i) for i in np.argwhere(bad)[0])
     wanted = f"at least {low}" if high is None else f"in {low}..{high}"
-    wanted += f" or {IGNORE} (not supervised)" if name == "labels" else ""
+    wanted += f" or {IGNORED} (not supervised)" if name == "labels" else ""
     hint = {
         "input_ids": "Is this the model's own tokenizer? Pad with an id that it has.",
         "labels": "Is this the model's own tokenizer?",
@@ -203,7 +202,7 @@ def soundness(batch: Batch, limits: Limits) -> Float[Array, ""]:
             outside = batch[name] < low
             if high is not None and high <= jnp.iinfo(batch[name].dtype).max:
                 outside |= batch[name] > high
-            bad |= jnp.any(outside & (batch[name] != IGNORE) if name == "labels" else outside)
+            bad |= jnp.any(outside & (batch[name] != IGNORED) if name == "labels" else outside)
     return jnp.where(bad, jnp.nan, 1.0)
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
+from jlora._numbers import IGNORED
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
 from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
-from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
+from jlora.train.batch import Limits, check_form, check_numbers, model_arguments, soundness
 from jlora.weight import Weight
 
 LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
@@ -104,8 +105,8 @@ def next_tokens(
 ) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """(the token each position predicts, whether that prediction is supervised)."""
     # Shifting the labels rather than slicing the hidden states keeps shapes whole.
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-    supervised = targets != IGNORE
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    supervised = targets != IGNORED
     if segment_ids is not None:
         following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
         supervised &= (following == segment_ids) & (segment_ids != 0)

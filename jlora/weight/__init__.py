@@ -1,5 +1,6 @@
 """`Weight`, what a stored weight can do; the roles of its axes; the one product everything is made of."""
 
+from jlora.weight.base import EINSUM as EINSUM
 from jlora.weight.base import Weight as Weight
 from jlora.weight.base import as_dense as as_dense
 from jlora.weight.base import dense_matmul as dense_matmul

@@ -79,6 +79,10 @@ def materialize(w: Weight, dtype: jnp.dtype | None = None) -> Array:
     return w.dense(dtype)
 
 
+EINSUM = "jlora.einsum"
+"""The name scope of `einsum`, by which `wrap` knows it in a jaxpr and a profile shows it."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
     """Two-operand einsum that accumulates in float32, forward and backward.
@@ -92,7 +96,8 @@ def einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
         spec: explicit, such as "ti,io->to"; each letter occurs in at least two of the three terms.
         out_dtype: dtype of the result.
     """
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
+    with jax.named_scope(EINSUM):
+        return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
 def _einsum_fwd(spec, out_dtype, a, b):

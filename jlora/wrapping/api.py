@@ -149,10 +149,8 @@ class Wrapped(Generic[P, R]):
         def rewritten(weights):
             values = [factored(w, paths[k]) if is_weight(w) else w for k, w in zip(traced, weights, strict=True)]
             results = context.interpret(original.jaxpr, original.consts, values, live)
-            last = _Returned(original)
-            return [
-                context.plain(last, r, "a weight is returned after it was changed") for r in results if r is not None
-            ]
+            changed = "a weight is returned after it was changed"
+            return [context.plain(None, r, changed) for r in results if r is not None]
 
         given = [leaves[k] for k in traced]
         jaxpr = jax.make_jaxpr(rewritten)(given)
@@ -176,19 +174,6 @@ class Wrapped(Generic[P, R]):
             whole = is_read and not is_value(factored(leaves[k], paths[k]))
             rows.append(Use(paths[k], "-", "factored: a dense array" if whole else UNUSED, "-", "", 0))
         return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class _Returned:
-    """Stands for the end of the function, where rules expect an equation."""
-
-    jaxpr: Any
-
-    class primitive:
-        name = "return"
-
-    class source_info:
-        traceback = None
 
 
 def _passed_on(jaxpr: Any, traced: list[int], leaves: list[Any]) -> tuple[tuple[str, int], ...]:

@@ -118,7 +118,11 @@ def _plain(x: Array, weight: Factored, dims: Dims, side: str, dtype: Any) -> Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Letters:
-    """The letters of a product, as in einsum."""
+    """The letters of a product, as in einsum.
+
+    Of x [tokens, d_model] and a query kernel [d_model, heads, head_dim] contracted over d_model: x "ab", weight "bcd", out
+    "acd". The rest of this file talks of axes by these letters.
+    """
 
     x: str
     weight: str
@@ -163,7 +167,13 @@ class _Product:
 
 
 def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, dtype: Any) -> Array:
-    """Any product that contracts axes of one side: that side's factor meets x first, the other's the result."""
+    """Any product that contracts axes of one side: that side's factor meets x first, the other's the result.
+
+    With x "ab" and the query kernel "bcd" of roles "ioo", whose factors are A [d_model, rank] "bZ" and B [rank, heads,
+    head_dim] "Zcd": the base gives "ab,bcd->acd", the update "ab,bZ->aZ" and then "aZ,Zcd->acd". Contracted over its
+    outputs, x "acd" meets B first: "acd,Zcd->aZ", then "aZ,bZ->ab". Stack axes stand in front of both factors, and a letter
+    of the weight that the result keeps though neither x nor the base has it is an axis of size 1 repeated.
+    """
     if weight.magnitude is not None:
         raise Unhandled("DoRA is known for products with a whole kernel [in, out] alone")
     letters = _letters(x, weight.ndim, dims)

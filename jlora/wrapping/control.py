@@ -4,15 +4,13 @@ Weights cross them as the pytrees they are. Each rule takes (context, equation, 
 returns the results, None where one is not needed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jlora.weight import einsum
+from jlora.weight import EINSUM
 from jlora.wrapping.consumers import Dims, multiply
 from jlora.wrapping.liveness import live_carry, scan_counts
 from jlora.wrapping.values import Factored, Unhandled, is_value
@@ -87,7 +85,7 @@ def _custom_jvp(ctx, eqn, values, live):
 def _custom_vjp(ctx, eqn, values, live):
     key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
     body = eqn.params[key].jaxpr
-    if body.debug_info.func_src_info == _own_einsum():
+    if _is_own_einsum(body):
         # `jlora.linear` of what its caller took for an array: the weight's own product.
         numbers = _dimension_numbers(body)
         if numbers is not None and sum(map(is_value, values)) == 1:
@@ -102,13 +100,8 @@ def _custom_vjp(ctx, eqn, values, live):
     return _merge(live, _inner(ctx, eqn, "custom_vjp", live, key)(*values))
 
 
-@functools.cache
-def _own_einsum() -> str:
-    """How a jaxpr names the source of `jlora.weight.base.einsum`."""
-    like = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    traced = jax.make_jaxpr(lambda x, w: einsum("ti,io->to", jnp.dtype(jnp.float32), x, w))(like, like)
-    params = traced.jaxpr.eqns[0].params
-    return params["call_jaxpr" if "call_jaxpr" in params else "fun_jaxpr"].jaxpr.debug_info.func_src_info
+def _is_own_einsum(body: Any) -> bool:
+    return bool(body.eqns) and all(EINSUM in str(eqn.source_info.name_stack) for eqn in body.eqns)
 
 
 def _dimension_numbers(body: Any) -> Any:

@@ -48,20 +48,21 @@ class Context:
         return where(eqn) or self.site
 
     def used(self, eqn: Any, value: Any, status: str, reason: str = "") -> None:
+        """Writes down a use by an equation, or by the end of the function where `eqn` is None."""
+        primitive, line = ("return", self.site) if eqn is None else (eqn.primitive.name, self.where(eqn))
         for weight in weights_in(value):
             for path in weight.paths:
-                use = Use(
-                    path, eqn.primitive.name, status, self.where(eqn), ">".join(self.nesting), weight.nbytes, reason
-                )
+                use = Use(path, primitive, status, line, ">".join(self.nesting), weight.nbytes, reason)
                 self.recorder.uses.setdefault((id(eqn), self.nesting, path, use.is_factored, status), use)
 
     def dense(self, eqn: Any, value: Any, reason: str) -> Array:
-        """The array that a weight stands for, formed under the policy of its leaf."""
+        """The array that a weight stands for, formed under the policy of its leaf. `eqn`: as in `used`."""
         for weight in weights_in(value):
             policies = [self.policy(path) for path in weight.paths]
             self.used(eqn, weight, UNHANDLED if "error" in policies else MATERIALIZED, reason)
             if "warn" in policies:
-                names, site = ", ".join(weight.paths), f"{eqn.primitive.name} at {self.where(eqn)}"
+                names = ", ".join(weight.paths)
+                site = "the end of the function" if eqn is None else f"{eqn.primitive.name} at {self.where(eqn)}"
                 warnings.warn(f"{names} is formed ({weight.nbytes} bytes) by {site}: {reason}.", stacklevel=2)
         if isinstance(value, Split):
             parts = [p.materialize() if isinstance(p, Factored) else p for p in value.parts]
