@@ -12,11 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_torch_model
+from jaxprs import walk
+from oracles import VOCAB, make_torch_model, our_logits, torch_logits
 from safetensors.numpy import load_file, save_file
-from test_lora_transform import same_bits
-from test_peft import our_logits, torch_logits
-from test_train_step import LLAMA, build, make_batch, walk
+from steps import LLAMA, build, make_batch
+from trees import perturbed, same_bits
 
 import jlora
 from jlora import FullWeight, LoraConfig, LoraWeight
@@ -88,13 +88,6 @@ def wrapped(family, *, noise=0.1, tied=None, **fields):
             if parameter.requires_grad:
                 parameter.add_(noise * torch.randn_like(parameter))
     return model
-
-
-def perturbed(params, seed=0, size=0.1):
-    """The same adapter with everything that is trained moved."""
-    rng = np.random.default_rng(seed)
-    adapter, base = jlora.split(params)
-    return jlora.combine(jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype), adapter), base)
 
 
 # Against PEFT

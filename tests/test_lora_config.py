@@ -7,7 +7,7 @@ import math
 import jax
 import peft
 import pytest
-from conftest import make_torch_model
+from oracles import make_torch_model
 
 import jlora
 from jlora import LoraConfig
