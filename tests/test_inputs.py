@@ -19,7 +19,8 @@ from oracles import torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.lora.config import _IDLE, _NEUTRAL, _PEFT, LoraConfig
+from jlora.files.peft import _IDLE, _NEUTRAL, _PEFT
+from jlora.lora import LoraConfig
 from jlora.tree.modules import names_match, pattern_matches
 
 MODEL = "examples/assets/tiny-llama"
