@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_torch_model
+from oracles import VOCAB, make_torch_model, torch_logits
 
 import jlora
 from jlora.models import FAMILIES, family_of, model_from_config, replace
@@ -62,11 +62,6 @@ def loaded(tmp_path_factory):
     return get
 
 
-def torch_logits(model, ids=IDS, **kwargs):
-    with torch.no_grad():
-        return model(torch.tensor(ids), **{k: torch.tensor(v) for k, v in kwargs.items()}).logits.float().numpy()
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def apply(model, params, ids, **kwargs):
     return model.apply({"params": params}, ids, **kwargs)
@@ -82,7 +77,7 @@ def forms(params):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(variant, loaded):
     directory, oracle, model, params = loaded(variant)
-    expected = torch_logits(oracle)
+    expected = torch_logits(oracle, IDS)
     assert np.ptp(expected) > 5, "the comparison means nothing on flat logits"
     assert len(list(directory.glob("*.safetensors"))) > (not oracle.config.tie_word_embeddings)
     for tree in (params, jlora.load(directory, dtype=jnp.float32, stack=True)[1]):
@@ -106,7 +101,7 @@ def test_logits_are_those_of_transformers(variant, loaded):
 def test_these_fields_change_the_logits_beyond_the_tolerance(variant, changes, loaded):
     family, fields = VARIANTS[variant]
     other = make_torch_model(family, **(fields | changes))
-    assert np.abs(torch_logits(other) - torch_logits(loaded(variant)[1])).max() > 1e-2
+    assert np.abs(torch_logits(other, IDS) - torch_logits(loaded(variant)[1], IDS)).max() > 1e-2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -116,7 +111,7 @@ def test_what_is_written_transformers_and_we_read(variant, loaded, tmp_path):
         jlora.save_pretrained(tmp_path / name, model, params, base=base, max_shard_bytes=60_000)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
         assert type(again) is type(oracle)
-        np.testing.assert_allclose(torch_logits(again), torch_logits(oracle), atol=1e-5)
+        np.testing.assert_allclose(torch_logits(again, IDS), torch_logits(oracle, IDS), atol=1e-5)
         assert jlora.load(tmp_path / name, dtype=jnp.float32)[0].config == model.config
     written = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "base", directory))
     assert next(written) == next(written)
@@ -234,7 +229,7 @@ def test_padding_on_the_left_is_that_of_transformers(variant, loaded):
     mask = np.ones_like(IDS)
     mask[1, :13] = 0
     positions = np.broadcast_to(np.arange(40), IDS.shape)
-    expected = torch_logits(oracle, attention_mask=mask, position_ids=positions)
+    expected = torch_logits(oracle, IDS, attention_mask=mask, position_ids=positions)
     for tree in forms(params).values():
         logits = apply(model, tree, IDS, attention_mask=mask)
         np.testing.assert_allclose(logits[0], expected[0], atol=1e-4)

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 
-import conftest
 import gguf
 import jax
 import jax.numpy as jnp
@@ -14,35 +13,24 @@ import pytest
 import tiny
 import torch
 import transformers
+from gguf_files import ADAPTERS, IDS, NEEDS_CONFIG, ROWS, VARIANTS, read, read_by_transformers
+from oracles import LLAMA3_ROPE, make_torch_model, torch_logits
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from trees import adapted
 
 import jlora
 from jlora.cli import main
 from jlora.files import save_torch
 from jlora.files.gguf import tensor_name
 from jlora.files.ollama import ChatTemplate, modelfile
-from jlora.files.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer_name
+from jlora.files.vocabulary import Vocabulary, pre_tokenizer_name
 from jlora.models import FAMILIES, abstract_params, family_of, model_from_config
+from jlora.models.layers import Llama3Scaling
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROWS = 420  # a few more than the tokenizer has tokens
-IDS = np.array([[5, 300, 17, 256, 9, 44, 123, 8, 61, 7, 350, 2]])
-BIASED = {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-VARIANTS = {
-    "gpt2": ("gpt2", {}),
-    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
-    "llama": ("llama", {}),
-    "llama-biased": ("llama", BIASED),
-    "qwen2": ("qwen2", {}),
-    "mistral": ("mistral", {}),
-    "qwen3": ("qwen3", {}),
-    "smollm3": ("smollm3", {}),
-    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16}),
-}
-# transformers takes neither rope_freqs nor biases nor GPT-2's number of positions from a file; the others must do alone.
-NEEDS_CONFIG = ("gpt2", "gpt2-untied", "llama", "llama-biased", "gemma3")
 NOT_IN_TRANSFORMERS = ("smollm3",)  # whose GGUF files it does not read; tests/test_llama_cpp.py does
 
 
@@ -59,45 +47,13 @@ def loaded(tmp_path_factory):
     def get(variant):
         if variant not in made:
             family, changes = VARIANTS[variant]
-            theirs = conftest.make_torch_model(family, vocab_size=ROWS, **changes)
+            theirs = make_torch_model(family, vocab_size=ROWS, **changes)
             directory = tmp_path_factory.mktemp(f"gguf-{variant}")
             theirs.save_pretrained(directory)
             made[variant] = theirs, *jlora.load(directory, dtype="float32")
         return made[variant]
 
     return get
-
-
-def read(path):
-    """(fields, tensors as float32 in numpy's order, tensor types) of a GGUF file."""
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {t.name: np.array(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    return fields, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
-
-
-def read_by_transformers(path, config=None):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-    ).eval()
-
-
-def logits_of(torch_model, ids=IDS):
-    with torch.no_grad():
-        return torch_model(torch.tensor(ids)).logits.numpy()
-
-
-def adapted(params, config, seed=0):
-    """Parameters with an adapter whose update is as large as a trained one's."""
-    params = jlora.add_lora(params, config, key=jax.random.key(seed))
-    draw = np.random.default_rng(seed)
-
-    def fill(w):
-        if not isinstance(w, jlora.LoraWeight):
-            return w
-        return dataclasses.replace(w, lora_B=jnp.asarray(draw.normal(0, 0.1, w.lora_B.shape), jnp.float32))
-
-    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, jlora.Weight))
 
 
 # Models
@@ -111,7 +67,7 @@ def test_float32_logits_are_ours(variant, loaded, tok, tmp_path):
     jlora.save_gguf(path, model, params, tokenizer=tok, dtype="f32")
     again = read_by_transformers(path, theirs.config if variant in NEEDS_CONFIG else None)
     ours = np.asarray(model.apply({"params": params}, IDS))
-    np.testing.assert_allclose(logits_of(again), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again, IDS), ours, atol=1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
@@ -130,7 +86,7 @@ def test_16_bit_weights_are_the_nearest(variant, dtype, bits, loaded, tok, tmp_p
         assert (error <= (0 if wide else 2.0**-bits * np.abs(exact[name]) + 2.0**-25)).all(), name
     assert fields["general.file_type"] == {"f16": 1, "bf16": 32}[dtype]
     ours = np.asarray(model.apply({"params": params}, IDS))
-    again = logits_of(read_by_transformers(tmp_path / "x.gguf", theirs.config))
+    again = torch_logits(read_by_transformers(tmp_path / "x.gguf", theirs.config), IDS)
     assert np.abs(again - ours).max() < 2.0 ** (3 - bits) * np.abs(ours).max()
 
 
@@ -142,7 +98,7 @@ def test_q8_0_keeps_the_distributions_of_the_embedded_models(name, tmp_path):
     original = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = np.array([tokenizer("The old baker walked to the river, because it was raining, and she said:")["input_ids"]])
     again = read_by_transformers(tmp_path / "model.gguf", original.config)
-    p, q = (torch.log_softmax(torch.tensor(logits_of(m, ids)).double(), -1) for m in (original, again))
+    p, q = (torch.log_softmax(torch.tensor(torch_logits(m, ids)).double(), -1) for m in (original, again))
     kl = (p.exp() * (p - q)).sum(-1)
     assert 0 < kl.mean() and kl.max() <= 1e-3
     assert set(read(tmp_path / "model.gguf")[2].values()) == {"Q8_0", "F32"}
@@ -191,19 +147,38 @@ def test_only_the_llama_architecture_permutes_queries_and_keys(loaded, tok, tmp_
                 np.testing.assert_array_equal(tensors[f"blk.1.{name}.bias"], ours["bias"][rows])
 
 
-def test_tensor_names_are_those_of_the_gguf_package(loaded):
+ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+GATED = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+IN_A_LAYER = {
+    "gpt2": ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
+    "llama": (*ATTENTION, *GATED),
+    "qwen2": (*ATTENTION, *GATED),
+    "mistral": (*ATTENTION, *GATED),
+    "qwen3": (*ATTENTION, *HEAD_NORMS, *GATED),
+    "smollm3": (*ATTENTION, *GATED),
+    "gemma3_text": (*ATTENTION, *HEAD_NORMS, "post_attention_norm", *GATED, "post_ffw_norm"),
+}
+"""What llama.cpp's `src/models/` reads in each layer."""
+
+
+def test_tensor_names_are_those_of_llama_cpp(loaded):
     assert {FAMILIES[m].gguf.architecture for m in ("llama", "mistral")} == {"llama"}
     for variant in VARIANTS:
         _, model, params = loaded(variant)
-        arch = family_of(model.config).gguf.architecture
-        table = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), 2)
-        for module in {p.rpartition("/")[0].replace("/", ".") for p in flatten(params)}:
-            assert tensor_name(module, model) == table.get_name(module), module
+        modules = {p.rpartition("/")[0].replace("/", ".") for p in flatten(params)}
+        names = sorted(tensor_name(module, model) for module in modules)
+        outside = {"token_embd", "output_norm"} | ({"position_embd"} if "gpt2" in variant else set())
+        outside |= set() if model.config.tie_word_embeddings else {"output"}
+        kinds = IN_A_LAYER[model.config.model_type]
+        assert names == sorted(outside | {f"blk.{i}.{kind}" for i in range(model.config.depth) for kind in kinds})
+    with pytest.raises(ValueError, match="GGUF has no name for 'model.layers.0.mlp.router'"):
+        tensor_name("model.layers.0.mlp.router", model)
 
 
 def test_rope_scaling_becomes_a_tensor(tok, tmp_path):
     """Llama 3.2 1B: wavelengths beyond 8192 are slowed 32 times, short ones kept, and three lie between."""
-    rope = conftest.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+    rope = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
     fields = tiny.LLAMA | {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     fields |= {"vocab_size": ROWS, "rope_parameters": rope, "eos_token_id": [0, 2]}
     model = model_from_config(fields, dtype=jnp.float32)
@@ -250,6 +225,44 @@ def test_hyperparameters(loaded, tok, tmp_path):
     shapes = {n: t.shape for n, t in read(tmp_path / "gpt2" / "model.gguf")[1].items()}
     assert shapes["blk.0.attn_qkv.weight"] == (144, 48) and shapes["blk.0.ffn_down.weight"] == (48, 192)
     assert shapes["position_embd.weight"] == (64, 48) and shapes["token_embd.weight"] == (ROWS, 48)
+
+
+def test_what_gemmas_layers_differ_in_is_said(loaded, tok, tmp_path):
+    _, model, params = loaded("gemma3")
+    capped = dataclasses.replace(model, config=dataclasses.replace(model.config, final_logit_softcapping=30.0))
+    jlora.save_gguf(tmp_path / "model.gguf", capped, params, tokenizer=tok, dtype="f32")
+    fields, tensors, _ = read(tmp_path / "model.gguf")
+    values = {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False, True, False],
+        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0, "context_length": 256,
+        "attention.key_length": 16,
+    }  # fmt: skip
+    assert {name: fields[f"gemma3.{name}"] for name in values} == pytest.approx(values)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        stored = {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}[name]
+        scale = np.asarray(params["model"]["layers"]["2"][name]["scale"])
+        np.testing.assert_array_equal(tensors[f"blk.2.{stored}.weight"], scale + 1, "llama.cpp multiplies by 1 + scale")
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "says"),
+    [
+        ("gemma3", {"query_pre_attn_scalar": 24}, "`query_pre_attn_scalar` = 24"),
+        ("smollm3", {"no_rope_layers": (1,)}, r"`no_rope_layers` = \[1, 1, 1, 1\]"),
+        ("smollm3", {"mlp_bias": True}, "`mlp_bias` = True"),
+        ("qwen3", {"o_bias": True, "qkv_bias": True}, "`o_bias` = True"),
+        ("qwen2", {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 32)}, "`rope_scaling` = Llama3Scaling"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(variant, changes, says, loaded, tok, tmp_path):
+    _, model, params = loaded(variant)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+    params_of = jlora.add_lora(params, jlora.LoraConfig(rank=2), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=says):
+        jlora.save_gguf(tmp_path / "model.gguf", other, params, tokenizer=tok)
+    with pytest.raises(ValueError, match=says):
+        jlora.save_gguf_adapter(tmp_path / "a.gguf", params_of, config=jlora.LoraConfig(rank=2), model=other)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
@@ -455,16 +468,6 @@ def test_named_chat_templates(loaded, tok, tmp_path):
 # Adapters
 
 
-ADAPTERS = {
-    "plain": {"rank": 4, "alpha": 16.0},
-    "rslora": {"rank": 4, "alpha": 10.0, "use_rslora": True},
-    "patterns": {
-        "rank": 3, "alpha": 5.0, "use_rslora": True, "rank_pattern": {"k_proj|c_attn": 6, r".*\.1\.mlp\..*": 1},
-        "alpha_pattern": {"q_proj|c_fc": 7.0},
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen2"])
 def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_path):
@@ -622,7 +625,7 @@ def test_state_dict(variant, dtype, loaded, tmp_path):
     again = type(theirs)(theirs.config).eval()
     again.load_state_dict(state)
     ours = np.asarray(model.apply({"params": jlora.cast(jlora.merge(params), "float32")}, IDS))
-    np.testing.assert_allclose(logits_of(again.float()), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again.float(), IDS), ours, atol=1e-4)
     if model.config.tie_word_embeddings:
         embedding = next(t for name, t in state.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
         assert state["lm_head.weight"].data_ptr() == embedding.data_ptr()
@@ -641,7 +644,7 @@ def test_state_dict_of_an_untied_model(loaded, tmp_path):
     config = transformers.GPT2Config.from_dict(theirs.config.to_dict() | {"tie_word_embeddings": False})
     again = transformers.GPT2LMHeadModel(config).eval()
     again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    np.testing.assert_allclose(logits_of(again), np.asarray(model.apply({"params": params}, IDS)), atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again, IDS), np.asarray(model.apply({"params": params}, IDS)), atol=1e-4)
 
 
 # Ollama
@@ -732,7 +735,7 @@ def test_export_writes_the_same_model_everywhere(llama_dir, adapter_dir, tmp_pat
     ours = np.asarray(model.apply({"params": jlora.load_adapter(adapter_dir, params)}, IDS % 100))
     assert np.abs(np.asarray(model.apply({"params": params}, IDS % 100)) - ours).max() > 1e-2
     merged = transformers.AutoModelForCausalLM.from_pretrained(out["transformers"]).eval()
-    np.testing.assert_allclose(logits_of(merged, IDS % 100), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(merged, IDS % 100), ours, atol=1e-4)
     assert {"generation_config.json", "tokenizer.json", "chat_template.jinja", "config.json"} <= {
         p.name for p in out["transformers"].iterdir()
     }
@@ -740,8 +743,8 @@ def test_export_writes_the_same_model_everywhere(llama_dir, adapter_dir, tmp_pat
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
     again = transformers.LlamaForCausalLM(merged.config).eval()
     again.load_state_dict(torch.load(out["torch"], weights_only=True))
-    np.testing.assert_allclose(logits_of(again, IDS % 100), ours, atol=1e-4)
-    read_back = logits_of(read_by_transformers(out["gguf"]), IDS % 100)
+    np.testing.assert_allclose(torch_logits(again, IDS % 100), ours, atol=1e-4)
+    read_back = torch_logits(read_by_transformers(out["gguf"]), IDS % 100)
     np.testing.assert_allclose(read_back, ours, atol=1e-4)
     assert sorted(p.name for p in out["ollama"].iterdir()) == ["Modelfile", "ollama.gguf"]
     assert (out["ollama"] / "Modelfile").read_text().startswith('FROM ./ollama.gguf\nTEMPLATE """{{ range')
