@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora._numbers import NotFinite
 from jlora._typing import Array, Float, Int, Key, Params
-from jlora.lora import is_stacked, linear
+from jlora.lora import is_stacked
 from jlora.models import Model, empty_cache
 from jlora.storage.stops import stop_ids, token_ids
 
@@ -155,8 +155,7 @@ def _generate(model: Any, params, prompts, lengths, key, temperature, top_k, top
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
     def pick(hidden, step):
-        weight, transpose = model.output_head(params)
-        logits = linear(hidden, weight, transpose=transpose, out_dtype=jnp.float32)
+        logits = model.logits(params, hidden)
         finite = jnp.all(jnp.isfinite(logits))
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite

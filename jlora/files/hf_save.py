@@ -16,7 +16,7 @@ from jlora.files.bnb import quantization_config, to_tensors
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
 from jlora.lora import merge
-from jlora.models import Model, refuse_adapted_tie
+from jlora.models import Model, family_of, refuse_adapted_tie
 from jlora.quant import NF4, NF4Tensor
 from jlora.storage import save_sharded
 from jlora.storage.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
@@ -194,7 +194,7 @@ def _companions(
     elif tokenizer is None and origin is not None:
         copied = matching(origin.directory, TOKENIZER)
     if origin is None:
-        fields = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+        fields = {**family_of(model.config).write(model.config), "dtype": dtype, "torch_dtype": dtype}
         if quantization is not None:
             fields["quantization_config"] = quantization
         special = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields.get(k) is not None}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora.files.hf import find, read_config
 from jlora.files.names import FLOATS
-from jlora.models import Model, model_from_config
+from jlora.models import Model, family_of, model_from_config
 from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.stops import GENERATION_CONFIG, generation_config, with_stops
@@ -65,7 +65,7 @@ class Origin:
             ValueError: when this is not the checkpoint of the model.
         """
         own = model_from_config({**self.fields}, dtype=model.dtype).config
-        before, now = own.to_hf(), model.config.to_hf()
+        before, now = (family_of(config).write(config) for config in (own, model.config))
         changed = {key: value for key, value in now.items() if before.get(key, value) != value}
         foreign = [key for key in changed if key not in _MAY_DIFFER]
         if type(own) is not type(model.config) or foreign:

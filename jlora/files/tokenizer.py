@@ -33,9 +33,6 @@ from jlora.storage.structured import read_json
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Family -> transformers' class of tokenizers, where a checkpoint names none."""
-
 _FLAGS = mapping_of(either(text(), flag()))
 _ENTRY = Kind(
     "an object with `content` and flags",
@@ -184,7 +181,8 @@ def _class_defaults(directory: Path, settings: Mapping[str, Any], vocabulary: se
 
     name = settings.get("tokenizer_class")
     if name is None and (directory / "config.json").is_file():
-        name = _CLASS_OF.get(read_json(directory / "config.json").get("model_type", ""))
+        family = FAMILIES.get(read_json(directory / "config.json").get("model_type", ""))
+        name = None if family is None else family.tokenizer
     name = str(name).removesuffix("Fast")
     made_by = getattr(transformers, f"{name}Fast", None) or getattr(transformers, name, None)
     if not (inspect.isclass(made_by) and issubclass(made_by, transformers.PreTrainedTokenizerBase)):
