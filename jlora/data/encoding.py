@@ -13,7 +13,8 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from jlora.data.tokens import Tokenizer, encode, encode_many
+from jlora._typing import Tokenizer
+from jlora.data.tokens import encode, encode_many
 
 Piece = tuple[str, bool]  # text, and whether the loss is taken on it
 

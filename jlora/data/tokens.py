@@ -4,9 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
-from typing import Any
 
-Tokenizer = Any  # a transformers.PreTrainedTokenizerBase; not imported, to keep `import jlora` light
+from jlora._typing import PretrainedTokenizer, Tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -107,7 +106,7 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
-def largest_id(tokenizer: Tokenizer) -> int:
+def largest_id(tokenizer: PretrainedTokenizer) -> int:
     """The largest id in the vocabulary; `len(tokenizer) - 1` where ids have no holes."""
     return max(tokenizer.get_vocab().values())
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Array, Int, PyTree
 from jlora.files.bnb import STATE_SUFFIX, QuantState
 from jlora.files.finite import FiniteCheck
 from jlora.files.names import (
@@ -160,7 +161,7 @@ def _zeros(depth: int, row: Any) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_row(stacked: Any, row: Any, index: int) -> Any:
+def _set_row(stacked: PyTree, row: PyTree, index: Int[Array, ""] | int) -> PyTree:
     return jax.tree.map(lambda s, r: jax.lax.dynamic_update_index_in_dim(s, r, index, 0), stacked, row)
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from jlora._typing import Json, JsonObject
 from jlora.storage import Checkpoint
 from jlora.storage.adapters import MLX, open_adapter
 from jlora.storage.fields import (
@@ -181,7 +182,7 @@ class LoraConfig:
         return cls.from_peft(found.fields)
 
     @classmethod
-    def from_mlx(cls, fields: Mapping[str, Any], tensors: Iterable[str]) -> "LoraConfig":
+    def from_mlx(cls, fields: Mapping[str, Json], tensors: Iterable[str]) -> "LoraConfig":
         """From the fields of an mlx-lm `adapter_config.json` and the names of the adapter's tensors."""
         config = MlxConfig.from_json(fields)
         targets, layers = config.targets(updated_modules(tensors))
@@ -197,7 +198,7 @@ class LoraConfig:
         )
 
     @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+    def from_peft(cls, fields: Mapping[str, Json]) -> "LoraConfig":
         """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults."""
         if fields.get("peft_type") != "LORA":
             raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
@@ -240,7 +241,7 @@ class LoraConfig:
             layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
         )
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self) -> JsonObject:
         """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
         the tree replaces "all-linear" by the names it stood for."""
         return {
@@ -261,13 +262,13 @@ class LoraConfig:
         }
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: object) -> Any:
     """Names and numbers in a tuple; text, and what is neither, as it is."""
     is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
     return tuple(value) if is_list else () if value is None else value
 
 
-def _dict(value: Any) -> Any:
+def _dict(value: object) -> Any:
     return dict(value) if isinstance(value, Mapping) else {} if value is None else value
 
 
@@ -348,7 +349,7 @@ def _as_json(value):
     return value if isinstance(value, str) else list(value)
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default):
+def _first_match(pattern: Mapping[str, Json], module: str, default):
     for key, value in pattern.items():
         if pattern_matches(key, module):
             return value

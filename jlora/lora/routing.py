@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array, Float, Int, Params
+from jlora._typing import Array, Float, Int, PyTree
 from jlora.lora.seam import embed, linear
 from jlora.lora.weight import AdaptedWeight, LoraWeight
 from jlora.tree.modules import nearest
 from jlora.tree.paths import flatten, is_weight, map_with_path
-from jlora.weight import Weight, as_dense, einsum
+from jlora.weight import Weight, as_dense, einsum, register_node
 from jlora.weight.roles import LINEAR
 
 Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
@@ -22,7 +22,7 @@ Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("base", "lora_A", "lora_B", "ids"),
     meta_fields=("names", "ranks", "scalings", "dropouts"),
 )
@@ -130,7 +130,7 @@ class RoutedWeight(AdaptedWeight):
         return f"RoutedWeight(base={self.base!r}, adapters={dict(zip(self.names, self.ranks, strict=True))})"
 
 
-def stack_adapters(trees: Mapping[str, Params]) -> Any:
+def stack_adapters(trees: Mapping[str, PyTree]) -> PyTree:
     """One tree that holds several adapters of one base, by name; choose among them with `route`.
 
     Args:
@@ -161,7 +161,7 @@ def stack_adapters(trees: Mapping[str, Params]) -> Any:
     return map_with_path(one, trees[first[0]])
 
 
-def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
+def _side_by_side(path: str, leaves: Mapping[str, Any]) -> PyTree:
     for name, leaf in leaves.items():
         kind = _other_kind(leaf)
         if kind:
@@ -194,7 +194,7 @@ def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
     )
 
 
-def _other_kind(leaf: Any) -> str:
+def _other_kind(leaf: object) -> str:
     """What a leaf is beside a dense or quantized weight or its low-rank update, or ""."""
     if not isinstance(leaf, AdaptedWeight):
         return ""
@@ -209,7 +209,7 @@ def _is_residual(w: Any) -> bool:
     return isinstance(w, LoraWeight) and isinstance(w.base, LoraWeight)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: PyTree, b: PyTree) -> bool:
     """Whether two leaves have the same values. The same arrays are not compared."""
     ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
     pairs = zip(ours[0], theirs[0], strict=False)
@@ -228,7 +228,7 @@ def _widened(factor: Array, axis: int, size: int) -> Array:
     return jnp.pad(factor, widths)
 
 
-def unstack_adapters(params: Params) -> dict[str, Any]:
+def unstack_adapters(params: PyTree) -> dict[str, PyTree]:
     """The inverse of `stack_adapters`: name -> the tree with that adapter alone, as `save_adapter` takes it."""
 
     def only(name):
@@ -237,7 +237,7 @@ def unstack_adapters(params: Params) -> dict[str, Any]:
     return {name: jax.tree.map(only(name), params, is_leaf=is_weight) for name in adapter_names(params)}
 
 
-def adapter_names(params: Params) -> tuple[str, ...]:
+def adapter_names(params: PyTree) -> tuple[str, ...]:
     """Names of the adapters that stand side by side in `params`.
 
     Raises:
@@ -251,7 +251,7 @@ def adapter_names(params: Params) -> tuple[str, ...]:
     )
 
 
-def route(params: Params, adapter_ids: Choice) -> Any:
+def route(params: PyTree, adapter_ids: Choice) -> PyTree:
     """The parameters with a choice among their adapters. Under `jit`, or passed to it, other choices compile nothing anew.
 
     Args:
@@ -302,7 +302,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
     return jnp.asarray([_index(name, names) for name in choice], jnp.int32)
 
 
-def _index(name: Any, names: tuple[str, ...]) -> int:
+def _index(name: object, names: tuple[str, ...]) -> int:
     if name is None:
         return -1
     if isinstance(name, int) and -1 <= name < len(names):

@@ -5,12 +5,12 @@ Model code never learns what kind of weight it holds.
 
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int
+from jlora._typing import Array, DTypeLike, Float, Int
 from jlora.weight import Weight, dense_matmul
 
 
 def linear(
-    x: Float[Array, "*batch d_in"], w: Array | Weight, *, transpose: bool = False, out_dtype: jnp.dtype | None = None
+    x: Float[Array, "*batch d_in"], w: Array | Weight, *, transpose: bool = False, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch d_out"]:
     """`x @ w` for a kernel `w [d_in, d_out]` of any kind; `x @ w.T` with `transpose`.
 

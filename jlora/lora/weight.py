@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jlora._typing import Array, Float, Key
 from jlora.lora.seam import embed, linear
 from jlora.quant.tensor import unfold
-from jlora.weight import Weight, as_dense, dense_matmul
+from jlora.weight import Weight, as_dense, dense_matmul, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
 _TINY = 1e-30
@@ -57,7 +57,7 @@ class AdaptedWeight(Weight):
 
     def with_children(self, **children: Any) -> "AdaptedWeight":
         """The same value with these children in place of its own."""
-        return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]: every subclass is a dataclass
+        return rebuilt(self, **children)
 
     def adapter_half(self) -> "AdaptedWeight":
         return self.with_children(**dict.fromkeys(self.FROZEN))
@@ -82,7 +82,7 @@ class AdaptedWeight(Weight):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("base", "lora_A", "lora_B", "magnitude", "base_norm", "key"),
     meta_fields=("scaling", "dropout", "roles"),
 )
@@ -258,7 +258,7 @@ class LoraWeight(AdaptedWeight):
         return f"LoraWeight(base={self.base!r}, rank={rank}, scaling={self.scaling}, dropout={self.dropout}{kind})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
+@functools.partial(register_node, data_fields=("base", "value"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class FullWeight(AdaptedWeight):
     """A dense leaf that is trained as a whole, its frozen original beside it: PEFT's `bias` and `modules_to_save`.

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int, Params
+from jlora._typing import AnyArray, Array, Bool, Float, Int, Params
 from jlora.lora import linear
 from jlora.models.config import MAX_LAYERS, ConfigReader
 from jlora.models.layers import (
@@ -160,11 +160,11 @@ class GPT2(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"],
+        input_ids: Int[AnyArray, "batch seq"],
         *,
-        positions: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Int[Array, "batch seq"] | None = None,
+        positions: Int[AnyArray, "batch seq"] | None = None,
+        segment_ids: Int[AnyArray, "batch seq"] | None = None,
+        attention_mask: Int[AnyArray, "batch seq"] | Bool[AnyArray, "batch seq"] | None = None,
         cache: list[KVCache] | KVCache | None = None,
         head: bool = True,
     ) -> Any:

@@ -8,11 +8,12 @@ import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from jlora._typing import JsonObject, PretrainedTokenizer, PyTree
 from jlora import data as data_lib
 from jlora.tree.paths import count, nbytes
 from jlora.data import InstructDataset, TextDataset
@@ -26,7 +27,7 @@ from jlora.storage.whole import NoSpace, full_disk_said, no_space, whole_directo
 from jlora.storage.run_settings import RunSettings
 from jlora.files import find, load, load_tokenizer, read_config, save_adapter, untrained_tokens
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
-from jlora.models import model_from_config
+from jlora.models import Model, model_from_config
 from jlora.quant import SPECS, QuantizedTensor
 from jlora.train import (
     Checkpoints,
@@ -63,7 +64,7 @@ class FinetuneResult:
     """Of the saved adapter, nats a supervised token; None without evaluation data."""
     base_eval_loss: float | None
     """Before the first step."""
-    history: tuple[dict[str, Any], ...]
+    history: tuple[JsonObject, ...]
     """The entries of metrics.jsonl."""
 
 
@@ -129,10 +130,10 @@ class _Job:
     lora: LoraConfig
     run: Run
     display: Display
-    model: Any
-    tokenizer: Any
-    adapter: Any
-    base: Any
+    model: Model
+    tokenizer: PretrainedTokenizer
+    adapter: PyTree
+    base: PyTree
     fingerprint: str
     """Of the base's files."""
     train: TextDataset | InstructDataset
@@ -227,7 +228,7 @@ class _Job:
             base=self.fingerprint,
         )
 
-    def evaluate(self, adapter: Any, stop: StopSignals) -> float:
+    def evaluate(self, adapter: PyTree, stop: StopSignals) -> float:
         """The loss on the evaluation data.
 
         Raises:
@@ -267,7 +268,7 @@ class _Training:
         self.state = init_state(job.adapter, self.tx)
         # Its own stream: the initialization drew from the seed's key itself.
         self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[JsonObject] = []
         self.best = math.inf
         """The lowest evaluation loss after the first step."""
 
@@ -312,7 +313,7 @@ class _Training:
             self.job.display.evaluated(0, loss)
         return 0, None
 
-    def _resume(self) -> tuple[int, dict[str, Any] | None]:
+    def _resume(self) -> tuple[int, JsonObject | None]:
         """The state of the newest checkpoint that is whole: (steps done, the entry of the last one if it is not in the log)."""
         job = self.job
         with_best = job.config.save == "best"
@@ -333,14 +334,14 @@ class _Training:
         self.best = min(lowest(self.history), record.best[1] if record.best else math.inf)
         return record.step, None if record.unlogged is None else dict(record.unlogged)
 
-    def _batch(self, step: int) -> tuple[dict[str, Any], int]:
+    def _batch(self, step: int) -> tuple[JsonObject, int]:
         """(the batch of a step, its tokens)."""
         where = {"batch_size": self.job.rows, "seed": self.job.config.seed}
         return data_lib.batch(self.job.train, step - 1, **where), data_lib.batch_tokens(
             self.job.train, step - 1, **where
         )
 
-    def _complete(self, entry: dict[str, Any]) -> None:
+    def _complete(self, entry: JsonObject) -> None:
         """What comes after a step: evaluation, log, checkpoint, and the end if a signal asked for it."""
         job, config, step = self.job, self.job.config, entry["step"]
         last = step == job.steps
@@ -369,11 +370,11 @@ class _Training:
     def _stopped(self, step: int) -> str:
         return f"Stopped after step {step} of {self.job.steps}; the state is saved. Continue with --resume."
 
-    def _log(self, entry: dict[str, Any]) -> None:
+    def _log(self, entry: JsonObject) -> None:
         self.history.append(self.job.run.log.append(entry))
 
 
-def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[str, Any]]) -> FinetuneResult:
+def _finish(job: _Job, checkpoints: Checkpoints, state: PyTree, history: list[JsonObject]) -> FinetuneResult:
     config, run, display = job.config, job.run, job.display
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     chosen = job.steps
@@ -393,7 +394,7 @@ def _finish(job: _Job, checkpoints: Checkpoints, state: Any, history: list[dict[
     return result
 
 
-def _write_adapter(job: _Job, params: Any) -> None:
+def _write_adapter(job: _Job, params: PyTree) -> None:
     """`OUTPUT/adapter`, whole or not at all. One that is there already, with the same bytes, is left as it is."""
     path = job.run.adapter
     with full_disk_said(path), TemporaryDirectory(prefix=".partial-", dir=path.parent) as place:
@@ -411,7 +412,7 @@ def _same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
-def _memory(job: _Job, state: Any, tx: Any, compiled: int) -> str:
+def _memory(job: _Job, state: PyTree, tx: optax.GradientTransformation, compiled: int) -> str:
     """The predicted and the compiled peak of a step, in words; on a GPU the measured one too."""
     rows = {"batch_size": job.config.batch_size, "length": job.train.length, "accumulate": job.config.accumulate}
     predicted = predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
@@ -432,7 +433,7 @@ def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
     return True, "rematerialized in a scan" if on_cpu else "one compilation for all"
 
 
-def _stored(base: Any, dtype: str) -> str:
+def _stored(base: PyTree, dtype: str) -> str:
     """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
     packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
     if not packed:
@@ -441,11 +442,13 @@ def _stored(base: Any, dtype: str) -> str:
     return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
 
 
-def _is_quantized(leaf: Any) -> bool:
+def _is_quantized(leaf: object) -> bool:
     return isinstance(leaf, QuantizedTensor)
 
 
-def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
+def _describe(
+    source: str, train: TextDataset | InstructDataset, evaluation: TextDataset | InstructDataset | None
+) -> str:
     stats = train.stats
     said = [*stats.cut(), *stats.odd()]
     parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *said]

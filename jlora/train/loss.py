@@ -3,19 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
-from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
+from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Key, Params, PyTree
 from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
 from jlora.weight import Weight
 
-LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
+LossFn: TypeAlias = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
 
 CHUNK = {"cpu": 256, "gpu": 512}
@@ -92,7 +92,7 @@ class CausalLMLoss:
         return loss * sound, jnp.sum(supervised, dtype=jnp.int32)
 
 
-def _known(adapter_ids: Any, adapters: int) -> Array:
+def _known(adapter_ids: AnyArray, adapters: int) -> Array:
     """1 or NaN, as `soundness`: `route` cannot refuse traced numbers, and takes the nearest adapter."""
     if not isinstance(adapter_ids, jax.core.Tracer):
         return jnp.ones(())

@@ -17,7 +17,7 @@ from jlora._typing import Array
 from jlora.lora import FullWeight, LoraWeight
 from jlora.quant import NF4Tensor, QuantizedTensor
 from jlora.quant.matmul import not_before
-from jlora.weight import Weight
+from jlora.weight import Weight, register_node
 from jlora.weight.roles import order, sizes
 from jlora.wrapping.sides import SideOp
 
@@ -54,7 +54,7 @@ def _product_bwd(fn, residuals, dy):
 packed_product.defvjp(_product_fwd, _product_bwd)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("q", "operands"), meta_fields=("ops",))
+@functools.partial(register_node, data_fields=("q", "operands"), meta_fields=("ops",))
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A quantized kernel and what is to be done to its sides once it is unpacked: [*stack, *in, *out]."""
@@ -82,7 +82,7 @@ class Packed:
         return dataclasses.replace(self, ops=(*self.ops, (side, op)), operands=(*self.operands, operand))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("packed",), meta_fields=("sides", "logical_dtype"))
+@functools.partial(register_node, data_fields=("packed",), meta_fields=("sides", "logical_dtype"))
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix(Weight):
     """A `Packed` kernel as a matrix [in, out], for the methods of an adapted weight."""
@@ -142,7 +142,7 @@ _DATA = ("base", "factors", "scale", "key", "magnitude", "base_norm")
 _META = ("scalings", "axes", "ins", "outs", "dtype", "dropout", "paths")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True)
 class Factored:
     """`scale * (base + sum of scaling * A B)`, never formed; or a quantized base alone, with no factors."""
@@ -292,7 +292,7 @@ class Factored:
         return jax.tree.map(fn, whole)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("axis",))
+@functools.partial(register_node, data_fields=("parts",), meta_fields=("axis",))
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Weights concatenated along one axis, a `Factored` or a plain array each; products take them one by one."""
