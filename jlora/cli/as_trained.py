@@ -8,7 +8,7 @@ from typing import TypeVar
 from jlora._terminal import console, say
 from jlora._typing import Json, JsonObject
 from jlora.files import find
-from jlora.storage.adapters import adapter_directories, open_adapter
+from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
 from jlora.storage.run_settings import FILE, RunSettings
 

@@ -16,14 +16,12 @@ from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
-from jlora.files.adapters import factor_names
-from jlora.files.peft import PREFIX
+from jlora.files.adapters import adapter_directories, factor_names, open_adapter
+from jlora.files.peft import PEFT, PREFIX, to_peft
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.storage import Checkpoint
-from jlora.storage.adapters import PEFT, adapter_directories, open_adapter
-from jlora.storage.mlx import checkpoint_module
 from jlora.storage.run_settings import RunSettings
 from jlora.tree.modules import linear_kernels
 from jlora.tree.paths import flatten
@@ -133,14 +131,13 @@ def kernel_table(name: str) -> Table:
 def adapter_table(directory: str) -> Table:
     """An adapter's config, and the norm of each update's B (of a PEFT embedding's: A), 0 where nothing was learned."""
     found, config = open_adapter(directory), LoraConfig.load(directory)
-    fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
+    fields = {k: v for k, v in to_peft(config).items() if v not in (None, {}, [], False)}
     title = f"{directory} ({found.layout.name}): base {found.base_model}\n{json.dumps(fields)}"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in ("module", "rank", "scaling", "norm of B"):
         table.add_column(column)
     file = Checkpoint(found.weights)
-    for name, tensors in factor_names(sorted(file.shapes)).items():
-        module = checkpoint_module(name)
+    for module, tensors in factor_names(found.layout, sorted(file.shapes)).items():
         norms = {factor: float(np.linalg.norm(file.read(t).astype(np.float32))) for factor, t in tensors.items()}
         # An update is zero when one of its factors is.
         last = "A" if "lora_embedding" in tensors.get("A", "") else "B"

@@ -1,10 +1,10 @@
 """Adapters on disk in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import dataclasses
 import json
-import math
 import os
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,29 @@ import jax
 import numpy as np
 
 from jlora._typing import Params
+from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.stored import StoredAdapter, lora_modules
-from jlora.lora import (
-    AdaptedWeight,
-    FullWeight,
-    LoraConfig,
-    LoraWeight,
-    adapted_leaves,
-    adapted_modules,
-    add_lora,
-    remove_lora,
-)
-from jlora.lora.config import ALL_LINEAR
-from jlora.lora.targets import select, select_whole, without_idle
+from jlora.files.updates import check_config, trained_half, without_residuals
+from jlora.lora import AdaptedWeight, FullWeight, LoraConfig, adapted_leaves, add_lora
+from jlora.lora.config import ALL_LINEAR, BIASES, INITS, MAX_ALPHA, NAMES
+from jlora.lora.targets import without_idle
 from jlora.storage import Checkpoint, save_tensors
-from jlora.storage.adapters import CONFIG, PEFT, AdapterDirectory, refuse_mixture
+from jlora.storage.fields import (
+    check_fields,
+    either,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    one_of,
+    optional,
+    positive,
+    probability,
+    shown,
+    text,
+)
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, describe, is_embedding, module_path
-from jlora.tree.paths import flatten, is_weight
-from jlora.weight.roles import LINEAR
+from jlora.tree.modules import HEADS, is_embedding, module_path
 
 PREFIX = "base_model.model."
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
@@ -54,10 +58,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
     refuse_mixture(directory, PEFT)
-    check_config(params, config)
+    check_config(params, config, format=PEFT.name, writer="save_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    leaves = adapted_leaves(_trained_half(params))
+    leaves = adapted_leaves(trained_half(params))
     modules = lora_modules(leaves)
     tensors = {}
     for path, weight in leaves.items():
@@ -69,7 +73,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
                     "Resume from an earlier checkpoint with a lower learning rate."
                 )
             tensors[name] = array.T if transposed else array
-    fields = config.to_peft() | {
+    fields = to_peft(config) | {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": any(_is_conv1d(m) for m in modules),
         "inference_mode": True,
@@ -82,39 +86,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     elif config.targets == ALL_LINEAR:
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
     # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
-    text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
+    ordered = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
     with whole_files(Path(directory), last=CONFIG, replace=True) as partial:
         save_tensors(partial / PEFT.weights, tensors)
-        write_text(partial / CONFIG, text + "\n")
-
-
-def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
-    """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
-
-    def one(weight):
-        if not isinstance(weight, LoraWeight):
-            return weight
-        if weight.base is None:
-            raise ValueError(
-                "A PiSSA adapter is written as an update of the original base, which the adapter half of `split` does not "
-                "have. Pass `combine(adapter, base)`."
-            )
-        return weight.without_residual()
-
-    growth = math.sqrt(2) if config.use_rslora else 2
-    plain = dataclasses.replace(
-        config,
-        init="kaiming",
-        rank=2 * config.rank,
-        alpha=growth * config.alpha,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
-    )
-    return jax.tree.map(one, params, is_leaf=is_weight), plain
-
-
-def _trained_half(params: Params) -> Any:
-    return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
+        write_text(partial / CONFIG, ordered + "\n")
 
 
 def _is_conv1d(module: str) -> bool:
@@ -141,46 +116,9 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str,
     return {field: name for field, name in names.items() if getattr(weight, field) is not None}
 
 
-def check_config(params, config: LoraConfig) -> None:
-    modules = adapted_modules(_trained_half(params))
-    if not modules:
-        raise ValueError("`save_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
-    unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
-    if unlike:
-        raise ValueError(
-            f"PEFT's files hold adapters of kernels [in, out] alone; these have other roles: {', '.join(unlike[:4])}. Save the "
-            "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
-        )
-    wrong = [
-        f"{m}: rank {w.rank}, scaling {w.scaling:g}; the config says rank {config.rank_of(m)}, scaling {config.scaling_of(m):g}"
-        for m, w in modules.items()
-        if (w.rank, w.scaling) != (config.rank_of(m), config.scaling_of(m))
-    ]
-    wrong += [
-        f"{m}: {'no ' if w.magnitude is None else ''}DoRA magnitude; the config says use_dora={config.use_dora}"
-        for m, w in modules.items()
-        if (w.magnitude is not None) != config.use_dora
-    ]
-    if all(leaf.base is not None for leaf in flatten(params).values() if isinstance(leaf, AdaptedWeight)):
-        base = remove_lora(params)
-        config, _ = without_idle(base, config)
-        meant = set(select(base, config))
-        if meant != set(modules):
-            wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
-        whole = {path for path, w in adapted_leaves(_trained_half(params)).items() if isinstance(w, FullWeight)}
-        for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
-            has, says = ("is", "not") if path in whole else ("is not", "so")
-            wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
-    if wrong:
-        raise ValueError(
-            "`config` is not the one these parameters were adapted with, and a reader would scale the adapter by it:\n  "
-            + "\n  ".join(wrong[:10])
-        )
-
-
 def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
-    config, file = LoraConfig.from_peft(found.fields), Checkpoint(found.weights)
+    config, file = from_peft(found.fields), Checkpoint(found.weights)
     living, idle = without_idle(params, config)
     # What is trained is replaced below: the key is of no consequence.
     stored = _PeftAdapter(add_lora(params, living, key=jax.random.key(0)))
@@ -223,3 +161,155 @@ class _PeftAdapter(StoredAdapter):
                     f"other base: {name} {theirs.shape} differs from {path!r} {ours.shape} of these parameters"
                 )
         return lines
+
+
+def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
+    """The config that the fields of a PEFT `adapter_config.json` mean; absent fields have PEFT's defaults."""
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
+    unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in INITS:
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
+        reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
+        raise ValueError(
+            f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
+            "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
+            f"{reason}"
+        )
+    if fields.get("target_modules") is None:
+        raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+    check_fields(fields, _PEFT, where="adapter_config.json")
+    unknown = {k: v for k, v in fields.items() if k not in {*_PEFT, *_NEUTRAL, *_IDLE} and v not in (*_OFF, "")}
+    if unknown:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
+            "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
+            stacklevel=2,
+        )
+    layers = fields.get("layers_to_transform")
+    return LoraConfig(
+        rank=fields.get("r", 8),
+        alpha=fields.get("lora_alpha", 8),
+        targets=_names(fields["target_modules"]),
+        dropout=fields.get("lora_dropout", 0.0),
+        use_rslora=fields.get("use_rslora") or False,
+        use_dora=fields.get("use_dora") or False,
+        init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
+        rank_pattern=fields.get("rank_pattern") or {},
+        alpha_pattern=fields.get("alpha_pattern") or {},
+        exclude=_names(fields.get("exclude_modules") or ()),
+        bias=fields.get("bias") or "none",
+        modules_to_save=_names(fields.get("modules_to_save") or ()),
+        layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
+    )
+
+
+def to_peft(config: LoraConfig) -> dict[str, Any]:
+    """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
+    the tree replaces "all-linear" by the names it stood for."""
+    return {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": _as_json(config.targets),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": True if config.init == "kaiming" else config.init,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "exclude_modules": _as_json(config.exclude) or None,
+        "bias": config.bias,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "layers_to_transform": None if (layers := config.layers()) is None else list(layers),
+    }
+
+
+_PEFT = {
+    "peft_type": one_of("LORA"),
+    "r": integer(),
+    "lora_alpha": positive(MAX_ALPHA),
+    "target_modules": NAMES,
+    "exclude_modules": optional(NAMES),
+    "modules_to_save": optional(NAMES),
+    "lora_dropout": probability(),
+    "use_rslora": optional(flag()),
+    "use_dora": optional(flag()),
+    "init_lora_weights": either(flag(), text()),
+    "rank_pattern": optional(mapping_of(integer())),
+    "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
+    "bias": optional(one_of(*BIASES)),
+    "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
+    "base_model_name_or_path": optional(text()),
+}
+"""Fields of PEFT's `adapter_config.json` that are read."""
+
+_IDLE = (
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
+    *(
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+    ),
+)
+"""Fields of PEFT 0.21 that change nothing of a trained adapter."""
+
+# Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
+_OFF = (None, False, [], {})
+_NEUTRAL = {
+    "lora_bias": _OFF,
+    "ensure_weight_tying": _OFF,  # here a tied head keeps the base embedding
+    "trainable_token_indices": _OFF,
+    "target_parameters": _OFF,
+    "layer_replication": _OFF,
+    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"]),  # where the layers of our families are anyway
+    "alora_invocation_tokens": _OFF,
+    "use_qalora": _OFF,
+    "use_bdlora": _OFF,
+    "arrow_config": _OFF,
+    "kasa_config": _OFF,
+    "monteclora_config": _OFF,
+    "velora_config": _OFF,
+}
+
+_RANDOM_RESIDUAL = (
+    " (The base that a 'pissa_niter_N' adapter goes onto is a residual that PEFT takes from a random projection, anew at every "
+    "load: only the process that trained it has the right one. Merge there, or write plain LoRA with `save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…)`.)"
+)
+
+
+def _names(value):
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _as_json(value):
+    return value if isinstance(value, str) else list(value)
+
+
+PEFT = register(
+    Layout(
+        name="PEFT",
+        weights="adapter_model.safetensors",
+        marks=("peft_type",),
+        base="base_model_name_or_path",
+        read=read_peft_adapter,
+        config=lambda found: from_peft(found.fields),
+        module=lambda name: name.removeprefix(PREFIX),
+        revision="revision",
+        assumed=True,
+        legacy=(
+            (
+                "adapter_model.bin",
+                "Convert adapter_model.bin: load it in PEFT and call `save_pretrained(directory)`.",
+            ),
+        ),
+    )
+)

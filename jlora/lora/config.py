@@ -4,32 +4,24 @@ import dataclasses
 import math
 import os
 import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
-from jlora._typing import Json, JsonObject
-from jlora.storage import Checkpoint
-from jlora.storage.adapters import MLX, open_adapter
+from jlora._typing import Json
 from jlora.storage.fields import (
     MAX_SIZE,
     anything,
-    check_fields,
     either,
     flag,
-    integer,
     is_integer,
     list_of,
     mapping_of,
-    one_of,
-    optional,
     positive,
     probability,
     shown,
     text,
     wrong_fields,
 )
-from jlora.storage.mlx import MlxConfig, updated_modules
 from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
 INITS = ("kaiming", "gaussian", "pissa")
@@ -169,97 +161,23 @@ class LoraConfig:
     def load(cls, directory: str | os.PathLike) -> "LoraConfig":
         """The config of a saved adapter, PEFT's or mlx-lm's, from its `adapter_config.json`.
 
-        mlx-lm's names modules by the number of blocks from the end, so what it means is read from the names of its tensors.
-
         Raises:
             FileNotFoundError: when there is none.
             ValueError: for a file that is not a JSON object, and for a feature that jlora does not represent, by its
                 PEFT or mlx-lm name.
         """
-        found = open_adapter(directory)
-        if found.layout == MLX:
-            return cls.from_mlx(found.fields, Checkpoint(found.weights).shapes)
-        return cls.from_peft(found.fields)
+        (reader,) = _READERS
+        return reader(directory)
 
-    @classmethod
-    def from_mlx(cls, fields: Mapping[str, Json], tensors: Iterable[str]) -> "LoraConfig":
-        """From the fields of an mlx-lm `adapter_config.json` and the names of the adapter's tensors."""
-        config = MlxConfig.from_json(fields)
-        targets, layers = config.targets(updated_modules(tensors))
-        if not targets:
-            raise ValueError(f"{MLX.weights} holds no `lora_a`: there is no adapter in it. Write or download it again.")
-        return cls(
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=targets,
-            dropout=config.dropout,
-            use_dora=config.use_dora,
-            layers_to_transform=layers,
-        )
 
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Json]) -> "LoraConfig":
-        """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults."""
-        if fields.get("peft_type") != "LORA":
-            raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
-        unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
-        init = fields.get("init_lora_weights", True)
-        if isinstance(init, str) and init not in INITS:
-            unsupported["init_lora_weights"] = init
-        if unsupported:
-            listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
-            reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
-            raise ValueError(
-                f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
-                "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
-                f"{reason}"
-            )
-        if fields.get("target_modules") is None:
-            raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
-        check_fields(fields, _PEFT, where="adapter_config.json")
-        unknown = {k: v for k, v in fields.items() if k not in {*_PEFT, *_NEUTRAL, *_IDLE} and v not in (*_OFF, "")}
-        if unknown:
-            warnings.warn(
-                f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
-                "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
-                stacklevel=2,
-            )
-        layers = fields.get("layers_to_transform")
-        return cls(
-            rank=fields.get("r", 8),
-            alpha=fields.get("lora_alpha", 8),
-            targets=_names(fields["target_modules"]),
-            dropout=fields.get("lora_dropout", 0.0),
-            use_rslora=fields.get("use_rslora") or False,
-            use_dora=fields.get("use_dora") or False,
-            init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            exclude=_names(fields.get("exclude_modules") or ()),
-            bias=fields.get("bias") or "none",
-            modules_to_save=_names(fields.get("modules_to_save") or ()),
-            layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
-        )
+ConfigReader: TypeAlias = Callable[[str | os.PathLike], LoraConfig]
+_READERS: list[ConfigReader] = []
 
-    def to_peft(self) -> JsonObject:
-        """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
-        the tree replaces "all-linear" by the names it stood for."""
-        return {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "target_modules": _as_json(self.targets),
-            "lora_dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "init_lora_weights": True if self.init == "kaiming" else self.init,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "exclude_modules": _as_json(self.exclude) or None,
-            "bias": self.bias,
-            "modules_to_save": list(self.modules_to_save) or None,
-            "layers_to_transform": None if (layers := self.layers()) is None else list(layers),
-        }
+
+def reads_configs(reader: ConfigReader) -> ConfigReader:
+    """Makes `reader` what `LoraConfig.load` calls: files are known on a higher floor than this one."""
+    _READERS[:] = [reader]
+    return reader
 
 
 def _tuple(value: object) -> Any:
@@ -273,80 +191,16 @@ def _dict(value: object) -> Any:
 
 
 MAX_ALPHA = 1e9
-_NAMES = either(text(), list_of(text()))
+NAMES = either(text(), list_of(text()))
+"""One module name, or a list of them."""
 _CONTAINERS = {
-    "targets": _NAMES,
-    "exclude": _NAMES,
-    "modules_to_save": _NAMES,
+    "targets": NAMES,
+    "exclude": NAMES,
+    "modules_to_save": NAMES,
     "rank_pattern": mapping_of(anything()),
     "alpha_pattern": mapping_of(anything()),
 }
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
-
-_PEFT = {
-    "peft_type": one_of("LORA"),
-    "r": integer(),
-    "lora_alpha": positive(MAX_ALPHA),
-    "target_modules": _NAMES,
-    "exclude_modules": optional(_NAMES),
-    "modules_to_save": optional(_NAMES),
-    "lora_dropout": probability(),
-    "use_rslora": optional(flag()),
-    "use_dora": optional(flag()),
-    "init_lora_weights": either(flag(), text()),
-    "rank_pattern": optional(mapping_of(integer())),
-    "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
-    "bias": optional(one_of(*BIASES)),
-    "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
-    "base_model_name_or_path": optional(text()),
-}
-"""Fields of PEFT's `adapter_config.json` that are read."""
-
-_IDLE = (
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
-    *(
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-    ),
-)
-"""Fields of PEFT 0.21 that change nothing of a trained adapter."""
-
-# Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
-_OFF = (None, False, [], {})
-_NEUTRAL = {
-    "lora_bias": _OFF,
-    "ensure_weight_tying": _OFF,  # here a tied head keeps the base embedding
-    "trainable_token_indices": _OFF,
-    "target_parameters": _OFF,
-    "layer_replication": _OFF,
-    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"]),  # where the layers of our families are anyway
-    "alora_invocation_tokens": _OFF,
-    "use_qalora": _OFF,
-    "use_bdlora": _OFF,
-    "arrow_config": _OFF,
-    "kasa_config": _OFF,
-    "monteclora_config": _OFF,
-    "velora_config": _OFF,
-}
-
-_RANDOM_RESIDUAL = (
-    " (The base that a 'pissa_niter_N' adapter goes onto is a residual that PEFT takes from a random projection, anew at every "
-    "load: only the process that trained it has the right one. Merge there, or write plain LoRA with `save_pretrained(…, "
-    "path_initial_model_for_weight_conversion=…)`.)"
-)
-
-
-def _names(value):
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _as_json(value):
-    return value if isinstance(value, str) else list(value)
 
 
 def _first_match(pattern: Mapping[str, Json], module: str, default):
