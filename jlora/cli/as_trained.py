@@ -96,13 +96,14 @@ def _other_base(adapter: Path, model: str) -> str | None:
     return f"says that it was trained on {named!r}, and nothing says that {model!r} is the same"
 
 
-def _refuse_differing(options: object, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+def _refuse_differing(options: Options, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+    adapter = getattr(options, "adapter")  # noqa: B009
     for name in names:
-        values = {adapter: getattr(run, name) for adapter, run in settings.items()}
+        values = {named: getattr(run, name) for named, run in settings.items()}
         if getattr(options, name) is None and len(set(values.values())) > 1:
-            listed = ", ".join(f"{adapter}: {value}" for adapter, value in values.items())
+            listed = ", ".join(f"{named}: {value}" for named, value in values.items())
             raise ValueError(
-                f"The adapters in {options.adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
+                f"The adapters in {adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
                 f"use, --{name.replace('_', '-')}, or one of the adapters."
             )
 

@@ -119,6 +119,6 @@ def positional(options: type) -> set[str]:
     """The fields that are given by their place on the command line, without a flag."""
     from tyro.conf import Positional
 
-    (marker,) = Positional[str].__metadata__
+    (marker,) = typing.get_args(Positional[str])[1:]
     hints = typing.get_type_hints(options, include_extras=True)
     return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}

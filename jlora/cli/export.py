@@ -4,10 +4,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jlora._terminal import console, say
-from jlora._typing import PretrainedTokenizer, PyTree
+from jlora._typing import PyTree
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
 from jlora.files import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
@@ -99,7 +99,7 @@ def _peft(options: Export, model, params, tokenizer) -> str:
 
 _OF_ADAPTERS = ("gguf-adapter", "mlx", "peft")
 
-_WRITERS: Mapping[str, Callable[[Export, Model, PyTree, PretrainedTokenizer], str]] = {
+_WRITERS: Mapping[str, Callable[[Export, Model, PyTree, Any], str]] = {
     "transformers": _transformers,
     "torch": _torch,
     "gguf": _gguf,

@@ -1,7 +1,7 @@
 """The columns of a record and the keys of its turns: each means something that is kept, or is refused, or is named."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jlora._typing import Json, JsonObject
 from jlora.data.tokens import require_text
@@ -101,7 +101,7 @@ def normalized(value: Json) -> Record:
     return record
 
 
-def has_empty_answer(record: JsonObject) -> bool:
+def has_empty_answer(record: Mapping[str, Json]) -> bool:
     """Whether an answer that is learned has nothing but white space, no reasoning and no call of a tool either."""
     if "messages" not in record:
         return not record.get("output", "x").strip()

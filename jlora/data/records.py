@@ -55,6 +55,7 @@ def read_records(
 def _json_lines(source: str | Path) -> Iterator[tuple[str, Json]]:
     with Path(source).open("rb") as lines:  # bytes: a line that is not UTF-8 is then one bad line, not the end
         for number, raw in enumerate(lines, 1):
+            line = ""
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 value, _ = decode_json(line) if line else (None, 0)

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array, Int, PyTree
+from jlora._typing import Array, DTypeLike, Int, JsonObject, PretrainedTokenizer, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.bnb import STATE_SUFFIX, QuantState
 from jlora.files.finite import FiniteCheck
@@ -44,11 +43,11 @@ class AdapterBeside(UserWarning):
 def load(
     name: str | os.PathLike,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     quantize: QuantSpec | None = None,
     stack: bool = False,
     remat: str = "none",
-) -> tuple[Model, dict[str, Any]]:
+) -> tuple[Model, dict[str, PyTree]]:
     """A pretrained model and its parameters, from a Hugging Face directory or hub id.
 
     Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
@@ -97,7 +96,7 @@ def load(
             f"{str(directory)!r} is quantized already, as {next(iter(states.values())).spec}; it cannot be loaded as {quantize}. "
             "Leave `quantize` out, or load the dense original."
         )
-    flat: dict[str, Any] = {}
+    flat: dict[str, PyTree] = {}
     finite = FiniteCheck()
     # Largest first: its copies are made while there is little else.
     for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
@@ -127,7 +126,7 @@ def _with_stops(model: Model, directory: Path) -> Model:
     return add_stops(model, tokens, declared)
 
 
-def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Model:
+def add_stops(model: Model, tokenizer: PretrainedTokenizer, declared: Iterable[int] = ()) -> Model:
     """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
     own = token_ids(model.config.eos_token_id, where="config.json")
     stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)
@@ -141,22 +140,24 @@ def _read(
     checkpoint: Checkpoint,
     name: str,
     state: QuantState | None,
-    dtype: Any,
+    dtype: DTypeLike,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,
 ):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
-    stored = jnp.array(checkpoint.read(name)).astype(dtype) if state is None else state.read(checkpoint, name)
-    finite.see(name, stored)
     if state is not None:
-        return stored
+        packed = state.read(checkpoint, name)
+        finite.see(name, packed)
+        return packed
+    stored = jnp.array(checkpoint.read(name)).astype(dtype)
+    finite.see(name, stored)
     if spec is None:
         return stored.T if transposed else stored
     return quantize_rows(stored if transposed else stored.T, spec)
 
 
-def _zeros(depth: int, row: Any) -> Any:
+def _zeros(depth: int, row: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), row)
 
 
@@ -228,7 +229,7 @@ def find(name: str | os.PathLike) -> Path:
         ) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> JsonObject:
     """The fields of `config.json`."""
     path = directory / "config.json"
     if not path.is_file():

@@ -182,8 +182,9 @@ def reads_configs(reader: ConfigReader) -> ConfigReader:
 
 def _tuple(value: object) -> Any:
     """Names and numbers in a tuple; text, and what is neither, as it is."""
-    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
-    return tuple(value) if is_list else () if value is None else value
+    if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return tuple(value)
+    return () if value is None else value
 
 
 def _dict(value: object) -> Any:

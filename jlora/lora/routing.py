@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora._typing import Array, Float, Int, PyTree
 from jlora.lora.seam import embed, linear
@@ -58,7 +59,7 @@ class RoutedWeight(AdaptedWeight):
     """The choice, put there by `route`: int32, -1 for the base alone. None: not chosen yet."""
 
     @property
-    def lead(self):
+    def lead(self) -> Array | jax.ShapeDtypeStruct:
         a = self.lora_A
         return jax.ShapeDtypeStruct((*a.shape[:-3], *a.shape[-2:]), a.dtype)
 
@@ -289,7 +290,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
                 f"`adapter_ids` must be integers, [batch] or one; got {choice.dtype} {tuple(choice.shape)}. Pass int32 numbers in "
                 f"the order of {names}, or the names themselves."
             )
-        if isinstance(choice, jax.core.Tracer):
+        if isinstance(choice, Tracer):
             return jnp.clip(choice, -1, len(names) - 1).astype(jnp.int32)
         wrong = [i for i in np.ravel(choice).tolist() if not -1 <= i < len(names)]
         if wrong:

@@ -136,7 +136,8 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
     else:
         init = _init_embedding if is_embedding(path) else functools.partial(_init_kernel, init=config.init)
         one = functools.partial(_init_axes, init, roles, leaf.shape[leaf.ndim - len(roles) :], rank)
-        factors = [init(path_key(key, p), *leaf.shape[-2:], rank) if plain else one(path_key(key, p)) for p in paths]
+        d_in, d_out = leaf.shape[-2:]
+        factors = [init(path_key(key, p), d_in, d_out, rank) if plain else one(path_key(key, p)) for p in paths]
         a, b = jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if stacked else factors[0]
     return LoraWeight(
         base=base,

@@ -52,7 +52,7 @@ class AdaptedWeight(Weight):
 
     @property
     @abc.abstractmethod
-    def lead(self) -> Array:
+    def lead(self) -> Array | jax.ShapeDtypeStruct:
         """A trained child that every such value has: its leading axes are the stack's, in the adapter half too."""
 
     def with_children(self, **children: Any) -> "AdaptedWeight":
@@ -104,13 +104,15 @@ class LoraWeight(AdaptedWeight):
     FROZEN = ("base", "base_norm", "key")
     OPTIONAL = ("magnitude", "base_norm", "key")
 
-    base: Float[Array, "*stack d_in d_out"] | Weight
-    """The frozen weight: a dense array or another `Weight` (a quantized base makes this QLoRA). With PiSSA the residual, a
-    `LoraWeight` that takes the initial update away from the original."""
-    lora_A: Float[Array, "*stack d_in rank"]
-    """Trained; float32 whatever the base."""
-    lora_B: Float[Array, "*stack rank d_out"]
-    """Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base model."""
+    base: Float[Array, "*stack_and_axes"] | Weight
+    """The frozen weight: a dense array [*stack, d_in, d_out] or another `Weight` (a quantized base makes this QLoRA). With
+    PiSSA the residual, a `LoraWeight` that takes the initial update away from the original. None in the adapter half of
+    `split`, as the trained children are in the other half: what trees are made of need not be what values are made of."""
+    lora_A: Float[Array, "*stack_and_in rank"]
+    """[*stack, d_in, rank]. Trained; float32 whatever the base."""
+    lora_B: Float[Array, "*stack_rank_and_out"]
+    """[*stack, rank, d_out]. Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base
+    model."""
     scaling: float
     """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
     dropout: float = 0.0

@@ -195,10 +195,10 @@ def attention(
     if q.dtype == jnp.float32:
         # Heads first suits float32 (13 against 19 ms), but XLA:CPU runs bfloat16 dots of transposed operands in
         # float32 (16 against 8 ms).
-        out = _attend("bhsd", *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)
+        out = _attend("bhsd", *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         out = _attend("bshd", rows, k, v, mask)
-    return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)
+    return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

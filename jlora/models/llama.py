@@ -204,7 +204,8 @@ def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
     if missing:
         raise ValueError(f"The llama3 rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
     *factors, original = Llama3Scaling._fields
-    scaling = Llama3Scaling(*(rope.number(name, 1.0) for name in factors), rope.integer(original, 1))
+    numbers = {name: rope.number(name, 1.0) for name in factors}
+    scaling = Llama3Scaling(**numbers, **{original: rope.integer(original, 1)})
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ValueError(
             "`high_freq_factor` in config.json must be greater than `low_freq_factor`; got "

@@ -102,7 +102,7 @@ def push_files(
 def _sizes(api: "HfApi", repo: str, revision: str | None) -> dict[str, int]:
     """Path -> bytes of the files of a repository."""
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    return {entry.path: size for entry in entries if (size := getattr(entry, "size", None)) is not None}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora._typing import AnyArray, Array, DTypeLike, Float, PyTree
 from jlora.quant.formats import QuantSpec
@@ -49,7 +50,7 @@ def quantize(
         raise TypeError(f"`quantize` takes a floating point array; got {w.dtype}.")
     if w.ndim == 0 or w.size == 0:
         raise ValueError(f"`quantize` needs at least one axis and one element; got shape {w.shape}.")
-    if not isinstance(w, jax.core.Tracer):
+    if not isinstance(w, Tracer):
         check_finite(w, "w")
     if roles is None:
         return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)

@@ -106,7 +106,7 @@ class QuantizedTensor(Weight):
         flat = x.reshape(-1, x.shape[-1])
         name = implementation(flat.shape[0], jax.default_backend())
         y = quantized_matmul(name, transpose, x.dtype, jnp.dtype(out_dtype), flat, self)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
     def take(self, ids):
         self._check_linear("looked up in")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int
 
@@ -107,7 +108,7 @@ _EDIT = {
 _SAME = {"positions": "where tokens stand", "attention_mask": "which tokens are padding"}
 
 
-def _unknown(name: object) -> str:
+def _unknown(name: str) -> str:
     taken = f"The loss takes {', '.join((*REQUIRED, *OPTIONAL))}."
     if name in _NOT_TAKEN:
         return f"A batch must not hold {name!r}. {_NOT_TAKEN[name]} {taken}"
@@ -162,7 +163,7 @@ def _on_host(value: AnyArray | None, wait: bool) -> np.ndarray | None:
     """The array, or None where it cannot be looked at (for nothing)."""
     if value is None or isinstance(value, np.ndarray):
         return value
-    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+    if isinstance(value, Tracer) or not value.is_fully_addressable:
         return None
     if wait or all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Key, Params, PyTree
@@ -78,7 +79,8 @@ class CausalLMLoss:
             params = route(params, batch["adapter_ids"])
         arguments = model_arguments(batch)
         ids = jnp.asarray(batch["input_ids"], jnp.int32)
-        hidden = model.apply({"params": params}, ids, **arguments, head=False)
+        # Without `mutable` it is an array, which Flax does not say.
+        hidden: Array = model.apply({"params": params}, ids, head=False, **arguments)  # pyright: ignore
         weight, transpose = model.output_head(params)
         if isinstance(weight, RoutedWeight) and weight.per_row:
             raise ValueError(
@@ -94,7 +96,7 @@ class CausalLMLoss:
 
 def _known(adapter_ids: AnyArray, adapters: int) -> Array:
     """1 or NaN, as `soundness`: `route` cannot refuse traced numbers, and takes the nearest adapter."""
-    if not isinstance(adapter_ids, jax.core.Tracer):
+    if not isinstance(adapter_ids, Tracer):
         return jnp.ones(())
     return jnp.where(jnp.all((adapter_ids >= -1) & (adapter_ids < adapters)), 1.0, jnp.nan)
 

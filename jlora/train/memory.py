@@ -142,4 +142,5 @@ def _dense_stacks(base: PyTree) -> int:
 def planned(compiled: jax.stages.Compiled) -> int:
     """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
     plan = compiled.memory_analysis()
+    assert plan is not None  # every backend that jlora runs on makes one
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes

@@ -25,7 +25,6 @@ class TrainState(NamedTuple):
 
 
 Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
-Step: TypeAlias = Callable[[TrainState, PyTree, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(adapter: PyTree, tx: Optimizer) -> TrainState:
@@ -84,7 +83,7 @@ def _optimizer(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(tx)
 
 
-def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> Step:
+def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
     """`step(state, base, batch, key) -> (state, metrics)`, jitted; donates `state`, never `base`.
 
     The loss is differentiated with respect to `state.adapter`; `base` (the frozen half of `split`, or None for full
@@ -147,17 +146,19 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> Step:
         updates, opt_state = _updated(tx, grads, state, extra)
         return TrainState(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state), metrics
 
-    return _Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
+    return Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
 
 
-class _Step:
+class Step:
     """A jitted step whose batch is looked at before; everything else of it (`lower`, `trace`, …) is the jitted one's."""
 
     def __init__(self, jitted: Callable, check: Callable[[Batch], None] | None):
         self._jitted, self._check = jitted, check
         functools.update_wrapper(self, jitted, updated=())
 
-    def __call__(self, state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]):
+    def __call__(
+        self, state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
         if self._check is not None:
             self._check(batch)
         return self._jitted(state, base, batch, key)

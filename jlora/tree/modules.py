@@ -26,7 +26,7 @@ def module_path(path: str) -> str:
     return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
 
 
-def layer_paths(path: str, leaf: object) -> list[str]:
+def layer_paths(path: str, leaf: PyTree) -> list[str]:
     """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
     if layer_path(path, 0) is None or not is_array(leaf) or (path.endswith("/kernel") and leaf.ndim < 3):
@@ -34,7 +34,7 @@ def layer_paths(path: str, leaf: object) -> list[str]:
     return per_layer_paths(path, leaf.shape[0])
 
 
-def is_array(leaf: object) -> bool:
+def is_array(leaf: PyTree) -> bool:
     """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -101,7 +101,7 @@ def stated_roles(params: PyTree, patterns: Mapping[str, str]) -> dict[str, str]:
     return stated
 
 
-def _may_be_kernel(path: str, leaf: object) -> bool:
+def _may_be_kernel(path: str, leaf: PyTree) -> bool:
     """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
     return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
 

@@ -127,4 +127,4 @@ def dense_matmul(x: Array, w: Array, *, transpose: bool, out_dtype: DTypeLike) -
     """`x [*, in] @ w [in, out]`, or `x [*, out] @ w.T`, of a plain array."""
     flat = x.reshape(-1, x.shape[-1])
     y = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object

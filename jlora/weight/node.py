@@ -34,7 +34,7 @@ def register_node(cls: _Class, data_fields: tuple[str, ...], meta_fields: tuple[
     return cls
 
 
-def rebuilt(value: _Value, **children: object) -> _Value:
+def rebuilt(value: _Value, /, **children: object) -> _Value:
     """The same value with these children in place of its own, whatever they are, as in a tree that JAX rebuilds."""
     copy = object.__new__(type(value))
     vars(copy).update(vars(value), **children)

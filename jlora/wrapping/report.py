@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 UNHANDLED, MATERIALIZED, UNUSED, RETURNED = "UNHANDLED", "materialized", "UNUSED", "returned"
 
@@ -134,7 +134,17 @@ def _size(nbytes: int) -> str:
 _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "contextlib", "functools")
 
 
-def where(eqn: Any) -> str:
+@runtime_checkable
+class Equation(Protocol):
+    """What is told of an equation of a jaxpr."""
+
+    @property
+    def primitive(self) -> Any: ...
+    @property
+    def source_info(self) -> Any: ...
+
+
+def where(eqn: Equation) -> str:
     """ "file.py:41", the innermost line of an equation's traceback that is not of JAX or a layer library, if there is one."""
     traceback = eqn.source_info.traceback
     if traceback is None:
