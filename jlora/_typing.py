@@ -66,7 +66,7 @@ class NamedTokens(Protocol):
     @property
     def all_special_tokens(self) -> list[str]: ...
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: Any, /) -> Any: ...
 
     def get_added_vocab(self) -> dict[str, int]: ...
 
@@ -76,6 +76,7 @@ class PretrainedTokenizer(Tokenizer, NamedTokens, Protocol):
     """A whole tokenizer of transformers."""
 
     bos_token: str | None
+    all_special_ids: list[int]
 
     def get_vocab(self) -> dict[str, int]: ...
 

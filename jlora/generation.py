@@ -91,7 +91,7 @@ def _stops(model: Model, eos_token_id: int | Sequence[int] | None) -> Sequence[i
     vocab_size = model.config.vocab_size
     if eos_token_id is None:
         return stop_ids(token_ids(model.config.eos_token_id, where="the model's config"), vocab_size=vocab_size)
-    ids: Sequence[object] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
+    ids: Sequence[int] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
     for i in ids:
         if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < vocab_size:
             raise ValueError(

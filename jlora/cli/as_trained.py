@@ -96,7 +96,7 @@ def _other_base(adapter: Path, model: str) -> str | None:
     return f"says that it was trained on {named!r}, and nothing says that {model!r} is the same"
 
 
-def _refuse_differing(options: Options, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+def _refuse_differing(options: object, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
     adapter = getattr(options, "adapter")  # noqa: B009
     for name in names:
         values = {named: getattr(run, name) for named, run in settings.items()}

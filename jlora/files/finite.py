@@ -19,7 +19,7 @@ class FiniteCheck:
     """Collects arrays by the name of their tensor; nothing waits for an accelerator before the end."""
 
     def __init__(self):
-        self._found: dict[str, Array] = {}
+        self._found: dict[str, Array | np.bool] = {}
 
     def see(self, name: str, value: PyTree) -> None:
         """`value`: an array, or a quantized weight with float leaves among its own."""

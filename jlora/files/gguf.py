@@ -340,7 +340,7 @@ def _write_metadata(writer: "GGUFWriter", model: Model, name: str, file_type: in
     fields = _gpt2_fields(model.config) if isinstance(model.config, GPT2Config) else _llama_fields(model.config)
     for key, value in fields.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{writer.arch}.{key}", value)
+        add(f"{writer.arch}.{key}", value)  # pyright: ignore[reportArgumentType]: chosen by the type
 
 
 def _gpt2_fields(config: GPT2Config) -> dict[str, int | float]:

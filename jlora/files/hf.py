@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array, DTypeLike, Int, JsonObject, PretrainedTokenizer, PyTree
+from jlora._typing import Array, DTypeLike, Int, JsonObject, NamedTokens, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.bnb import STATE_SUFFIX, QuantState
 from jlora.files.finite import FiniteCheck
@@ -126,7 +126,7 @@ def _with_stops(model: Model, directory: Path) -> Model:
     return add_stops(model, tokens, declared)
 
 
-def add_stops(model: Model, tokenizer: PretrainedTokenizer, declared: Iterable[int] = ()) -> Model:
+def add_stops(model: Model, tokenizer: NamedTokens | None, declared: Iterable[int] = ()) -> Model:
     """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
     own = token_ids(model.config.eos_token_id, where="config.json")
     stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)

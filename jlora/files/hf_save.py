@@ -29,7 +29,7 @@ def save_pretrained(
     model: Model,
     params: Params,
     *,
-    tokenizer: PretrainedTokenizer | None = None,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -95,7 +95,7 @@ def save_quantized(
     model: Model,
     params: Params,
     *,
-    tokenizer: PretrainedTokenizer | None = None,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -181,7 +181,7 @@ def refuse_checkpoint(directory: str | os.PathLike) -> None:
 def _companions(
     model: Model,
     origin: Origin | None,
-    tokenizer: PretrainedTokenizer,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None,
     dtype: str,
     *,
     quantization: Mapping[str, Json] | None,
@@ -219,7 +219,7 @@ def _write(
     directory: Path,
     tensors: Mapping[str, np.ndarray],
     files: Mapping[str, Content],
-    tokenizer: PretrainedTokenizer,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None,
     max_shard_bytes: int,
 ) -> None:
     """Weights, the `files` beside them, and those of a tokenizer that is not copied."""

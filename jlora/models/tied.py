@@ -9,6 +9,7 @@ from jlora.models.gpt2 import GPT2
 from jlora.models.layers import frozen_base
 from jlora.models.llama import Llama
 from jlora.tree.paths import flatten
+from jlora.weight import as_dense
 
 
 def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:
@@ -65,7 +66,8 @@ def untie(model: GPT2 | Llama, params: Params) -> tuple[Any, Params]:
             "`combine(adapter, base)`."
         )
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": head.T}}
+    kernel = as_dense(head, head.dtype).T
+    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": kernel}}
 
 
 def _embedding(model: GPT2 | Llama, params: Params) -> Any:

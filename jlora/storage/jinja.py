@@ -128,7 +128,7 @@ def _concatenated(parts: Iterable[str]) -> str:
     return "".join(kept)
 
 
-def _check_call(name: str, values: tuple[object, ...]) -> None:
+def _check_call(name: str, values: tuple[Any, ...]) -> None:
     """What one call of a method of text, or a filter, may make of its arguments."""
     sizes = [_size(value) if name in _WRITERS else len(value) if hasattr(value, "__len__") else 1 for value in values]
     numbers = [abs(value) for value in values if isinstance(value, int)]
@@ -196,7 +196,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_concatenated)
 
-    def call_binop(self, context: Any, operator: str, left: object, right: object) -> Any:
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _step()
         if operator == "+" and type(left) is type(right) is str:
             _chars(len(left) + len(right))
@@ -225,7 +225,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return made
 
 
-def _length(value: object) -> int:
+def _length(value: Any) -> int:
     if isinstance(value, int):
         return value.bit_length()
     return 8 * _items(value) or (len(value) if hasattr(value, "__len__") else 1)

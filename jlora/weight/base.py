@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora._typing import Array, DTypeLike
+from jlora._typing import AnyArray, Array, DTypeLike
 
 
 class Weight(abc.ABC):
@@ -37,11 +37,11 @@ class Weight(abc.ABC):
         return len(self.shape)
 
     @abc.abstractmethod
-    def matmul(self, x: Array, *, transpose: bool, out_dtype: DTypeLike) -> Array:
+    def matmul(self, x: AnyArray, *, transpose: bool, out_dtype: DTypeLike) -> Array:
         """`x @ w`, or `x @ w.T` with `transpose`; float32 accumulation, result in `out_dtype`."""
 
     @abc.abstractmethod
-    def take(self, ids: Array) -> Array:
+    def take(self, ids: AnyArray) -> Array:
         """Rows `w[ids]` of an embedding [vocab, d_model]."""
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ def materialize(w: Weight, dtype: DTypeLike | None = None) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def einsum(spec: str, out_dtype: DTypeLike, a: Array, b: Array) -> Array:
+def einsum(spec: str, out_dtype: DTypeLike, a: AnyArray, b: AnyArray) -> Array:
     """Two-operand einsum that accumulates in float32, forward and backward.
 
     `b` is cast to `a.dtype` first, so float32 masters can meet bfloat16 activations. The cotangent is cast to `a.dtype`
@@ -123,7 +123,7 @@ def _einsum_bwd(spec, out_dtype, residuals, dy):
 einsum.defvjp(_einsum_fwd, _einsum_bwd, symbolic_zeros=True)
 
 
-def dense_matmul(x: Array, w: Array, *, transpose: bool, out_dtype: DTypeLike) -> Array:
+def dense_matmul(x: AnyArray, w: AnyArray, *, transpose: bool, out_dtype: DTypeLike) -> Array:
     """`x [*, in] @ w [in, out]`, or `x [*, out] @ w.T`, of a plain array."""
     flat = x.reshape(-1, x.shape[-1])
     y = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)

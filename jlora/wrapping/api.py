@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -79,7 +79,7 @@ class _Plan:
     """Closed, from all arrays of the arguments to the results that are not arguments themselves."""
     results: tuple[tuple[str, int], ...]
     """Each result: ("argument", its leaf's number) or ("value", its number among the jaxpr's results)."""
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
     report: Report
 
 
@@ -185,7 +185,7 @@ class Wrapped(Generic[P, R]):
 class _Returned:
     """Stands for the end of the function, where rules expect an equation."""
 
-    jaxpr: Jaxpr
+    jaxpr: ClosedJaxpr
 
     class primitive:
         name = "return"

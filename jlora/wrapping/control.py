@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jlora.weight import einsum
 from jlora.wrapping.consumers import Dims, multiply
@@ -125,7 +125,7 @@ def _dimension_numbers(body: Jaxpr) -> Value:
         return None
     (product,) = (eqn for eqn in body.eqns if eqn.primitive.name == "dot_general")
     cast_from = {eqn.outvars[0]: eqn.invars[0] for eqn in body.eqns if eqn is not product}
-    operands = [cast_from.get(var, var) for var in product.invars]
+    operands = [cast_from[var] if isinstance(var, Var) and var in cast_from else var for var in product.invars]
     return product.params["dimension_numbers"] if operands == list(body.invars) else None
 
 

@@ -1,6 +1,7 @@
 """From a module of Flax Linen, Flax NNX or Equinox to a function of a plain tree, wrapped."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jlora._typing import PyTree
 from jlora.wrapping.api import Wrapped, wrap
 
 
-def wrap_linen(module: PyTree, **options: bool | str | Mapping[str, str]) -> Wrapped:
+def wrap_linen(module: PyTree, **options: Any) -> Wrapped:
     """`module.apply` as `f(params, *args, **kwargs)`, through `wrap`.
 
     Args:
@@ -35,7 +36,7 @@ def wrap_linen(module: PyTree, **options: bool | str | Mapping[str, str]) -> Wra
     return wrap(apply, **options)
 
 
-def wrap_nnx(module: PyTree, *, mutable: bool = False, **options: bool | str | Mapping[str, str]) -> tuple[PyTree, ...]:
+def wrap_nnx(module: PyTree, *, mutable: bool = False, **options: Any) -> tuple[PyTree, ...]:
     """A Flax NNX module as a function of its parameters, through `wrap`, and those parameters.
 
     Args:
@@ -98,7 +99,7 @@ def _changed(before: PyTree, after: PyTree) -> list[str]:
     return sorted(path for path in old.keys() | new.keys() if old.get(path) is not new.get(path))
 
 
-def wrap_equinox(module: Callable, **options: bool | str | Mapping[str, str]) -> tuple[Wrapped, PyTree]:
+def wrap_equinox(module: Callable, **options: Any) -> tuple[Wrapped, PyTree]:
     """An Equinox module as a function of its arrays, through `wrap`, and those arrays.
 
     Args:

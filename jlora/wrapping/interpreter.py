@@ -142,7 +142,9 @@ def _named(eqn: JaxprEqn):
         yield
 
 
-def policy_of(on_unhandled: object, paths: Sequence[str]) -> tuple[Callable[[str], str], frozenset[str]]:
+def policy_of(
+    on_unhandled: str | Mapping[str, str], paths: Sequence[str]
+) -> tuple[Callable[[str], str], frozenset[str]]:
     """(leaf path -> policy, leaves whose materialization is named).
 
     Raises:

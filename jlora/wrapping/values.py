@@ -314,7 +314,7 @@ class Split:
     def dtype(self) -> str:
         return str(self.parts[0].dtype)
 
-    def each(self, fn: Callable[..., Array], axis: int | None = None) -> "Split":
+    def each(self, fn: Callable[..., "Factored | Array"], axis: int | None = None) -> "Split":
         return Split(tuple(fn(part) for part in self.parts), self.axis if axis is None else axis)
 
 
