@@ -104,7 +104,7 @@ def _stops(model: Model, eos_token_id: int | Sequence[int] | None) -> Sequence[i
     vocab_size = model.config.vocab_size
     if eos_token_id is None:
         return stop_ids(token_ids(model.config.eos_token_id, where="the model's config"), vocab_size=vocab_size)
-    ids: Sequence[Any] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
+    ids: Sequence[int] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
     for i in ids:
         if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < vocab_size:
             raise ValueError(
@@ -149,7 +149,9 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
-def _generate(model: Any, params, prompts, lengths, key, temperature, top_k, top_p, eos, *, max_new_tokens, greedy):
+def _generate(
+    model: Model, params: Params, prompts, lengths, key, temperature, top_k, top_p, eos, *, max_new_tokens, greedy
+):
     """(tokens [batch, max_new_tokens], how many of each row count, whether all logits were finite)."""
     batch, width = prompts.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))

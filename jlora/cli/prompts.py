@@ -1,9 +1,10 @@
 """Prompts of the command line: raw text, or instructions in the template that the adapter was trained with."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from jlora._numbers import check_seed
+from jlora._typing import JsonObject, PretrainedTokenizer
 from jlora.cli.as_trained import note
 from jlora.data.prompts import Prompt, check_text, prompts_of, text_ids
 from jlora.data.records import Record
@@ -59,20 +60,22 @@ def read_prompts(options: Prompts) -> list[Prompt]:
     return found
 
 
-def encode_prompts(found: list[Prompt], options: Prompts, tokenizer: Any) -> list[tuple[str, list[int]]]:
+def encode_prompts(
+    found: list[Prompt], options: Prompts, tokenizer: PretrainedTokenizer
+) -> list[tuple[str, list[int]]]:
     """(text, token ids) of every prompt."""
     if options.template in (None, "none"):
         return [(text, text_ids(tokenizer, _raw(text, record))) for text, record in found]
     return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
 
 
-def _raw(text: str, record: dict[str, Any]) -> str:
+def _raw(text: str, record: JsonObject) -> str:
     if "messages" in record:
         raise ValueError("Prompts of `messages` are rendered by a chat template; give --template chat.")
     return text
 
 
-def sampling(options: Prompts, base: str) -> dict[str, Any]:
+def sampling(options: Prompts, base: str) -> JsonObject:
     """The arguments of `generate` that say how to sample; what the checkpoint says of it, and is taken or not, is said."""
     fields = generation_config(find(base))
     taken = {

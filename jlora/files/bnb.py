@@ -6,11 +6,11 @@ Reference: bitsandbytes `QuantState.as_dict(packed=True)`.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.quant import NF4, NF4Tensor
 from jlora.quant.blockwise import NESTED_BLOCK
 from jlora.quant.formats import BLOCK_SIZES, DYNAMIC_CODE, NF4_CODE
@@ -124,7 +124,7 @@ class QuantState:
         )
 
 
-def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Any]:
+def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Json]:
     if checkpoint.dtypes[tensor] != "U8":
         raise ValueError(f"{where} must be stored as U8; got {checkpoint.dtypes[tensor]}.")
     try:
@@ -141,7 +141,7 @@ def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[st
 def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     """Everything a checkpoint stores for the weight called `name`."""
     d_in, d_out = q.kernel_shape
-    state: dict[str, Any] = {
+    state: JsonObject = {
         "quant_type": "nf4",
         "blocksize": q.block_size,
         "dtype": q.logical_dtype,

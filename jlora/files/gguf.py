@@ -14,12 +14,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import mismatches
@@ -31,6 +32,9 @@ from jlora.storage.whole import check_size, refuse_existing, whole_file
 from jlora.tree.modules import module_path
 from jlora.tree.paths import flatten, is_weight, per_layer_paths
 from jlora.weight import materialize
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 GGUFDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 DEFAULT_DTYPE: GGUFDtype = "q8_0"
@@ -50,7 +54,12 @@ _LARGEST: Mapping[str, float] = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895
 
 
 def save_gguf(
-    path: str | os.PathLike, model: Model, params: Params, *, tokenizer: Any, dtype: GGUFDtype = DEFAULT_DTYPE
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer: PretrainedTokenizer,
+    dtype: GGUFDtype = DEFAULT_DTYPE,
 ) -> None:
     """A model for llama.cpp: one GGUF file with weights, hyperparameters and vocabulary.
 
@@ -208,11 +217,11 @@ def _import_gguf() -> Any:
 
 
 def _write(
-    gguf: Any,
+    gguf: ModuleType,
     path: Path,
     model: Model,
-    describe: Callable[[Any], None],
-    stored: Mapping[str, tuple[tuple[int, ...], Any]],
+    describe: Callable[["GGUFWriter"], None],
+    stored: Mapping[str, tuple[tuple[int, ...], "GGMLQuantizationType"]],
     arrays: Iterable[np.ndarray],
 ) -> None:
     """One file, whole or not at all.
@@ -277,7 +286,7 @@ def _check_adapter(model: Model, params: Params, modules: Mapping[str, LoraWeigh
     check_shapes(modules, kernels)
 
 
-def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
+def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, PyTree]]:
     """(name in the file, path in the tree, leaf) of every tensor, layer by layer, in the same order every time."""
     for path, leaf in layer_rows(model, params):
         name = tensor_name(module_path(path), model)
@@ -286,14 +295,16 @@ def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
         yield name, "", array
 
 
-def _tensor_type(gguf: Any, name: str, shape: tuple[int, ...], wanted: Any) -> Any:
+def _tensor_type(
+    gguf: ModuleType, name: str, shape: tuple[int, ...], wanted: "GGMLQuantizationType"
+) -> "GGMLQuantizationType":
     if len(shape) < 2 or name in _ALWAYS_F32:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _float32(model: Model, path: str, leaf: Any) -> np.ndarray:
+def _float32(model: Model, path: str, leaf: PyTree) -> np.ndarray:
     """The dense tensor as the file orders it: kernels as [out, in]."""
     array = np.asarray(materialize(leaf, jnp.dtype(jnp.float32)) if is_weight(leaf) else leaf).astype(np.float32)
     if path.endswith("/scale"):
@@ -309,7 +320,7 @@ def _permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
+def _stored(gguf: ModuleType, name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> np.ndarray:
     refuse_not_finite(name, array)
     largest = float(np.abs(array).max())
     if largest > _LARGEST[kind.name]:
@@ -340,7 +351,7 @@ def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: 
         _ADD[type(value)](writer, f"{writer.arch}.{key}", value)
 
 
-def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+def _write_vocabulary(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model("gpt2")  # byte-level BPE, whichever the family
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+from jlora._typing import Json
 from jlora.storage.fields import (
     MAX_SIZE,
     anything,
@@ -180,13 +181,14 @@ def reads_configs(reader: ConfigReader) -> ConfigReader:
     return reader
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: object) -> Any:
     """Names and numbers in a tuple; text, and what is neither, as it is."""
-    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
-    return tuple(value) if is_list else () if value is None else value
+    if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return tuple(value)
+    return () if value is None else value
 
 
-def _dict(value: Any) -> Any:
+def _dict(value: object) -> Any:
     return dict(value) if isinstance(value, Mapping) else {} if value is None else value
 
 
@@ -203,7 +205,7 @@ _CONTAINERS = {
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default):
+def _first_match(pattern: Mapping[str, Json], module: str, default):
     for key, value in pattern.items():
         if pattern_matches(key, module):
             return value

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jlora._typing import Array, Bool, Float, Int
+from jlora._typing import AnyArray, Array, Bool, Float, Int
 from jlora.lora import AdaptedWeight, embed, linear
 from jlora.weight import Weight, as_dense
 
@@ -184,7 +184,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | Linea
     return (inv if scaling is None else scaling.scaled(inv)).astype(np.float32)
 
 
-def rope_angles(positions: Int[Array, "batch seq"], frequencies: np.ndarray):
+def rope_angles(positions: Int[AnyArray, "batch seq"], frequencies: np.ndarray):
     """(cos, sin), each float32 [batch, seq, head_dim], halves repeated."""
     # float32: bfloat16 rounds position 257 to 256, a whole radian off in the first pair.
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -325,7 +325,7 @@ def attend(q, k, v, context: Context, cache: KVCache | None, *, scale: float | N
     return y, cache
 
 
-def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def segment_positions(segment_ids: Int[AnyArray, "batch seq"]) -> Int[Array, "batch seq"]:
     """Positions that restart at 0 in every segment."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -334,10 +334,10 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
 
 
 def make_context(
-    input_ids: Int[Array, "batch seq"],
-    positions: Int[Array, "batch seq"] | None,
-    segment_ids: Int[Array, "batch seq"] | None,
-    attention_mask: Bool[Array, "batch seq"] | None,
+    input_ids: Int[AnyArray, "batch seq"],
+    positions: Int[AnyArray, "batch seq"] | None,
+    segment_ids: Int[AnyArray, "batch seq"] | None,
+    attention_mask: Int[AnyArray, "batch seq"] | Bool[AnyArray, "batch seq"] | None,
     cache: Any,
 ) -> Context:
     """Positions and mask of one call, of layers that see all and rotate nothing; see `contexts_of`.

@@ -8,6 +8,7 @@ from jlora.lora import AdaptedWeight
 from jlora.models.causal import CausalLM
 from jlora.models.layers import frozen_base
 from jlora.tree.paths import flatten
+from jlora.weight import as_dense
 
 
 def has_adapted_tie(model: CausalLM, params: Params) -> bool:
@@ -64,7 +65,8 @@ def untie(model: CausalLM, params: Params) -> tuple[Any, Params]:
             "`combine(adapter, base)`."
         )
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": head.T}}
+    kernel = as_dense(head, head.dtype).T
+    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": kernel}}
 
 
 def _embedding(model: CausalLM, params: Params) -> Any:

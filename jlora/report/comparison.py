@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numbers import json_number
 from jlora._terminal import visible
-from jlora._typing import Array, Batch, Float, Key, Params
+from jlora._typing import Array, Batch, Float, JsonObject, Key, Params
 from jlora.data import continuation
 from jlora.generation import SAMPLING, generate
 from jlora.lora import remove_lora
@@ -38,7 +37,7 @@ class Comparison:
     """On held-out data, when some was given."""
     adapted: Evaluation | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         held_out = None
         if self.base is not None and self.adapted is not None:
             held_out = {

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from jlora._typing import JsonObject, PretrainedTokenizer, PyTree
 from jlora import data as data_lib
 from jlora._typing import Batch
 from jlora.runs.config import FinetuneConfig
@@ -110,7 +112,7 @@ class _Training:
         self.state = init_state(job.adapter, self.tx)
         # Its own stream: the initialization drew from the seed's key itself.
         self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[JsonObject] = []
         self.best = math.inf
         """The lowest evaluation loss after the first step."""
 
@@ -155,7 +157,7 @@ class _Training:
             self.job.display.evaluated(0, loss)
         return 0, None
 
-    def _resume(self) -> tuple[int, dict[str, Any] | None]:
+    def _resume(self) -> tuple[int, JsonObject | None]:
         """The state of the newest checkpoint that is whole: (steps done, the entry of the last one if it is not in the log)."""
         job = self.job
         with_best = job.config.save == "best"
@@ -183,7 +185,7 @@ class _Training:
             self.job.train, step - 1, **where
         )
 
-    def _complete(self, entry: dict[str, Any]) -> None:
+    def _complete(self, entry: JsonObject) -> None:
         """What comes after a step: evaluation, log, checkpoint, and the end if a signal asked for it."""
         job, config, step = self.job, self.job.config, entry["step"]
         last = step == job.steps
@@ -212,7 +214,7 @@ class _Training:
     def _stopped(self, step: int) -> str:
         return f"Stopped after step {step} of {self.job.steps}; the state is saved. Continue with --resume."
 
-    def _log(self, entry: dict[str, Any]) -> None:
+    def _log(self, entry: JsonObject) -> None:
         self.history.append(self.job.run.log.append(entry))
 
 

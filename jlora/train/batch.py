@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora._numbers import IGNORED
 from jlora._typing import Array, Batch, Bool, Float, Int
@@ -106,7 +107,7 @@ _EDIT = {
 _SAME = {"positions": "where tokens stand", "attention_mask": "which tokens are padding"}
 
 
-def _unknown(name: Any) -> str:
+def _unknown(name: str) -> str:
     taken = f"The loss takes {', '.join((*REQUIRED, *OPTIONAL))}."
     if name in _NOT_TAKEN:
         return f"A batch must not hold {name!r}. {_NOT_TAKEN[name]} {taken}"
@@ -115,7 +116,7 @@ def _unknown(name: Any) -> str:
     return f"A batch must not hold {name!r}, which would be ignored.{hint} {taken}"
 
 
-def _check_dtype(name: str, value: Any) -> None:
+def _check_dtype(name: str, value: object) -> None:
     if not isinstance(value, np.ndarray | jax.Array):
         raise ValueError(
             f"`{name}` must be a NumPy or JAX array; got {type(value).__name__}. Convert it with `np.asarray`."
@@ -157,11 +158,11 @@ def _ranges(limits: Limits) -> Iterator[tuple[str, int, int | None]]:
     yield "position_ids", 0, last
 
 
-def _on_host(value: Any, wait: bool) -> np.ndarray | None:
+def _on_host(value: AnyArray | None, wait: bool) -> np.ndarray | None:
     """The array, or None where it cannot be looked at (for nothing)."""
     if value is None or isinstance(value, np.ndarray):
         return value
-    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+    if isinstance(value, Tracer) or not value.is_fully_addressable:
         return None
     if wait or all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value)
@@ -206,15 +207,13 @@ def soundness(batch: Batch, limits: Limits) -> Float[Array, ""]:
     return jnp.where(bad, jnp.nan, 1.0)
 
 
-def model_arguments(batch: Batch) -> dict[str, Any]:
+def model_arguments(batch: Batch) -> dict[str, Array]:
     """The arrays beside `input_ids` that a model is called with, `position_ids` in transformers' sense.
 
     Positions that restart are several sequences in a row, which do not see each other, unless an attention mask is given
     (`transformers.masking_utils.find_packed_sequence_indices`).
     """
-    arguments: dict[str, Any] = {
-        name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch
-    }
+    arguments = {name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch}
     if "attention_mask" in batch:
         arguments["attention_mask"] = jnp.asarray(batch["attention_mask"], bool)
     if "position_ids" in batch:

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._numbers import IGNORED
@@ -17,7 +18,7 @@ from jlora.models.causal import capped
 from jlora.train.batch import Limits, check_form, check_numbers, model_arguments, soundness
 from jlora.weight import Weight
 
-LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
+LossFn: TypeAlias = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
 
 CHUNK = {"cpu": 256, "gpu": 512}
@@ -80,7 +81,8 @@ class CausalLMLoss:
             params = route(params, batch["adapter_ids"])
         arguments = model_arguments(batch)
         ids = jnp.asarray(batch["input_ids"], jnp.int32)
-        hidden = model.apply({"params": params}, ids, **arguments, head=False)
+        # Without `mutable` it is an array, which Flax does not say.
+        hidden: Array = model.apply({"params": params}, ids, head=False, **arguments)  # pyright: ignore
         weight, transpose = model.output_head(params)
         if isinstance(weight, RoutedWeight) and weight.per_row:
             raise ValueError(
@@ -102,9 +104,9 @@ class CausalLMLoss:
         return loss * sound, jnp.sum(supervised, dtype=jnp.int32)
 
 
-def _known(adapter_ids: Any, adapters: int) -> Array:
+def _known(adapter_ids: AnyArray, adapters: int) -> Array:
     """1 or NaN, as `soundness`: `route` cannot refuse traced numbers, and takes the nearest adapter."""
-    if not isinstance(adapter_ids, jax.core.Tracer):
+    if not isinstance(adapter_ids, Tracer):
         return jnp.ones(())
     return jnp.where(jnp.all((adapter_ids >= -1) & (adapter_ids < adapters)), 1.0, jnp.nan)
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 UNHANDLED, MATERIALIZED, UNUSED, RETURNED = "UNHANDLED", "materialized", "UNUSED", "returned"
 
