@@ -72,7 +72,7 @@ def save_gguf(
     Args:
         path: the file to write, such as "model.gguf"; it appears when it is complete.
         params: per-layer or stacked, adapted or not, quantized or not.
-        tokenizer: of the model; byte-level BPE (GPT-2, Llama 3, Qwen2), see `Vocabulary`.
+        tokenizer: of the model; byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM3), see `Vocabulary`.
         dtype: "f32", "f16", "bf16" or "q8_0".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF files hold them: byte-level BPE, which GPT-2, Llama 3 and Qwen2 share.
+"""Tokenizers as GGUF files hold them: byte-level BPE, which GPT-2, Llama 3, Qwen and SmolLM3 share.
 
 llama.cpp splits text by the name of a pre-tokenizer, not by its rules, and a wrong name silently gives other tokens. So the
 name is looked up by the rules, and what has no name is refused.
