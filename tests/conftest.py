@@ -24,6 +24,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
+import jaxtyping
 import pytest
 import tiny
 from command import run
@@ -43,6 +44,17 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: "quick_compilation" in item.fixturenames
     )  # one switch for each worker, of `pytest_runtest_setup`
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request):
+    """In `untyped` tests they are not checked: what they forbid is handed over, to see our own refusal."""
+    if request.node.get_closest_marker("untyped") is None:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
