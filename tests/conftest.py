@@ -41,9 +41,7 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
-    items.sort(
-        key=lambda item: "quick_compilation" in item.fixturenames
-    )  # one switch for each worker, of `pytest_runtest_setup`
+    items.sort(key=_is_quick)
 
 
 @pytest.fixture(autouse=True)
