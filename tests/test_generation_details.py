@@ -16,6 +16,8 @@ from trees import adapted
 import jlora
 from jlora.generation import _generate, truncate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Around the widths to which prompts are padded.
 PROMPTS = [list(np.random.default_rng(n).integers(2, 97, n)) for n in (1, 5, 31, 32, 33, 40)]
 NEW = 10

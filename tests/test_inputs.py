@@ -23,6 +23,8 @@ from jlora.files.peft import _IDLE, _NEUTRAL, _PEFT
 from jlora.lora import LoraConfig
 from jlora.tree.modules import names_match, pattern_matches
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = "examples/assets/tiny-llama"
 IDS = np.arange(100, 140)[None]
 
