@@ -16,7 +16,7 @@ from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
-from jlora.files.adapters import factor_names
+from jlora.files.adapters import update_tensors
 from jlora.files.peft import PREFIX
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
@@ -131,25 +131,30 @@ def kernel_table(name: str) -> Table:
 
 
 def adapter_table(directory: str) -> Table:
-    """An adapter's config, and the norm of each update's B (of a PEFT embedding's: A), 0 where nothing was learned."""
+    """An adapter's config, and for each update the norm of the factor that is zero at first: 0 where nothing was learned."""
     found, config = open_adapter(directory), LoraConfig.load(directory)
     fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
     title = f"{directory} ({found.layout.name}): base {found.base_model}\n{json.dumps(fields)}"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
-    for column in ("module", "rank", "scaling", "norm of B"):
+    kind = config.weight
+    needed = [child for child in kind.TRAINED if child not in kind.OPTIONAL]
+    for column in ("module", "rank", "scaling", f"norm of {needed[-1].removeprefix('lora_')}"):
         table.add_column(column)
     file = Checkpoint(found.weights)
-    for name, tensors in factor_names(sorted(file.shapes)).items():
+    updates = update_tensors(sorted(file.shapes), kind)
+    for name, tensors in updates.items():
         module = checkpoint_module(name)
-        norms = {factor: float(np.linalg.norm(file.read(t).astype(np.float32))) for factor, t in tensors.items()}
-        # An update is zero when one of its factors is.
-        last = "A" if "lora_embedding" in tensors.get("A", "") else "B"
+        norms = {c: float(np.linalg.norm(file.read(tensors[c]).astype(np.float32))) for c in needed if c in tensors}
+        # An update is zero when one of its factors is. PEFT's embeddings start with the other one at zero.
+        last = needed[0] if any("lora_embedding" in tensor for tensor in tensors.values()) else needed[-1]
         shown = f"{norms[last]:.4f}" if last in norms and all(norms.values()) else "0 (untrained)"
         shown = shown if all(map(math.isfinite, norms.values())) else "not finite"
-        shown = shown if len(norms) == 2 else f"lora_{'B' if 'A' in norms else 'A'} is missing"
+        missing = [child for child in needed if child not in norms]
+        shown = f"{missing[0]} is missing" if missing else shown
         table.add_row(module, str(config.rank_of(module)), f"{config.scaling_of(module):g}", shown)
+    read = {tensor for tensors in updates.values() for tensor in tensors.values()}
     for name in sorted(file.shapes):
         # The original of an adapted embedding, which PEFT writes too, is not trained.
-        if found.layout == PEFT and ".lora_" not in name and not name.endswith(".base_layer.weight"):
+        if found.layout == PEFT and name not in read and not name.endswith(".base_layer.weight"):
             table.add_row(name.removeprefix(PREFIX), "whole", "", "")
     return table

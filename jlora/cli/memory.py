@@ -38,6 +38,8 @@ class Memory:
 
     model: str
     """Hugging Face directory or hub id; of it only config.json is read."""
+    kind: Literal["lora", "loha", "miss"] = FinetuneConfig.kind
+    """What is put onto the adapted kernels, as in `jlora finetune`."""
     rank: int = FinetuneConfig.rank
     """Rank of the update."""
     targets: tuple[str, ...] = FinetuneConfig.targets
@@ -74,6 +76,7 @@ def run(options: Memory) -> None:
     model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
     row_length(options.max_length, model)
     lora = LoraConfig(
+        kind=options.kind,
         rank=options.rank,
         targets=targets_of(options.targets),
         bias=options.bias,

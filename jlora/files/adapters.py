@@ -1,24 +1,21 @@
 """Reading adapter directories, whatever their layout."""
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jlora._typing import Params
 from jlora.files.mlx import read_mlx_adapter
 from jlora.files.peft import PREFIX, read_peft_adapter
-from jlora.lora import stack_adapters
+from jlora.lora import AdaptedWeight, stack_adapters
 from jlora.storage.adapters import CONFIG, MLX, PEFT, AdapterDirectory, Layout, adapter_directories, open_adapter
+from jlora.storage.mlx import SUFFIXES
 
 _READERS: Mapping[Layout, Callable[[AdapterDirectory, Params], dict[str, Any]]] = {
     PEFT: read_peft_adapter,
     MLX: read_mlx_adapter,
 }
-
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AaBb])(?:\.weight)?")
-
 
 def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a directory on them, PEFT's or mlx-lm's.
@@ -74,15 +71,18 @@ def base_model_of(directory: str | os.PathLike) -> str | None:
     return name
 
 
-def factor_names(tensors: list[str]) -> dict[str, dict[str, str]]:
-    """Module path -> "A" and "B" -> name of the tensor, of a PEFT or an mlx-lm adapter.
+def update_tensors(names: Iterable[str], kind: type[AdaptedWeight]) -> dict[str, dict[str, str]]:
+    """Module path -> trained child -> name of the tensor, of a PEFT or an mlx-lm adapter of this kind.
 
-    >>> factor_names(["base_model.model.h.lora_A.weight", "lm_head.lora_b"])
-    {'h': {'A': 'base_model.model.h.lora_A.weight'}, 'lm_head': {'B': 'lm_head.lora_b'}}
+    >>> from jlora import LoraWeight
+    >>> update_tensors(["base_model.model.h.lora_A.weight", "lm_head.lora_b", "ln_f.weight"], LoraWeight)
+    {'h': {'lora_A': 'base_model.model.h.lora_A.weight'}, 'lm_head': {'lora_B': 'lm_head.lora_b'}}
     """
+    suffixes = {f".{suffix}": child for child, suffix in SUFFIXES.items()} | kind.peft_suffixes()
     found: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        match = _FACTOR.fullmatch(name.removeprefix(PREFIX))
-        if match:
-            found.setdefault(match["module"], {})[match["factor"].upper()] = name
+    for name in names:
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+        if suffix is not None:
+            module = name.removeprefix(PREFIX).removesuffix(suffix)
+            found.setdefault(module, {})[suffixes[suffix]] = name
     return found

@@ -22,7 +22,7 @@ from jlora._typing import Params
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import mismatches
 from jlora.files.peft import check_config, without_residuals
-from jlora.files.updates import check_shapes, kernel_shapes, more_than_updates
+from jlora.files.updates import check_shapes, kernel_shapes, more_than_updates, plain_updates
 from jlora.files.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
@@ -162,6 +162,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     if config.init == "pissa":
         params, config = without_residuals(params, config)
         modules = adapted_modules(params)
+    modules = plain_updates(modules)
     _check_adapter(model, params, modules)
     tensors = {}
     for module, weight in modules.items():
@@ -248,7 +249,7 @@ def _check_params(model: Model, params: Params) -> None:
     """Every parameter of the model once, in its shape; a file without one would be refused only when it is loaded."""
     depth, found = model.config.depth, {}
     for path, leaf in flatten(params).items():
-        if isinstance(leaf, LoraWeight) and any(x is None for x in (leaf.base, leaf.lora_A, leaf.lora_B)):
+        if is_weight(leaf) and leaf.absent:
             raise ValueError(
                 f"`save_gguf` writes whole parameters, and {path!r} is half of a `split`. Pass `combine(adapter, base)`."
             )

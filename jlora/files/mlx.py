@@ -19,7 +19,7 @@ import numpy as np
 from jlora._typing import Params
 from jlora.files.peft import check_config, without_residuals
 from jlora.files.stored import StoredAdapter, misfit
-from jlora.files.updates import DORA_FIELDS, check_shapes, kernel_shapes, more_than_updates
+from jlora.files.updates import check_shapes, kernel_shapes, more_than_updates, plain_updates
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules, add_lora
 from jlora.models import Model
 from jlora.storage import Checkpoint, save_tensors
@@ -59,7 +59,7 @@ def save_mlx_adapter(
     check_config(params, config)
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    modules = adapted_modules(params)
+    modules = plain_updates(adapted_modules(params))
     _check(model, params, modules)
     rank = max(weight.rank for weight in modules.values())
     # The scale of most modules, so that most lora_b stay as they are.
@@ -77,7 +77,7 @@ def save_mlx_adapter(
     fields = MlxConfig(
         rank=rank,
         scale=scale,
-        dropout=float(config.dropout),
+        dropout=max(weight.dropout for weight in modules.values()),
         use_dora=config.use_dora,
         num_layers=num_layers,
         keys=keys,
@@ -104,7 +104,7 @@ def _folded(weight: LoraWeight, rank: int, scale: float) -> dict[str, np.ndarray
 def _check(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
     """Refuses what mlx-lm's adapters do not represent."""
     problems = [
-        f"{name}: not a low-rank update" for name in dict.fromkeys(more_than_updates(params, modules, DORA_FIELDS))
+        f"{name}: not a low-rank update" for name in dict.fromkeys(more_than_updates(params, modules, dora=True))
     ]
     embeddings = kernel_shapes(model, ("embedding",))
     shapes = kernel_shapes(model) | embeddings

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,17 @@ import jax
 import numpy as np
 
 from jlora._typing import Params
-from jlora.files.stored import StoredAdapter, lora_modules
-from jlora.lora import (
-    AdaptedWeight,
-    FullWeight,
-    LoraConfig,
-    LoraWeight,
-    adapted_leaves,
-    adapted_modules,
-    add_lora,
-    remove_lora,
-)
+from jlora.files.stored import StoredAdapter
+from jlora.lora import AdaptedWeight, LoraConfig, adapted_leaves, add_lora, map_adapted, remove_lora
 from jlora.lora.config import ALL_LINEAR
+from jlora.lora.kinds import Place, Unwritable
 from jlora.lora.targets import select, select_whole, without_idle
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.adapters import CONFIG, PEFT, AdapterDirectory, refuse_mixture
 from jlora.storage.whole import whole_files, write_text
 from jlora.tree.modules import HEADS, describe, is_embedding, module_path
-from jlora.tree.paths import flatten, is_weight
+from jlora.tree.paths import flatten
+from jlora.weight import is_adapted
 from jlora.weight.roles import LINEAR
 
 PREFIX = "base_model.model."
@@ -40,7 +34,8 @@ _WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(
 def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraConfig, base_model: str) -> None:
     """Writes the adapter of `params` so that PEFT loads it. The bytes depend on the arguments alone.
 
-    lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), float32; "all-linear" is written as the
+    Every kind says itself how PEFT writes it: lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), all
+    float32. (PEFT itself loads LoHa and MiSS onto linear layers alone, and refuses GPT-2's.) "all-linear" is written as the
     names it stood for, or as whole module paths where `exclude` took some out. A PiSSA adapter is written as the plain
     LoRA of twice the rank that it is on the original base, which every reader takes.
 
@@ -58,7 +53,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     if config.init == "pissa":
         params, config = without_residuals(params, config)
     leaves = adapted_leaves(_trained_half(params))
-    modules = lora_modules(leaves)
+    modules = _updated(leaves)
     tensors = {}
     for path, weight in leaves.items():
         for field, (name, transposed) in _stored_as(path, weight, modules).items():
@@ -70,11 +65,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
                 )
             tensors[name] = array.T if transposed else array
     fields = config.to_peft() | {
-        "base_model_name_or_path": base_model,
-        "fan_in_fan_out": any(_is_conv1d(m) for m in modules),
-        "inference_mode": True,
-        "task_type": "CAUSAL_LM",
-    }
+        "base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    if config.kind == "lora":  # the one kind that PEFT has for layers that store [in, out]
+        fields["fan_in_fan_out"] = any(_is_conv1d(m) for m in modules)
     if config.targets == ALL_LINEAR and config.exclude:
         # Last names would take in what was excluded, and names without it would leave `exclude` nothing to exclude.
         # PEFT takes whole paths whatever their layer.
@@ -92,7 +86,7 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConf
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
     def one(weight):
-        if not isinstance(weight, LoraWeight):
+        if weight.WHOLE:
             return weight
         if weight.base is None:
             raise ValueError(
@@ -110,11 +104,16 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConf
         rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
         alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return jax.tree.map(one, params, is_leaf=is_weight), plain
+    return map_adapted(one, params), plain
 
 
 def _trained_half(params: Params) -> Any:
-    return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
+    return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
+
+
+def _updated(leaves: Mapping[str, AdaptedWeight]) -> dict[str, AdaptedWeight]:
+    """Module -> weight of those with an update, among adapted leaves by per-layer path."""
+    return {module_path(path): weight for path, weight in leaves.items() if not weight.WHOLE}
 
 
 def _is_conv1d(module: str) -> bool:
@@ -122,29 +121,29 @@ def _is_conv1d(module: str) -> bool:
     return module.startswith("transformer.h.")
 
 
-def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str, tuple[str, bool]]:
+def _stored_as(path: str, weight: AdaptedWeight, modules: Collection[str]) -> dict[str, tuple[str, bool]]:
     """Trained child of one layer's leaf -> (name in the file, whether it is stored transposed).
 
     Args:
-        modules: those with a low-rank update: PEFT keeps their own parameters under "base_layer".
+        modules: those with an update.
     """
-    module = PREFIX + module_path(path)
-    if isinstance(weight, FullWeight):
-        layer = f"{module}.base_layer" if module_path(path) in modules else module
-        kind = "bias" if path.endswith("/bias") else "weight"
-        return {"value": (f"{layer}.{kind}", path.endswith("/kernel") and not _is_conv1d(module_path(path)))}
-    if is_embedding(path):
-        names = {"lora_A": (f"{module}.lora_embedding_A", True), "lora_B": (f"{module}.lora_embedding_B", True)}
-    else:
-        names = {"lora_A": (f"{module}.lora_A.weight", True), "lora_B": (f"{module}.lora_B.weight", True)}
-    names["magnitude"] = (f"{module}.lora_magnitude_vector", False)
-    return {field: name for field, name in names.items() if getattr(weight, field) is not None}
+    module = module_path(path)
+    place = Place(path.rpartition("/")[2], updated=module in modules, stored_in_out=_is_conv1d(module))
+    try:
+        tensors = weight.peft_tensors(place)
+    except Unwritable as error:
+        raise ValueError(f"An adapter in PEFT's layout cannot hold {path!r}: {error}.") from None
+    return {child: (f"{PREFIX}{module}{suffix}", transposed) for child, (suffix, transposed) in tensors.items()}
 
 
-def check_config(params, config: LoraConfig) -> None:
-    modules = adapted_modules(_trained_half(params))
+def check_config(params: Params, config: LoraConfig) -> None:
+    """Raises a ValueError where the config is not the one the parameters were adapted with, or PEFT's files hold no such thing."""
+    leaves = adapted_leaves(_trained_half(params))
+    modules = _updated(leaves)
     if not modules:
         raise ValueError("`save_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
+    for path, weight in leaves.items():
+        _stored_as(path, weight, modules)
     unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
     if unlike:
         raise ValueError(
@@ -152,22 +151,21 @@ def check_config(params, config: LoraConfig) -> None:
             "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
         )
     wrong = [
-        f"{m}: rank {w.rank}, scaling {w.scaling:g}; the config says rank {config.rank_of(m)}, scaling {config.scaling_of(m):g}"
-        for m, w in modules.items()
-        if (w.rank, w.scaling) != (config.rank_of(m), config.scaling_of(m))
+        f"{m}: {w.NAME!r}; the config says kind={config.kind!r}" for m, w in modules.items() if w.NAME != config.kind
     ]
     wrong += [
-        f"{m}: {'no ' if w.magnitude is None else ''}DoRA magnitude; the config says use_dora={config.use_dora}"
+        f"{m}: {name}={value!r}; the config says {name}={says!r}"
         for m, w in modules.items()
-        if (w.magnitude is not None) != config.use_dora
+        for name, value in w.settings.items()
+        if value != (says := config.setting_of(name, m))
     ]
-    if all(leaf.base is not None for leaf in flatten(params).values() if isinstance(leaf, AdaptedWeight)):
+    if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
         base = remove_lora(params)
         config, _ = without_idle(base, config)
         meant = set(select(base, config))
         if meant != set(modules):
             wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
-        whole = {path for path, w in adapted_leaves(_trained_half(params)).items() if isinstance(w, FullWeight)}
+        whole = {path for path, w in leaves.items() if w.WHOLE}
         for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
             has, says = ("is", "not") if path in whole else ("is not", "so")
             wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
@@ -196,7 +194,7 @@ class _PeftAdapter(StoredAdapter):
 
     def bases(self) -> dict[str, str]:
         """Name -> leaf path of the adapted embeddings and heads: PEFT writes their base too, in case it was resized."""
-        paths = {module_path(path): path for path in self.leaves if module_path(path) in self.modules}
+        paths = {row.module: row.stored for row in self.rows if not row.leaf.WHOLE}
         return {
             f"{PREFIX}{module}.base_layer.weight": path
             for module, path in paths.items()
@@ -210,11 +208,11 @@ class _PeftAdapter(StoredAdapter):
 
     def other_bases(self, file: Checkpoint) -> list[str]:
         """A line for each stored base that is not the tree's own."""
-        lines = []
+        lines, leaves = [], flatten(self.adapted)
         for name, path in self.bases().items():
             if name not in file.shapes:
                 continue
-            ours = np.asarray(self.leaves[path].origin(), np.float32)
+            ours = np.asarray(leaves[path].origin(), np.float32)
             theirs = file.read(name).astype(np.float32)
             theirs = theirs if is_embedding(path) else theirs.T
             # Either may have been rounded to bfloat16 on its way.

@@ -1,37 +1,38 @@
 """What the writers of adapter formats share that hold low-rank updates and nothing else."""
 
-import dataclasses
 from collections.abc import Mapping
 
 from jlora._typing import Params
 from jlora.files.names import mismatches
-from jlora.lora import LoraWeight
+from jlora.lora import AdaptedWeight, LoraWeight
+from jlora.lora.kinds import as_lora
 from jlora.models import Model, abstract_params
-from jlora.quant import QuantizedTensor
 from jlora.tree.modules import module_path
-from jlora.tree.paths import flatten, is_weight
-
-_LORA_FIELDS = frozenset({"base", "lora_A", "lora_B", "scaling", "dropout", "key", "roles"})
-DORA_FIELDS = frozenset({"magnitude", "base_norm"})
+from jlora.tree.paths import flatten
+from jlora.weight import Inseparable, is_adapted
 
 
-def more_than_updates(
-    params: Params, modules: Mapping[str, LoraWeight], allowed: frozenset[str] = frozenset()
-) -> list[str]:
-    """Paths of what is more than a low-rank update of a dense or quantized weight: parameters that are trained whole, and
-    values with children that a plain LoRA lacks, but for those `allowed`."""
-    other = [
-        path
-        for path, leaf in flatten(params).items()
-        if is_weight(leaf) and not isinstance(leaf, LoraWeight | QuantizedTensor)
-    ]
-    return other + [module for module, weight in modules.items() if _is_more(weight, _LORA_FIELDS | allowed)]
+def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]:
+    """Each weight as the plain LoRA, or DoRA, on its original that it is, whatever its kind.
+
+    Raises:
+        ValueError: for one that is none.
+    """
+    found = {}
+    for module, weight in modules.items():
+        try:
+            found[module] = as_lora(weight)
+        except Inseparable as error:
+            raise ValueError(
+                f"Files of this format hold low-rank updates; {module!r} is {error} and cannot be written."
+            ) from None
+    return found
 
 
-def _is_more(weight: LoraWeight, allowed: frozenset[str]) -> bool:
-    extra = [field.name for field in dataclasses.fields(weight) if field.name not in allowed]
-    nested = is_weight(weight.base) and not isinstance(weight.base, QuantizedTensor)
-    return nested or any(getattr(weight, name) is not None for name in extra)
+def more_than_updates(params: Params, modules: Mapping[str, LoraWeight], *, dora: bool = False) -> list[str]:
+    """Paths of what is more than a low-rank update: parameters that are trained whole and, unless `dora`, magnitudes."""
+    whole = [path for path, leaf in flatten(params).items() if is_adapted(leaf) and leaf.WHOLE]
+    return whole + [module for module, weight in modules.items() if weight.magnitude is not None and not dora]
 
 
 def kernel_shapes(model: Model, leaves: tuple[str, ...] = ("kernel",)) -> dict[str, tuple[int, ...]]:

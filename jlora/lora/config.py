@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from jlora.lora.kinds import KINDS, AdaptedWeight, Unwritable, kind_named, kind_of_peft
 from jlora.storage import Checkpoint
 from jlora.storage.adapters import MLX, open_adapter
 from jlora.storage.fields import (
@@ -52,6 +53,10 @@ class LoraConfig:
     Reference: PEFT `LoraConfig`; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
 
+    kind: str | type[AdaptedWeight] = "lora"
+    """What stands in the place of an adapted kernel: "lora", "loha" (an elementwise product of two low-rank products) or
+    "miss" (one block of `rank` rows, repeated); or a class of your own, see `jlora.lora.kinds`. A field that a kind does not
+    read must be left at its default."""
     rank: int = 8
     """Rank r of the update."""
     alpha: float = 16.0
@@ -91,6 +96,7 @@ class LoraConfig:
         plain["modules_to_save"] = (saved,) if isinstance(saved, str) else _tuple(saved)
         plain |= {n: _dict(getattr(self, n)) for n in ("rank_pattern", "alpha_pattern")}
         plain["layers_to_transform"] = self.layers()
+        plain["kind"] = self.kind if isinstance(self.kind, str) else self.kind.NAME
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         problems = list(wrong_fields(plain, _CONTAINERS)) or list(self._problems())
@@ -98,6 +104,15 @@ class LoraConfig:
             raise ValueError("LoraConfig is not usable:\n  " + "\n  ".join(problems))
 
     def _problems(self):
+        if self.kind not in KINDS:
+            yield f"`kind` must be one of {', '.join(map(repr, KINDS))}; got {self.kind!r}."
+            return
+        for field in dataclasses.fields(self):
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.name not in {"kind", *self._read, *_OF_EVERY_KIND} and getattr(self, field.name) != default:
+                yield (
+                    f"`{field.name}` means nothing to kind {self.kind!r}; got {shown(getattr(self, field.name))}. Leave it out."
+                )
         ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, value in ranks.items():
             if not is_integer(value) or not 1 <= value <= MAX_SIZE:
@@ -151,6 +166,30 @@ class LoraConfig:
         given = self.layers_to_transform
         return None if given is None else _tuple(given) if isinstance(given, Iterable) else (given,)  # pyright: ignore
 
+    @property
+    def weight(self) -> type[AdaptedWeight]:
+        """The class that `kind` means."""
+        return kind_named(str(self.kind))
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """The fields that the kind reads, besides those that every kind does."""
+        form = self.weight.PEFT
+        return _PLAIN if form is None else (*form.fields, *form.unwritten)
+
+    def as_read(self) -> dict[str, Any]:
+        """The fields that mean something to this kind."""
+        return {name: getattr(self, name) for name in ("kind", *self._read, *_OF_EVERY_KIND)}
+
+    def options(self) -> dict[str, Any]:
+        """The fields that this kind reads and not every kind has."""
+        return {name: getattr(self, name) for name in self._read if name not in (*_PLAIN, "bias")}
+
+    def setting_of(self, name: str, module: str) -> Any:
+        """A field of the config, or "scaling", as it is for a module path."""
+        at = {"rank": self.rank_of, "alpha": self.alpha_of, "scaling": self.scaling_of}.get(name)
+        return getattr(self, name) if at is None else at(module)
+
     def rank_of(self, module: str) -> int:
         """Rank for a module path."""
         return _first_match(self.rank_pattern, module, self.rank)
@@ -160,7 +199,9 @@ class LoraConfig:
         return _first_match(self.alpha_pattern, module, self.alpha)
 
     def scaling_of(self, module: str) -> float:
-        """Scaling for a module path."""
+        """Scaling for a module path; 1 for a kind that has no alpha."""
+        if "alpha" not in self._read:
+            return 1.0
         rank = self.rank_of(module)
         return float(self.alpha_of(module)) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -198,67 +239,97 @@ class LoraConfig:
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
-        """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults."""
-        if fields.get("peft_type") != "LORA":
-            raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
-        unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
-        init = fields.get("init_lora_weights", True)
-        if isinstance(init, str) and init not in INITS:
-            unsupported["init_lora_weights"] = init
-        if unsupported:
-            listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
-            reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
-            raise ValueError(
-                f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
-                "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
-                f"{reason}"
-            )
+        """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults.
+
+        Raises:
+            ValueError: for a `peft_type` that is no kind here, and for features that are not represented, by their PEFT name.
+        """
+        kind = kind_of_peft(fields.get("peft_type"))
+        if kind is None or kind.PEFT is None:
+            there = " or ".join(repr(c.PEFT.type) for c in KINDS.values() if c.PEFT is not None)
+            raise ValueError(f"jlora reads adapters with peft_type {there}; this one is {fields.get('peft_type')!r}.")
+        form = kind.PEFT
+        _refuse_unrepresented(fields, {**form.neutral, **_NEUTRAL})
         if fields.get("target_modules") is None:
             raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
-        check_fields(fields, _PEFT, where="adapter_config.json")
-        unknown = {k: v for k, v in fields.items() if k not in {*_PEFT, *_NEUTRAL, *_IDLE} and v not in (*_OFF, "")}
-        if unknown:
-            warnings.warn(
-                f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
-                "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
-                stacklevel=2,
-            )
-        layers = fields.get("layers_to_transform")
-        return cls(
-            rank=fields.get("r", 8),
-            alpha=fields.get("lora_alpha", 8),
-            targets=_names(fields["target_modules"]),
-            dropout=fields.get("lora_dropout", 0.0),
-            use_rslora=fields.get("use_rslora") or False,
-            use_dora=fields.get("use_dora") or False,
-            init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            exclude=_names(fields.get("exclude_modules") or ()),
-            bias=fields.get("bias") or "none",
-            modules_to_save=_names(fields.get("modules_to_save") or ()),
-            layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
-        )
+        names = {**form.fields, **_OF_EVERY_KIND}
+        checks = {peft: _FIELDS[name] for name, (peft, _) in names.items()}
+        check_fields(fields, checks | {"base_model_name_or_path": optional(text())}, where="adapter_config.json")
+        _warn_of_unknown(fields, {*checks, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}, form.training)
+        given = {name: _from_json(name, fields.get(peft, default)) for name, (peft, default) in names.items()}
+        return cls(kind=kind.NAME, **given)
 
     def to_peft(self) -> dict[str, Any]:
         """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
-        the tree replaces "all-linear" by the names it stood for."""
-        return {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "target_modules": _as_json(self.targets),
-            "lora_dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "init_lora_weights": True if self.init == "kaiming" else self.init,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "exclude_modules": _as_json(self.exclude) or None,
-            "bias": self.bias,
-            "modules_to_save": list(self.modules_to_save) or None,
-            "layers_to_transform": None if (layers := self.layers()) is None else list(layers),
+        the tree replaces "all-linear" by the names it stood for.
+
+        Raises:
+            Unwritable: for a kind that PEFT does not have.
+        """
+        form = self.weight.PEFT
+        if form is None:
+            raise Unwritable(f"PEFT's files do not hold adapters of kind {self.kind!r} ({self.weight.__name__})")
+        fields = {
+            peft: _to_json(name, getattr(self, name)) for name, (peft, _) in {**form.fields, **_OF_EVERY_KIND}.items()
         }
+        return {"peft_type": form.type} | fields | dict(form.written)
+
+
+def _refuse_unrepresented(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    unsupported = {k: fields[k] for k, values in neutral.items() if k in fields and fields[k] not in values}
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in INITS:
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
+        reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
+        raise ValueError(
+            f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
+            "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
+            f"{reason}"
+        )
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], known: set[str], training: Iterable[str]) -> None:
+    odd = {k: v for k, v in fields.items() if k not in known and v not in (*_OFF, "", 0)}
+    idle = {k: v for k, v in odd.items() if k in training}
+    unknown = {k: v for k, v in odd.items() if k not in training}
+    if idle:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in idle.items())}, which changes how PEFT trains and "
+            "nothing of what is computed afterwards. jlora has no such thing: it is left out.",
+            stacklevel=3,
+        )
+    if unknown:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
+            "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
+            stacklevel=3,
+        )
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """A field here, from PEFT's value of it, which may be null for the neutral one."""
+    if name in ("targets", "exclude", "modules_to_save"):
+        return _names(value or ())
+    if name == "init":
+        return value if isinstance(value, str) else "kaiming"
+    if name == "layers_to_transform":
+        return None if value == [] else value  # PEFT reads an empty list as all layers
+    neutral = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    return value or neutral[name] if name in neutral else value
+
+
+def _to_json(name: str, value: Any) -> Any:
+    if name == "init":
+        return True if value == "kaiming" else value
+    if name == "targets":
+        return _as_json(value)
+    if name in ("exclude", "modules_to_save"):
+        return _as_json(value) or None
+    if name == "layers_to_transform":
+        return None if value is None else list(value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _tuple(value: Any) -> Any:
@@ -282,55 +353,44 @@ _CONTAINERS = {
 }
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
 
-_PEFT = {
-    "peft_type": one_of("LORA"),
-    "r": integer(),
-    "lora_alpha": positive(MAX_ALPHA),
-    "target_modules": _NAMES,
-    "exclude_modules": optional(_NAMES),
-    "modules_to_save": optional(_NAMES),
-    "lora_dropout": probability(),
+_FIELDS = {
+    "rank": integer(),
+    "alpha": positive(MAX_ALPHA),
+    "dropout": probability(),
     "use_rslora": optional(flag()),
     "use_dora": optional(flag()),
-    "init_lora_weights": either(flag(), text()),
+    "init": either(flag(), text()),
     "rank_pattern": optional(mapping_of(integer())),
     "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
     "bias": optional(one_of(*BIASES)),
+    "targets": _NAMES,
+    "exclude": optional(_NAMES),
+    "modules_to_save": optional(_NAMES),
     "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
-    "base_model_name_or_path": optional(text()),
 }
-"""Fields of PEFT's `adapter_config.json` that are read."""
+"""What PEFT's files may hold of each field here, under whatever name a kind writes it."""
 
-_IDLE = (
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
-    *(
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-    ),
-)
-"""Fields of PEFT 0.21 that change nothing of a trained adapter."""
-
-# Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
+_PLAIN = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+"""Fields that a kind reads which no file holds."""
+_OF_EVERY_KIND = {
+    "targets": ("target_modules", None),
+    "exclude": ("exclude_modules", None),
+    "modules_to_save": ("modules_to_save", None),
+    "layers_to_transform": ("layers_to_transform", None),
+}
+"""Field here -> (PEFT's field, its default), as in `PeftForm.fields`."""
 _OFF = (None, False, [], {})
+_IDLE = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "base_model_name_or_path",
+)
 _NEUTRAL = {
-    "lora_bias": _OFF,
-    "ensure_weight_tying": _OFF,  # here a tied head keeps the base embedding
-    "trainable_token_indices": _OFF,
-    "target_parameters": _OFF,
-    "layer_replication": _OFF,
-    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"]),  # where the layers of our families are anyway
-    "alora_invocation_tokens": _OFF,
-    "use_qalora": _OFF,
-    "use_bdlora": _OFF,
-    "arrow_config": _OFF,
-    "kasa_config": _OFF,
-    "monteclora_config": _OFF,
-    "velora_config": _OFF,
+    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"])  # where the layers of our families are anyway
 }
 
 _RANDOM_RESIDUAL = (

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._typing import Array, Bool, Float, Int
-from jlora.lora import AdaptedWeight, embed, linear
-from jlora.weight import Weight, as_dense
+from jlora.lora import embed, linear
+from jlora.weight import Weight, as_dense, origin
 
 Remat = Literal["none", "layer"]
 
@@ -348,4 +348,4 @@ def run_layers(
 
 def frozen_base(w: Any) -> Array | Weight:
     """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
-    return w.origin() if isinstance(w, AdaptedWeight) else w
+    return origin(w)

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from jlora._typing import Params
-from jlora.lora import AdaptedWeight
 from jlora.models.gpt2 import GPT2
 from jlora.models.layers import frozen_base
 from jlora.models.llama import Llama
 from jlora.tree.paths import flatten
+from jlora.weight import is_adapted
 
 
 def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:
@@ -16,7 +16,7 @@ def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:
 
     The head goes on using the original, as in PEFT, so merging makes two tensors of one: see `untie`.
     """
-    return model.config.tie_word_embeddings and isinstance(_embedding(model, params), AdaptedWeight)
+    return model.config.tie_word_embeddings and is_adapted(_embedding(model, params))
 
 
 def refuse_adapted_tie(model: GPT2 | Llama, params: Params) -> None:

@@ -33,6 +33,9 @@ class FinetuneConfig:
     pack: bool = False
     """Put several records into a row; they do not see each other."""
 
+    kind: Literal["lora", "loha", "miss"] = "lora"
+    """What is put onto the adapted kernels: loha updates them by an elementwise product of two low-rank products, miss by one
+    block of `rank` rows, repeated (it has no alpha)."""
     rank: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -155,6 +158,7 @@ class FinetuneConfig:
     def lora(self) -> LoraConfig:
         """The adapter's own config."""
         return LoraConfig(
+            kind=self.kind,
             rank=self.rank,
             alpha=self.alpha,
             targets=targets_of(self.targets),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
-from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
+from jlora.lora import adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
-from jlora.weight import Weight
+from jlora.weight import Weight, is_weight
 
 LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
@@ -80,7 +80,7 @@ class CausalLMLoss:
         ids = jnp.asarray(batch["input_ids"], jnp.int32)
         hidden = model.apply({"params": params}, ids, **arguments, head=False)
         weight, transpose = model.output_head(params)
-        if isinstance(weight, RoutedWeight) and weight.per_row:
+        if is_weight(weight) and weight.per_row:
             raise ValueError(
                 "The loss takes the tokens of all rows together, and cannot send them through a head that differs by row. Leave "
                 "`lm_head` out of the adapters' targets, or choose one adapter for the whole batch."

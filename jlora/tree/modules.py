@@ -1,13 +1,18 @@
-"""The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once."""
+"""The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once.
+
+`rows` is the one view of a tree that all else is made from: each leaf under its per-layer path, whatever the form of the tree.
+"""
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import regex
 
 from jlora.tree.paths import flatten, layer_path, per_layer_paths, split_layer_path
+from jlora.weight import is_weight
 from jlora.weight.roles import check_roles
 
 ALL_LINEAR = "all-linear"
@@ -25,12 +30,57 @@ def module_path(path: str) -> str:
     return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
 
 
-def layer_paths(path: str, leaf: Any) -> list[str]:
-    """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
+class Row(NamedTuple):
+    """A leaf as the per-layer form has it: a leaf of the tree, or one layer of a stacked one."""
+
+    path: str
+    """"model/layers/3/mlp/up_proj/kernel"."""
+    stored: str
+    """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
+    index: int | None
+    """Of the layer, where the leaf is a stack of layers."""
+    leaf: Any
+    """As stored: all layers of a stack."""
+
+    @property
+    def module(self) -> str:
+        """ "model.layers.3.mlp.up_proj"."""
+        return module_path(self.path)
+
+    @property
+    def kind(self) -> str:
+        """What the leaf is to its module: "kernel", "embedding", "scale", "bias" in Flax's names."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def ndim(self) -> int:
+        """Axes of one layer's."""
+        return self.leaf.ndim - (self.index is not None)
+
+    @property
+    def value(self) -> Any:
+        """The layer's own."""
+        return self.leaf if self.index is None else jax.tree.map(lambda x: x[self.index], self.leaf)
+
+
+def rows_of(path: str, leaf: Any) -> list[Row]:
+    """The rows that one leaf stands for: itself, or one for each layer of a stacked leaf."""
+    shaped = leaf.lead if is_weight(leaf) else leaf
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
-    if layer_path(path, 0) is None or not is_array(leaf) or (path.endswith("/kernel") and leaf.ndim < 3):
-        return [path]
-    return per_layer_paths(path, leaf.shape[0])
+    if layer_path(path, 0) is None or not is_array(shaped) or (path.endswith("/kernel") and shaped.ndim < 3):
+        return [Row(path, path, None, leaf)]
+    return [Row(row, path, i, leaf) for i, row in enumerate(per_layer_paths(path, shaped.shape[0]))]
+
+
+def rows(tree: Any) -> list[Row]:
+    """The leaves of a tree as the per-layer form has them; halves of a `split` too."""
+    return [row for path, leaf in flatten(tree).items() for row in rows_of(path, leaf)]
+
+
+def layer_of(module: str) -> int | None:
+    """The layer number in a module path, by PEFT's rule."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return None if match is None else int(match[1])
 
 
 def is_array(leaf: Any) -> bool:
@@ -44,30 +94,19 @@ def linear_kernels(params: Any, roles: Mapping[str, str] | None = None) -> dict[
     A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked);
     and every leaf whose axes are stated in `roles`, by leaf path.
     """
-    found = {}
-    for path, leaf in _kernel_leaves(params, roles or {}).items():
-        paths = layer_paths(path, leaf)
-        if path in (roles or {}) or leaf.ndim == 2 + (paths != [path]):
-            found |= {module_path(p): path for p in paths}
-    return found
+    stated = roles or {}
+    return {row.module: row.stored for row in _kernel_rows(params, stated) if row.stored in stated or row.ndim == 2}
 
 
 def unclear_kernels(params: Any, roles: Mapping[str, str]) -> dict[str, str]:
     """Module path -> leaf path of what would be a linear kernel, but for axes that nobody has said the purpose of."""
-    found = {}
-    for path, leaf in _kernel_leaves(params, roles).items():
-        paths = layer_paths(path, leaf)
-        if path not in roles and leaf.ndim > 2 + (paths != [path]):
-            found |= {module_path(p): path for p in paths}
-    return found
+    return {row.module: row.stored for row in _kernel_rows(params, roles) if row.stored not in roles and row.ndim > 2}
 
 
-def _kernel_leaves(params: Any, roles: Mapping[str, str]) -> dict[str, Any]:
-    leaves = {path: leaf for path, leaf in flatten(params).items() if is_array(leaf)}
-    named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
-    return {
-        path: leaf for path, leaf in leaves.items() if not named or path in roles or path.rpartition("/")[2] == "kernel"
-    }
+def _kernel_rows(params: Any, roles: Mapping[str, str]) -> list[Row]:
+    arrays = [row for row in rows(params) if is_array(row.leaf)]
+    named = any(row.kind in _LEAF_NAMES for row in arrays)
+    return [row for row in arrays if not named or row.stored in roles or row.kind == "kernel"]
 
 
 def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
@@ -78,12 +117,12 @@ def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
     """
     stated, used = {}, set()
     for path, leaf in flatten(params).items():
-        modules = [module_path(p) for p in layer_paths(path, leaf)] if _may_be_kernel(path, leaf) else []
-        pattern = next((p for p in patterns if any(pattern_matches(p, m) for m in modules)), None)
+        layers = rows_of(path, leaf) if _may_be_kernel(path, leaf) else []
+        pattern = next((p for p in patterns if any(pattern_matches(p, row.module) for row in layers)), None)
         if pattern is None:
             continue
         used.add(pattern)
-        roles, stack = check_roles(patterns[pattern]), len(modules) > 1 or modules != [module_path(path)]
+        roles, stack = check_roles(patterns[pattern]), layers[0].index is not None
         if leaf.ndim != len(roles) + stack:
             raise ValueError(
                 f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {leaf.ndim - stack}"
@@ -163,9 +202,9 @@ def describe(modules: Iterable[str]) -> str:
     """Module names for a message, layers folded: "self_attn.q_proj (layers 0-15), lm_head"."""
     groups: dict[str, list[int]] = {}
     for module in modules:
-        layer = split_layer_path(module.replace(".", "/"))
-        tail = module if layer is None else re.split(r"\.\d+\.", module, maxsplit=1)[-1]
-        groups.setdefault(tail, []).extend([] if layer is None else [layer[1]])
+        found = split_layer_path(module.replace(".", "/"))
+        tail = module if found is None else module.split(f".{found[1]}.", 1)[1]
+        groups.setdefault(tail, []).extend([] if found is None else [found[1]])
     shown = [name + (f" (layers {spans(layers)})" if layers else "") for name, layers in groups.items()]
     return (", ".join(shown[:24]) + (f" and {len(shown) - 24} more" if len(shown) > 24 else "")) or "none"
 

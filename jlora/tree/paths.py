@@ -10,14 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.weight import Weight
+from jlora.weight import is_weight as is_weight
 
 LAYER_CONTAINERS = ("layers", "h")
 """Names of the nodes whose children "0", "1", … are the layers, in Llama-like and GPT-2 checkpoints."""
-
-
-def is_weight(x: Any) -> bool:
-    return isinstance(x, Weight)
 
 
 def path_string(key_path: Iterable[Any]) -> str:
