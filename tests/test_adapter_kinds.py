@@ -162,7 +162,7 @@ def test_the_tree_invariants(llama, name):
 def test_on_a_packed_base(llama, name):
     """The adapter of an NF4 base is that of its dequantized base, and no dense kernel is kept for the backward pass."""
     model, params = llama
-    packed = jlora.quantize_params(params, jlora.NF4(block_size=16), targets=["q_proj", "down_proj"])
+    packed = jlora.quantize_params(params, jlora.NF4(block_size=32), targets=["q_proj", "down_proj"])
     config = LoraConfig(kind=name, rank=4, targets=["q_proj", "down_proj"])
     tree = moved(jlora.add_lora(packed, config, key=KEY))
     dense = moved(jlora.add_lora(jlora.merge(packed), config, key=KEY))
@@ -219,7 +219,7 @@ def test_a_gpt2_is_saved_and_read_back(checkpoints, name, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "lokr"}, r"`kind` must be one of 'lora', .*'loha'.*; got 'lokr'"),
+        ({"kind": "lokr"}, r"`kind` must be one of .*'loha', 'lora', 'miss'.*; got 'lokr'"),
         ({"kind": "loha", "use_dora": True}, "`use_dora` means nothing to kind 'loha'"),
         ({"kind": "miss", "alpha": 4.0}, "`alpha` means nothing to kind 'miss'; got 4.0"),
         ({"kind": "miss", "rank_pattern": {"q_proj": 2}}, "`rank_pattern` means nothing to kind 'miss'"),

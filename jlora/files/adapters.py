@@ -17,6 +17,7 @@ _READERS: Mapping[Layout, Callable[[AdapterDirectory, Params], dict[str, Any]]] 
     MLX: read_mlx_adapter,
 }
 
+
 def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a directory on them, PEFT's or mlx-lm's.
 
