@@ -26,9 +26,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import jax
 import pytest
 import tiny
-import torch
-import transformers
 from command import run
+from oracles import FAMILIES, make_torch_model
 
 from jlora.cli import FAILURE
 
@@ -41,64 +40,6 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
-
-
-VOCAB = 97
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-_SMALL = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": VOCAB,
-}
-_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-
-
-def _gpt2(**changes):
-    fields = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB} | _IDS | changes
-    # The oracle must not drop anything out when it trains.
-    dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields, **dropouts))
-
-
-def _llama(**changes):
-    fields = _SMALL | {"num_key_value_heads": 2, "head_dim": 16, "rope_parameters": LLAMA3_ROPE} | _IDS | changes
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-
-
-def _qwen2(**changes):
-    fields = _SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True} | _IDS | changes
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields))
-
-
-def _mistral(**changes):
-    fields = _SMALL | {"num_key_value_heads": 2, "sliding_window": None} | _IDS | changes
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**fields))
-
-
-FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2}
-_MAKERS = FAMILIES | {"mistral": _mistral}
-
-
-def make_torch_model(family: str, seed: int = 0, **changes):
-    """A transformers model with weights large enough that every part of the graph shows in the logits."""
-    torch.manual_seed(seed)
-    model = _MAKERS[family](**changes).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-            else:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -161,24 +102,24 @@ def quick_compilation():
 
 
 @pytest.fixture
-def jlora_(capsys):
-    """Runs a command that must succeed; gives what it printed."""
+def call(capsys):
+    """Runs a command that must succeed; gives (standard output, standard error)."""
 
-    def call(*flags):
+    def succeed(*flags):
         capsys.readouterr()
         code = run(*flags)
         said = capsys.readouterr()
         assert code == 0, said.err
-        return said.out
+        return said
 
-    return call
+    return succeed
 
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail; gives the message."""
+    """Runs a command that must fail with one error, after notes at most; gives its message."""
 
-    def call(*flags, code=FAILURE):
+    def fail(*flags, code=FAILURE):
         capsys.readouterr()
         assert run(*flags) == code
         said = capsys.readouterr()
@@ -187,4 +128,4 @@ def fails(capsys):
         assert "Traceback" not in said.err
         return message
 
-    return call
+    return fail

@@ -13,7 +13,6 @@ import tiny
 import transformers
 
 import jlora
-from jlora import cli
 from jlora.files.hf import AdapterBeside
 from jlora.storage.checkpoint_files import base_fingerprint
 from jlora.storage.run_settings import FILE, RunSettings
@@ -24,32 +23,6 @@ OTHER = {"template": "chat", "seed": 3, "eval_fraction": 0.25, "quantize": "nf4"
 SETTINGS = RunSettings(
     template="chat", data="d.jsonl", eval_data=None, eval_fraction=0.1, seed=3, max_length=48, pack=False, quantize=None
 )
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a command that must succeed; gives (standard output, standard error)."""
-
-    def run(*flags):
-        capsys.readouterr()
-        try:
-            cli.main([str(flag) for flag in flags])
-        except SystemExit as end:
-            raise AssertionError(capsys.readouterr().err) from end
-        return capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def fails(capsys):
-    def run(*flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            cli.main([str(flag) for flag in flags])
-        return capsys.readouterr().err
-
-    return run
 
 
 def train(model, data, output, **changes):
@@ -498,7 +471,7 @@ def test_one_that_a_text_holds_is_refused(grown, word, tmp_path, fails):
         ("evaluate", "--data", tmp_path / "x.txt", "--split", "all"),
     ):
         said = fails(*command, "--adapter", grown)
-        assert "error: Token id" in said and ("own tokenizer?" in said or repr(word) in said.splitlines()[-1])
+        assert said.startswith("Token id") and ("own tokenizer?" in said or repr(word) in said.splitlines()[-1])
 
 
 def test_a_gguf_model_is_without_a_pad_that_has_no_row(grown, gpt2_dir, tmp_path, call, fails):

@@ -45,21 +45,21 @@ def finetuned(tmp_path_factory, gpt2_dir, text_file):
 # Help and usage
 
 
-def test_overview(jlora_, capsys):
-    said = jlora_("--help")
+def test_overview(call, capsys):
+    said = call("--help").out
     assert all(f"jlora {name} " in said for name in COMMANDS)
     assert run() == cli.USAGE_ERROR
     assert capsys.readouterr().out == said
 
 
-def test_version(jlora_):
-    assert jlora_("--version") == f"jlora {jlora.__version__}\n"
+def test_version(call):
+    assert call("--version").out == f"jlora {jlora.__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_explains_every_flag(name, jlora_, monkeypatch):
+def test_help_of_a_command_explains_every_flag(name, call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    said = jlora_(name, "--help")
+    said = call(name, "--help").out
     options, _ = cli._commands()[name]
     assert options.__doc__.split("\n")[0] in said
     assert "--config FILE.yaml" in said
@@ -116,16 +116,16 @@ def test_finetune(finetuned, gpt2_dir):
     assert sorted(written["target_modules"]) == ["c_attn", "c_fc"]
 
 
-def test_the_config_of_a_run_is_a_config_file(finetuned, tmp_path, jlora_):
+def test_the_config_of_a_run_is_a_config_file(finetuned, tmp_path, call):
     """Flags win over it, wherever they stand, and `--config=` reads like `--config `."""
     again = tmp_path / "again"
-    said = jlora_("finetune", "--output", again, "--config", finetuned / "config.yaml")
+    said = call("finetune", "--output", again, "--config", finetuned / "config.yaml").out
     assert "before training" in said
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / "adapter" / name).read_bytes() == (finetuned / "adapter" / name).read_bytes()
-    said = jlora_("finetune", f"--config={finetuned / 'config.yaml'}", "--resume", "--output", again)
+    said = call("finetune", f"--config={finetuned / 'config.yaml'}", "--resume", "--output", again).out
     assert "resuming after step 6 of 6" in said
-    assert jlora_("finetune", "--config", finetuned / "config.yaml", "--resume", "--output", again, "--quiet") == ""
+    assert call("finetune", "--config", finetuned / "config.yaml", "--resume", "--output", again, "--quiet").out == ""
 
 
 def test_config_file_becomes_flags(tmp_path):
@@ -171,10 +171,10 @@ def evaluate_flags(text_file):
     return ["--data", text_file, "--eval-fraction", 0.2, "--max-length", 32, "--batch-size", 2, "--seed", 3]
 
 
-def test_evaluate(finetuned, text_file, tmp_path, jlora_):
+def test_evaluate(finetuned, text_file, tmp_path, call):
     path = tmp_path / "new" / "report.json"
     flags = evaluate_flags(text_file)
-    said = jlora_("evaluate", "--adapter", finetuned / "adapter", *flags, "--output", path)
+    said = call("evaluate", "--adapter", finetuned / "adapter", *flags, "--output", path).out
     report = json.loads(said)
     assert json.loads(path.read_text()) == report
     assert list(report) == [
@@ -185,15 +185,15 @@ def test_evaluate(finetuned, text_file, tmp_path, jlora_):
     assert report["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
     assert report["perplexity"] == pytest.approx(np.exp(report["eval_loss"]))
     assert (report["split"], report["batch_size"], report["max_length"]) == ("validation", 2, 32)
-    base = json.loads(jlora_("evaluate", "--model", report["model"], *flags))
+    base = json.loads(call("evaluate", "--model", report["model"], *flags).out)
     assert base["adapter"] is None
     assert base["eval_loss"] == pytest.approx(log[0]["eval_loss"], rel=1e-6)
     assert base["supervised_tokens"] == report["supervised_tokens"] > 0
 
 
-def test_compare(finetuned, text_file, tmp_path, jlora_):
+def test_compare(finetuned, text_file, tmp_path, call):
     flags = ["--prompts", "The keeper", "Wind [and] rain", "--max-new-tokens", 5, "--output", tmp_path / "new"]
-    said = jlora_("compare", "--adapter", finetuned / "adapter", *evaluate_flags(text_file), *flags)
+    said = call("compare", "--adapter", finetuned / "adapter", *evaluate_flags(text_file), *flags).out
     assert "The keeper" in said and "Wind [and] rain" in said and "perplexity" in said
     report = json.loads((tmp_path / "new" / "compare.json").read_text())
     log = tiny.read_log(finetuned)
@@ -205,17 +205,17 @@ def test_compare(finetuned, text_file, tmp_path, jlora_):
     assert "## The keeper" in markdown and "| base | adapted |" in markdown
 
 
-def test_generate(finetuned, tmp_path, jlora_):
+def test_generate(finetuned, tmp_path, call):
     flags = ["--adapter", finetuned / "adapter", "--max-new-tokens", 6]
-    greedy = jlora_("generate", *flags, "--prompts", "The keeper", "--temperature", 0)
+    greedy = call("generate", *flags, "--prompts", "The keeper", "--temperature", 0).out
     assert greedy.startswith("The keeper") and len(greedy) > len("The keeper\n\n")
-    assert jlora_("generate", *flags, "--prompts", "The keeper", "--temperature", 0, "--seed", 7) == greedy
+    assert call("generate", *flags, "--prompts", "The keeper", "--temperature", 0, "--seed", 7).out == greedy
     (tmp_path / "prompts.txt").write_text("The tide\n\nOld [bold]rope[/bold]\n")
-    said = jlora_("generate", *flags, "--prompts-file", tmp_path / "prompts.txt")
+    said = call("generate", *flags, "--prompts-file", tmp_path / "prompts.txt").out
     assert "The tide" in said and "Old [bold]rope[/bold]" in said
 
 
-def test_several_adapters(finetuned, gpt2_dir, tmp_path, jlora_, fails):
+def test_several_adapters(finetuned, gpt2_dir, tmp_path, call, fails):
     """A directory of adapters: each continues each prompt as it does alone; other commands ask which one."""
     _, params = jlora.load(gpt2_dir)
     for name, seed in (("gull", 1), ("tide", 2)):
@@ -226,11 +226,11 @@ def test_several_adapters(finetuned, gpt2_dir, tmp_path, jlora_, fails):
         )
         jlora.save_adapter(tmp_path / "voices" / name, tree, config=config, base_model=gpt2_dir)
     flags = ["--prompts", "The keeper", "--temperature", 0, "--max-new-tokens", 6]
-    together = jlora_("generate", "--adapter", tmp_path / "voices", *flags)
-    alone = {name: jlora_("generate", "--adapter", tmp_path / "voices" / name, *flags) for name in ("gull", "tide")}
+    together = call("generate", "--adapter", tmp_path / "voices", *flags).out
+    alone = {name: call("generate", "--adapter", tmp_path / "voices" / name, *flags).out for name in ("gull", "tide")}
     assert together == "".join(f"{name}: {said}" for name, said in alone.items())
     assert alone["gull"] != alone["tide"]
-    assert jlora_("inspect", "--adapter", tmp_path / "voices").count("(PEFT): base") == 2
+    assert call("inspect", "--adapter", tmp_path / "voices").out.count("(PEFT): base") == 2
     said = fails("merge", "--adapter", tmp_path / "voices", "--output", tmp_path / "merged")
     assert "one of the adapters in it" in said and "gull" in said and "tide" in said
     config = json.loads((tmp_path / "voices" / "tide" / "adapter_config.json").read_text())
@@ -241,9 +241,9 @@ def test_several_adapters(finetuned, gpt2_dir, tmp_path, jlora_, fails):
     assert "name different base models" in said and "another" in said
 
 
-def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
+def test_merge(finetuned, gpt2_dir, tmp_path, call, fails):
     output = tmp_path / "merged"
-    shown = jlora_("merge", "--adapter", finetuned / "adapter", "--output", output)
+    shown = call("merge", "--adapter", finetuned / "adapter", "--output", output).out
     assert "merged checkpoint" in shown
     assert float(re.search(r"([\d.e+-]+)\s+nats", shown)[1]) < 1e-6
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2_dir)
@@ -263,7 +263,7 @@ def test_merge(finetuned, gpt2_dir, tmp_path, jlora_, fails):
 
 
 @pytest.mark.parametrize("fields", [{"targets": ["wte", "c_attn"]}, {"targets": ["c_fc"], "modules_to_save": ["wte"]}])
-def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_, fails):
+def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, call, fails):
     config = jlora.LoraConfig(rank=4, alpha=8.0, **fields)
     model, params = jlora.load(gpt2_dir, dtype="float32")
     adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(0)))
@@ -273,16 +273,18 @@ def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_, f
     expected = np.asarray(model.apply({"params": params}, ids))
     assert np.abs(np.asarray(model.apply({"params": jlora.remove_lora(params)}, ids)) - expected).max() > 1e-2
 
-    said = jlora_("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    said = call("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged").out
     assert "tensor of its own (tie_word_embeddings: false)" in " ".join(said.split())
     assert float(re.search(r"([\d.e+-]+)\s+nats", said)[1]) < 1e-6
     outputs = {to: tmp_path / to for to in ("transformers", "torch", "gguf", "ollama")}
     for to, path in outputs.items():
-        said = jlora_("export", "--to", to, "--adapter", tmp_path / "adapter", "--output", path, "--gguf-dtype", "f32")
+        said = call(
+            "export", "--to", to, "--adapter", tmp_path / "adapter", "--output", path, "--gguf-dtype", "f32"
+        ).out
         assert said.count("tensor of its own") == 1
     # An adapter alone is written beside the base as it is, so nothing is untied; mlx-lm's cannot say what this one does.
     adapter = ("--adapter", tmp_path / "adapter")
-    assert "tensor of its own" not in jlora_("export", "--to", "peft", *adapter, "--output", tmp_path / "peft")
+    assert "tensor of its own" not in call("export", "--to", "peft", *adapter, "--output", tmp_path / "peft").out
     said = fails("export", "--to", "mlx", *adapter, "--output", tmp_path / "mlx")
     assert "does not represent" in said and not (tmp_path / "mlx").exists()
     for directory in (tmp_path / "merged", outputs["transformers"]):
@@ -298,8 +300,8 @@ def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, jlora_, f
     assert np.abs(table - head).max() > 1e-2
 
 
-def test_inspect_data(gpt2_dir, records_file, jlora_):
-    said = jlora_("inspect", "--model", gpt2_dir, "--data", records_file, "--rows", 2)
+def test_inspect_data(gpt2_dir, records_file, call):
+    said = call("inspect", "--model", gpt2_dir, "--data", records_file, "--rows", 2).out
     first = json.loads(Path(records_file).read_text().splitlines()[0])
     assert "row 1 of 24" in said and "row 2 of 24" in said and "row 3" not in said
     assert first["instruction"] in said and first["output"] in said and tiny.EOT in said
@@ -309,19 +311,19 @@ def test_inspect_data(gpt2_dir, records_file, jlora_):
     assert 0 < float(counts["supervised share"].rstrip("%")) < 50
 
 
-def test_inspect_chats(llama_dir, records_file, jlora_):
-    said = jlora_("inspect", "--model", llama_dir, "--data", records_file, "--template", "chat", "--rows", 1)
+def test_inspect_chats(llama_dir, records_file, call):
+    said = call("inspect", "--model", llama_dir, "--data", records_file, "--template", "chat", "--rows", 1).out
     assert "<|im_start|>assistant" in said and "row 1 of 24" in said
 
 
-def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, jlora_, fails):
-    said = jlora_("inspect", "--model", gpt2_dir)
+def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, call, fails):
+    said = call("inspect", "--model", gpt2_dir).out
     for row in ("attn.c_attn  32 x 96", "mlp.c_proj   128 x 32"):
         assert row in said
-    assert "self_attn.k_proj  32 x 16" in jlora_("inspect", "--model", llama_dir)
-    said = jlora_("inspect", finetuned / "adapter")
-    assert said == jlora_("inspect", "--adapter", finetuned / "adapter")
-    assert jlora_("inspect", gpt2_dir) == jlora_("inspect", "--model", gpt2_dir)
+    assert "self_attn.k_proj  32 x 16" in call("inspect", "--model", llama_dir).out
+    said = call("inspect", finetuned / "adapter").out
+    assert said == call("inspect", "--adapter", finetuned / "adapter").out
+    assert call("inspect", gpt2_dir).out == call("inspect", "--model", gpt2_dir).out
     assert "Give one of them" in fails("inspect", gpt2_dir, "--model", gpt2_dir)
     rows = [line.split() for line in said.splitlines() if line.startswith("transformer.h.")]
     assert [row[:3] for row in rows] == [
@@ -330,8 +332,8 @@ def test_inspect_model_and_adapter(finetuned, gpt2_dir, llama_dir, jlora_, fails
     assert all(float(row[3]) > 0 for row in rows)
 
 
-def test_prepare(gpt2_dir, text_file, tmp_path, jlora_):
-    said = jlora_("prepare", "--model", gpt2_dir, "--data", text_file, "--output", tmp_path / "shards")
+def test_prepare(gpt2_dir, text_file, tmp_path, call):
+    said = call("prepare", "--model", gpt2_dir, "--data", text_file, "--output", tmp_path / "shards").out
     meta = json.loads((tmp_path / "shards" / "meta.json").read_text())
     assert f"{meta['tokens']['train']:,} train tokens" in said
     assert f"{meta['tokens']['validation']:,} validation tokens" in said

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import VOCAB
 from rich.console import Console
 
 import jlora

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "examples" / "assets"
+sys.path.insert(0, str(ROOT / "tools"))
 
 import corpus  # noqa: E402
 import text_metrics  # noqa: E402
@@ -205,7 +206,7 @@ def test_second_mentions_repeat_the_first():
 
 
 def test_instruction_records():
-    lines = (EXAMPLES / "assets" / "instructions.jsonl").read_text(encoding="ascii").splitlines()
+    lines = (ASSETS / "instructions.jsonl").read_text(encoding="ascii").splitlines()
     records = [json.loads(line) for line in lines]
     assert records == corpus.instruction_records(0)
     assert len(records) >= 320
@@ -218,7 +219,7 @@ def test_instruction_records():
 
 
 def test_style_text():
-    text = (EXAMPLES / "assets" / "style.txt").read_text(encoding="ascii")
+    text = (ASSETS / "style.txt").read_text(encoding="ascii")
     paragraphs = text.strip().split("\n\n")
     assert 3500 <= len(text.split()) <= 5000
     assert len(set(paragraphs)) == len(paragraphs) >= 40

@@ -1,12 +1,8 @@
 """Batches: pure, complete, and padded without supervising the padding."""
 
-import ast
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-import jlora.data
 from jlora.data import IGNORED, Row, batch, eval_batches, preview, steps_per_epoch, supervised_tokens
 from jlora.data.packing import first_fit_decreasing, packed
 
@@ -147,20 +143,3 @@ def test_packed_rows_supervise_what_the_rows_do():
 def test_preview_needs_a_row():
     with pytest.raises(ValueError, match=r"`rows` must be >= 1; got 0"):
         preview(Rows(2), None, rows=0)
-
-
-def test_the_package_imports_nothing_heavy():
-    allowed = {"jlora", "numpy", "datasets"}
-    for file in Path(jlora.data.__file__).parent.glob("*.py"):
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            for name in names:
-                root = name.split(".")[0]
-                assert root in allowed or root in __import__("sys").stdlib_module_names, (file.name, name)
-                assert root != "datasets" or node not in tree.body, "imported where it is used"
-                assert name != "jlora.storage.jinja" or node not in tree.body, "imported where it is used"

@@ -1,5 +1,6 @@
 """Rows of every kind of tokenizer: the ids of the whole text, the prompt that generation feeds, text in its context."""
 
+import json
 import random
 
 import numpy as np
@@ -11,9 +12,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from jlora.data import IGNORED, InstructDataset, decode_continuation, preview, prompt_ids, require_text, summary
-from jlora.data.encoding import encode_pieces
+from jlora.data.encoding import _cuts, _plan, encode_pieces
 from jlora.data.templates import ALPACA_WITHOUT_INPUT
 from jlora.data.tokens import encode
+from jlora.storage.pre_tokenizers import WORDS_APART
 
 TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -234,6 +236,71 @@ def test_any_pieces(tokenizers, parts):
         if len(row.spans) == len(texts) // 2:
             assert row.ids[: row.spans[0][0]] == encode(tokenizer, texts[0])
         assert all(0 <= start < stop <= len(row.ids) for start, stop in row.spans)
+
+
+def pre_tokenizer(steps):
+    """The field of tokenizer.json."""
+    kinds = {
+        "ByteLevel": lambda prefix, regex: {"add_prefix_space": prefix, "trim_offsets": True, "use_regex": regex},
+        "Digits": lambda individual: {"individual_digits": individual},
+        "Split": lambda regex, behavior, invert: {
+            "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert},
+    }  # fmt: skip
+    return {"type": "Sequence", "pretokenizers": [{"type": kind, **kinds[kind](*rest)} for kind, *rest in steps]}
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=["plain", "NFC"])
+@pytest.mark.parametrize("steps", sorted(WORDS_APART), ids=lambda steps: steps[0][0] + str(len(steps[0][1:])))
+def test_a_text_cut_between_words_has_the_ids_of_the_whole(steps, normalizer):
+    fields = json.loads(make("gpt2", TEXT).backend_tokenizer.to_str())
+    fields |= {"pre_tokenizer": pre_tokenizer(steps), "normalizer": normalizer}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(fields)), eos_token="</s>")
+    draw = random.Random(0)
+    words = [
+        "the",
+        "hat",
+        "it's",
+        " ",
+        "  ",
+        " cat",
+        "\n",
+        ":",
+        ")",
+        "e\u0301",
+        "12",
+        " 345",
+        "a b c",
+        "<|im_end|>",
+        "N",
+    ]
+    cut = 0
+    for _ in range(300):
+        pieces = [("".join(draw.choices(words, k=draw.randrange(1, 12))), flag) for flag in (False, True, False, True)]
+        (row,) = encode_pieces(tokenizer, [pieces], bos=None)
+        whole = encode(tokenizer, "".join(text for text, _ in pieces))
+        assert row.straddled or row.ids == whole
+        assert row.ids[: row.spans[0][0]] == encode(tokenizer, pieces[0][0])
+        cut += len(_plan(pieces, _cuts(tokenizer))) > 1 + pieces[0][0].count("<|im_end|>")
+    assert cut > 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": "hat cat"},
+        {"content": "hat", "rstrip": True},
+        {"content": "cat", "lstrip": True},
+        {"content": "cat", "single_word": True},
+    ],
+    ids=str,
+)
+def test_no_cut_between_words_where_an_added_token_may_reach_across(change):
+    tokenizer = make("gpt2", TEXT)
+    assert _cuts(tokenizer).words
+    for kind in ("add_prefix_space", "llama2", "metaspace", "unigram", "wordpiece"):
+        assert not _cuts(make(kind, TEXT)).words
+    tokenizer.add_tokens([AddedToken(**change)])
+    assert not _cuts(tokenizer).words
 
 
 def test_what_a_call_of_somebody_else_left_behind(tokenizers):

@@ -24,14 +24,23 @@ GROUND = ["_start", "_terminal", "_typing", "weight", "tree", "_numbers"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 
+PUBLIC_JAX = {"jax", "jax.numpy", "jax.lax", "jax.extend", "jax.custom_derivatives", "jax.sharding", "jax.tree_util"}
+OUTSIDE = {"data": {"numpy", "datasets"}}
+"""Room -> all that it imports besides jlora and the standard library: records are read and tokenized without jax."""
+LATE = {"data": {"datasets", "jlora.storage.jinja"}}
+"""Room -> what is imported where it is used, not with the room."""
+
+
 def modules():
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         yield file, parts[0]
 
 
-def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(file, late=True):
+    """Names of the modules that a file imports; without `late`, those that its own import brings."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,9 +76,19 @@ def test_flax_only_from_the_models_up():
             assert not [n for n in imports(file) if n.split(".")[0] == "flax"], file
 
 
-def test_no_private_jax():
-    for file, _ in modules():
-        assert not [n for n in imports(file) if n.startswith(("jax._src", "flax.core.scope"))], file
+def test_what_rooms_import_from_outside():
+    """Public modules of jax and flax everywhere; of `OUTSIDE` and `LATE`, no more and no earlier than they say."""
+    wrong = []
+    for file, room in modules():
+        names = set(imports(file))
+        outside = {n.partition(".")[0] for n in names} - {"jlora"} - sys.stdlib_module_names
+        wrong += [(file.name, n) for n in names if n.partition(".")[0] in ("jax", "jaxlib") and n not in PUBLIC_JAX]
+        wrong += [(file.name, n) for n in names if n.startswith("flax.core.scope")]
+        wrong += [(file.name, n) for n in outside - OUTSIDE.get(room, outside)]
+        wrong += [(file.name, n) for n in LATE.get(room, set()).intersection(imports(file, late=False))]
+        attributes = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        wrong += [(file.name, "_src")] if "_src" in attributes else []
+    assert not wrong
 
 
 def test_import_is_light():
@@ -87,3 +106,9 @@ def test_import_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "no backend was started" in out.stdout
+
+
+def test_tests_import_no_tests():
+    """What several of them need is a module of its own; fixtures are in conftest.py."""
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        assert not [name for name in imports(file) if name.startswith("test_") or name == "conftest"], file.name

@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import adapted
 
 import jlora
 from jlora.generation import _generate, truncate
@@ -57,15 +58,6 @@ def of_transformers(oracle, prompts=PROMPTS, new=NEW, **kwargs):
     return rows
 
 
-def adapted(params, seed=0):
-    """LoRA on every linear kernel, B not zero."""
-    tree = jlora.add_lora(params, jlora.LoraConfig(rank=3), key=jax.random.key(seed))
-    adapter, base = jlora.split(tree)
-    rng = np.random.default_rng(seed)
-    noise = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(x.dtype), adapter)
-    return jlora.combine(jax.tree.map(jnp.add, adapter, noise), base)
-
-
 def last_logits(model, params, prompt):
     return np.asarray(model.apply({"params": params}, jnp.asarray([prompt]))[0, -1], np.float64)
 
@@ -86,7 +78,7 @@ def test_prompts_of_any_length_continue_as_in_transformers(loaded, graph, form):
 @pytest.mark.parametrize(("family", "form"), [("gpt2", "stacked"), ("llama", "per layer")])
 def test_an_adapter_generates_what_its_merged_weights_do(loaded, family, form):
     model, params, _ = loaded[family]
-    params = adapted(in_form(params, form))
+    params = adapted(in_form(params, form), jlora.LoraConfig(rank=3))
     out = greedy(model, params)
     assert out == greedy(model, jlora.merge(params))
     assert out != greedy(model, jlora.remove_lora(params))

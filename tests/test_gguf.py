@@ -5,7 +5,6 @@ import json
 import re
 import sys
 
-import conftest
 import gguf
 import jax
 import jax.numpy as jnp
@@ -14,32 +13,22 @@ import pytest
 import tiny
 import torch
 import transformers
+from gguf_files import ADAPTERS, IDS, NEEDS_CONFIG, ROWS, VARIANTS, read, read_by_transformers
+from oracles import LLAMA3_ROPE, make_torch_model, torch_logits
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from trees import adapted
 
 import jlora
 from jlora.cli import main
 from jlora.files import save_torch
 from jlora.files.gguf import ARCHITECTURES, LAYER_TENSORS, TENSORS, tensor_name
 from jlora.files.ollama import ChatTemplate, modelfile
-from jlora.files.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer_name
+from jlora.files.vocabulary import Vocabulary, pre_tokenizer_name
 from jlora.models import abstract_params, model_from_config
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-ROWS = 420  # a few more than the tokenizer has tokens
-IDS = np.array([[5, 300, 17, 256, 9, 44, 123, 8, 61, 7, 350, 2]])
-BIASED = {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-VARIANTS = {
-    "gpt2": ("gpt2", {}),
-    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
-    "llama": ("llama", {}),
-    "llama-biased": ("llama", BIASED),
-    "qwen2": ("qwen2", {}),
-    "mistral": ("mistral", {}),
-}
-# transformers takes neither rope_freqs nor biases nor GPT-2's number of positions from a file; the others must do alone.
-NEEDS_CONFIG = ("gpt2", "gpt2-untied", "llama", "llama-biased")
 
 
 @pytest.fixture(scope="module")
@@ -55,45 +44,13 @@ def loaded(tmp_path_factory):
     def get(variant):
         if variant not in made:
             family, changes = VARIANTS[variant]
-            theirs = conftest.make_torch_model(family, vocab_size=ROWS, **changes)
+            theirs = make_torch_model(family, vocab_size=ROWS, **changes)
             directory = tmp_path_factory.mktemp(f"gguf-{variant}")
             theirs.save_pretrained(directory)
             made[variant] = theirs, *jlora.load(directory, dtype="float32")
         return made[variant]
 
     return get
-
-
-def read(path):
-    """(fields, tensors as float32 in numpy's order, tensor types) of a GGUF file."""
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {t.name: np.array(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    return fields, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
-
-
-def read_by_transformers(path, config=None):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-    ).eval()
-
-
-def logits_of(torch_model, ids=IDS):
-    with torch.no_grad():
-        return torch_model(torch.tensor(ids)).logits.numpy()
-
-
-def adapted(params, config, seed=0):
-    """Parameters with an adapter whose update is as large as a trained one's."""
-    params = jlora.add_lora(params, config, key=jax.random.key(seed))
-    draw = np.random.default_rng(seed)
-
-    def fill(w):
-        if not isinstance(w, jlora.LoraWeight):
-            return w
-        return dataclasses.replace(w, lora_B=jnp.asarray(draw.normal(0, 0.1, w.lora_B.shape), jnp.float32))
-
-    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, jlora.Weight))
 
 
 # Models
@@ -107,7 +64,7 @@ def test_float32_logits_are_ours(variant, loaded, tok, tmp_path):
     jlora.save_gguf(path, model, params, tokenizer=tok, dtype="f32")
     again = read_by_transformers(path, theirs.config if variant in NEEDS_CONFIG else None)
     ours = np.asarray(model.apply({"params": params}, IDS))
-    np.testing.assert_allclose(logits_of(again), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again, IDS), ours, atol=1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
@@ -126,7 +83,7 @@ def test_16_bit_weights_are_the_nearest(variant, dtype, bits, loaded, tok, tmp_p
         assert (error <= (0 if wide else 2.0**-bits * np.abs(exact[name]) + 2.0**-25)).all(), name
     assert fields["general.file_type"] == {"f16": 1, "bf16": 32}[dtype]
     ours = np.asarray(model.apply({"params": params}, IDS))
-    again = logits_of(read_by_transformers(tmp_path / "x.gguf", theirs.config))
+    again = torch_logits(read_by_transformers(tmp_path / "x.gguf", theirs.config), IDS)
     assert np.abs(again - ours).max() < 2.0 ** (3 - bits) * np.abs(ours).max()
 
 
@@ -138,7 +95,7 @@ def test_q8_0_keeps_the_distributions_of_the_embedded_models(name, tmp_path):
     original = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = np.array([tokenizer("The old baker walked to the river, because it was raining, and she said:")["input_ids"]])
     again = read_by_transformers(tmp_path / "model.gguf", original.config)
-    p, q = (torch.log_softmax(torch.tensor(logits_of(m, ids)).double(), -1) for m in (original, again))
+    p, q = (torch.log_softmax(torch.tensor(torch_logits(m, ids)).double(), -1) for m in (original, again))
     kl = (p.exp() * (p - q)).sum(-1)
     assert 0 < kl.mean() and kl.max() <= 1e-3
     assert set(read(tmp_path / "model.gguf")[2].values()) == {"Q8_0", "F32"}
@@ -200,7 +157,7 @@ def test_tensor_names_are_those_of_the_gguf_package(loaded):
 
 def test_rope_scaling_becomes_a_tensor(tok, tmp_path):
     """Llama 3.2 1B: wavelengths beyond 8192 are slowed 32 times, short ones kept, and three lie between."""
-    rope = conftest.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+    rope = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
     fields = tiny.LLAMA | {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     fields |= {"vocab_size": ROWS, "rope_parameters": rope, "eos_token_id": [0, 2]}
     model = model_from_config(fields, dtype=jnp.float32)
@@ -452,16 +409,6 @@ def test_named_chat_templates(loaded, tok, tmp_path):
 # Adapters
 
 
-ADAPTERS = {
-    "plain": {"rank": 4, "alpha": 16.0},
-    "rslora": {"rank": 4, "alpha": 10.0, "use_rslora": True},
-    "patterns": {
-        "rank": 3, "alpha": 5.0, "use_rslora": True, "rank_pattern": {"k_proj|c_attn": 6, r".*\.1\.mlp\..*": 1},
-        "alpha_pattern": {"q_proj|c_fc": 7.0},
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen2"])
 def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_path):
@@ -619,7 +566,7 @@ def test_state_dict(variant, dtype, loaded, tmp_path):
     again = type(theirs)(theirs.config).eval()
     again.load_state_dict(state)
     ours = np.asarray(model.apply({"params": jlora.cast(jlora.merge(params), "float32")}, IDS))
-    np.testing.assert_allclose(logits_of(again.float()), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again.float(), IDS), ours, atol=1e-4)
     if model.config.tie_word_embeddings:
         embedding = next(t for name, t in state.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
         assert state["lm_head.weight"].data_ptr() == embedding.data_ptr()
@@ -638,7 +585,7 @@ def test_state_dict_of_an_untied_model(loaded, tmp_path):
     config = transformers.GPT2Config.from_dict(theirs.config.to_dict() | {"tie_word_embeddings": False})
     again = transformers.GPT2LMHeadModel(config).eval()
     again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    np.testing.assert_allclose(logits_of(again), np.asarray(model.apply({"params": params}, IDS)), atol=1e-4)
+    np.testing.assert_allclose(torch_logits(again, IDS), np.asarray(model.apply({"params": params}, IDS)), atol=1e-4)
 
 
 # Ollama
@@ -729,7 +676,7 @@ def test_export_writes_the_same_model_everywhere(llama_dir, adapter_dir, tmp_pat
     ours = np.asarray(model.apply({"params": jlora.load_adapter(adapter_dir, params)}, IDS % 100))
     assert np.abs(np.asarray(model.apply({"params": params}, IDS % 100)) - ours).max() > 1e-2
     merged = transformers.AutoModelForCausalLM.from_pretrained(out["transformers"]).eval()
-    np.testing.assert_allclose(logits_of(merged, IDS % 100), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(merged, IDS % 100), ours, atol=1e-4)
     assert {"generation_config.json", "tokenizer.json", "chat_template.jinja", "config.json"} <= {
         p.name for p in out["transformers"].iterdir()
     }
@@ -737,8 +684,8 @@ def test_export_writes_the_same_model_everywhere(llama_dir, adapter_dir, tmp_pat
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
     again = transformers.LlamaForCausalLM(merged.config).eval()
     again.load_state_dict(torch.load(out["torch"], weights_only=True))
-    np.testing.assert_allclose(logits_of(again, IDS % 100), ours, atol=1e-4)
-    read_back = logits_of(read_by_transformers(out["gguf"]), IDS % 100)
+    np.testing.assert_allclose(torch_logits(again, IDS % 100), ours, atol=1e-4)
+    read_back = torch_logits(read_by_transformers(out["gguf"]), IDS % 100)
     np.testing.assert_allclose(read_back, ours, atol=1e-4)
     assert sorted(p.name for p in out["ollama"].iterdir()) == ["Modelfile", "ollama.gguf"]
     assert (out["ollama"] / "Modelfile").read_text().startswith('FROM ./ollama.gguf\nTEMPLATE """{{ range')

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from oracles import torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -35,11 +36,6 @@ def edited(directory, target, file="config.json", **fields):
 
 def logits(model, params):
     return np.asarray(model.apply({"params": params}, IDS))
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.float().numpy()
 
 
 # The rotation, in both spellings
@@ -102,7 +98,7 @@ def with_rope(target, fields):
 def test_rotations_are_those_of_transformers(case, tmp_path):
     directory = with_rope(tmp_path / "m", SAME[case])
     oracle = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    np.testing.assert_allclose(logits(*jlora.load(directory, dtype="float32")), torch_logits(oracle), atol=1e-4)
+    np.testing.assert_allclose(logits(*jlora.load(directory, dtype="float32")), torch_logits(oracle, IDS), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", DISAGREE)
@@ -279,7 +275,7 @@ def test_adapters_that_fit_are_read_as_peft_reads_them(case, adapter, base, tmp_
     oracle = peft.PeftModel.from_pretrained(oracle, directory).eval()
     model, _ = jlora.load(MODEL, dtype="float32")
     params = jlora.load_adapter(directory, base)
-    np.testing.assert_allclose(logits(model, params), torch_logits(oracle), atol=1e-4)
+    np.testing.assert_allclose(logits(model, params), torch_logits(oracle, IDS), atol=1e-4)
     # And written again.
     config = LoraConfig.load(directory)
     jlora.save_adapter(tmp_path / "b", params, config=config, base_model=MODEL)
@@ -309,7 +305,7 @@ def test_what_jlora_writes_both_read(config, base, tmp_path):
     assert not (fields["layers_to_transform"] and any("." in name for name in fields["target_modules"]))
     oracle = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     oracle = peft.PeftModel.from_pretrained(oracle, tmp_path).eval()
-    np.testing.assert_allclose(logits(model, jlora.load_adapter(tmp_path, base)), torch_logits(oracle), atol=1e-4)
+    np.testing.assert_allclose(logits(model, jlora.load_adapter(tmp_path, base)), torch_logits(oracle, IDS), atol=1e-4)
 
 
 def test_names_that_mean_nothing_explain_a_misfit(adapter, base, tmp_path):

@@ -12,15 +12,16 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_torch_model
+from jaxprs import walk
+from oracles import VOCAB, make_torch_model, our_logits, torch_logits
 from safetensors.numpy import load_file, save_file
-from test_lora_transform import same_bits
-from test_peft import our_logits, torch_logits
-from test_train_step import LLAMA, build, make_batch, walk
+from steps import LLAMA, build, make_batch
+from trees import perturbed, same_bits
 
 import jlora
 from jlora import FullWeight, LoraConfig, LoraWeight
 from jlora.cli.inspect import adapter_table
+from jlora.files.peft import from_peft
 from jlora.lora import adapted_leaves, adapted_modules
 from jlora.lora.kinds import column_norms
 from jlora.train.checkpoints import Checkpoints
@@ -87,13 +88,6 @@ def wrapped(family, *, noise=0.1, tied=None, **fields):
             if parameter.requires_grad:
                 parameter.add_(noise * torch.randn_like(parameter))
     return model
-
-
-def perturbed(params, seed=0, size=0.1):
-    """The same adapter with everything that is trained moved."""
-    rng = np.random.default_rng(seed)
-    adapter, base = jlora.split(params)
-    return jlora.combine(jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype), adapter), base)
 
 
 # Against PEFT
@@ -598,4 +592,4 @@ def test_a_residual_that_peft_draws_anew_is_refused_with_the_reason(tmp_path):
 def test_a_tied_adapter_of_peft_is_refused_by_name():
     fields = {"peft_type": "LORA", "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     with pytest.raises(ValueError, match="ensure_weight_tying = True"):
-        LoraConfig.from_peft(fields)
+        from_peft(fields)

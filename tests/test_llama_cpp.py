@@ -14,20 +14,21 @@ import json
 import random
 from collections.abc import Iterator
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import transformers
-from test_gguf import ADAPTERS, BIASED, ROWS, adapted
+from gguf_files import ADAPTERS, BIASED, ROWS
+from oracles import make_torch_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from trees import adapted
 
 import jlora
 from jlora.cli import main
-from jlora.files.vocabulary import PRE_TOKENIZERS
 from jlora.models import gpt2, model_from_config
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +111,7 @@ def loaded(tmp_path_factory):
             else:
                 family, changes = VARIANTS[variant]
                 directory, tokenizer = tmp_path_factory.mktemp(variant), tiny.tokenizer(tiny.CHATML)
-                conftest.make_torch_model(family, vocab_size=ROWS, **changes).save_pretrained(directory)
+                make_torch_model(family, vocab_size=ROWS, **changes).save_pretrained(directory)
             made[variant] = *jlora.load(directory, dtype="float32"), tokenizer
         return made[variant]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA3_ROPE, VOCAB, make_torch_model
 from huggingface_hub.utils import filter_repo_objects
+from oracles import LLAMA3_ROPE, VOCAB, make_torch_model, torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -25,11 +25,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def token_ids(seq=20):
     return np.random.default_rng(0).integers(0, VOCAB, (2, seq)).astype(np.int32)
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(token_ids(), dtype=torch.long)).logits.float().numpy()
 
 
 def logits(model, params):
@@ -153,7 +148,7 @@ def test_another_head_beside_a_tied_embedding_is_not_ignored(checkpoints, tmp_pa
     assert f"'lm_head.weight' of other values than '{TABLES[tied]}'" in said and '"tie_word_embeddings": false' in said
     edit_json(copy / "config.json", lambda fields: fields.update({"tie_word_embeddings": False}))
     oracle = transformers.AutoModelForCausalLM.from_pretrained(copy).eval()
-    assert np.abs(torch_logits(oracle) - logits(*jlora.load(copy, dtype=jnp.float32))).max() <= 1e-4
+    assert np.abs(torch_logits(oracle, token_ids()) - logits(*jlora.load(copy, dtype=jnp.float32))).max() <= 1e-4
 
 
 def test_an_untied_head_is_needed(checkpoints, tmp_path):
@@ -181,7 +176,7 @@ def test_transformers_4_spells_rope_and_dtype_otherwise(checkpoints, tmp_path, f
         assert theta == 500000.0 and scaling._asdict().items() <= LLAMA3_ROPE.items()
     else:
         assert theta == 10000.0 and scaling is None
-    assert np.abs(logits(*old) - torch_logits(oracle)).max() <= 1e-4
+    assert np.abs(logits(*old) - torch_logits(oracle, token_ids())).max() <= 1e-4
 
 
 @pytest.mark.parametrize("file_dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
@@ -490,7 +485,7 @@ def test_transformers_reads_what_is_saved(tmp_path, case):
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     assert type(again) is type(oracle)
-    np.testing.assert_array_equal(torch_logits(again.eval()), torch_logits(oracle))
+    np.testing.assert_array_equal(torch_logits(again.eval(), token_ids()), torch_logits(oracle, token_ids()))
     for name in ("bos_token_id", "eos_token_id"):
         assert getattr(again.generation_config, name) == getattr(oracle.config, name)
 
@@ -514,7 +509,7 @@ def test_shards_of_the_asked_size(checkpoint, tmp_path):
     assert all(sum(t.nbytes for t in load_file(s).values()) <= 40_000 for s in shards)
     assert_equal(jlora.load(tmp_path, dtype=jnp.float32)[1], params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    np.testing.assert_array_equal(torch_logits(again), torch_logits(oracle))
+    np.testing.assert_array_equal(torch_logits(again, token_ids()), torch_logits(oracle, token_ids()))
 
 
 @pytest.mark.parametrize("stack", [False, True])
@@ -524,8 +519,8 @@ def test_adapters_are_merged_on_saving(checkpoints, tmp_path, stack):
     adapted = jlora.combine(jax.tree.map(lambda x: x + 0.05, adapter), base)
     jlora.save_pretrained(tmp_path, model, adapted)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert np.abs(torch_logits(oracle) - logits(model, adapted)).max() <= 1e-4
-    assert np.abs(torch_logits(oracle) - logits(model, params)).max() > 1e-1
+    assert np.abs(torch_logits(oracle, token_ids()) - logits(model, adapted)).max() <= 1e-4
+    assert np.abs(torch_logits(oracle, token_ids()) - logits(model, params)).max() > 1e-1
 
 
 @pytest.mark.parametrize("existing", [WEIGHTS, INDEX, "model-00001-of-00002.safetensors", "adapter_model.safetensors"])

@@ -7,12 +7,12 @@ import math
 import jax
 import peft
 import pytest
-from conftest import make_torch_model
+from oracles import make_torch_model
 
 import jlora
 from jlora import LoraConfig
+from jlora.files.peft import _NEUTRAL, from_peft, to_peft
 from jlora.lora import adapted_modules
-from jlora.lora.config import _NEUTRAL
 
 DEPTH = {"gpt2": {"n_layer": 3}, "llama": {"num_hidden_layers": 3}}
 
@@ -149,7 +149,7 @@ def test_the_order_of_patterns_is_part_of_a_config():
 def test_every_field_takes_part_in_equality_and_in_the_peft_round_trip(change):
     config = LoraConfig(**change)
     assert config != LoraConfig() and hash(config) == hash(LoraConfig(**change))
-    assert LoraConfig.from_peft(json.loads(json.dumps(config.to_peft()))) == config
+    assert from_peft(json.loads(json.dumps(to_peft(config)))) == config
 
 
 def test_the_changes_above_are_all_the_fields():
@@ -169,7 +169,7 @@ def test_scaling():
 
 
 def test_absent_peft_fields_have_pefts_defaults():
-    config = LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]})
+    config = from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]})
     default = peft.LoraConfig()
     assert (config.rank, config.alpha, config.dropout) == (default.r, default.lora_alpha, default.lora_dropout)
     assert config.use_rslora == default.use_rslora and config.init == "kaiming"
@@ -213,7 +213,7 @@ def test_what_we_write_peft_reads():
         layers_to_transform=1,
         exclude=("k_proj",),
     )
-    theirs = peft.LoraConfig(**config.to_peft())
+    theirs = peft.LoraConfig(**to_peft(config))
     assert (theirs.r, theirs.lora_alpha, theirs.target_modules, theirs.lora_dropout) == (4, 6.0, {"q_proj"}, 0.25)
     assert (theirs.init_lora_weights, theirs.layers_to_transform, theirs.exclude_modules) == (
         "gaussian",
@@ -222,26 +222,29 @@ def test_what_we_write_peft_reads():
     )
 
 
-@pytest.mark.parametrize("name", sorted(_NEUTRAL))
+NEUTRAL = {**LoraConfig().weight.PEFT.neutral, **_NEUTRAL}
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
 def test_a_peft_feature_that_is_not_represented_is_refused_by_name(name):
     value = ["something"]
     fields = {"peft_type": "LORA", "target_modules": ["q_proj"]}
     with pytest.raises(ValueError, match="merge_and_unload") as error:
-        LoraConfig.from_peft(fields | {name: value})
+        from_peft(fields | {name: value})
     assert f"{name} = {value!r}" in str(error.value)
-    for neutral in _NEUTRAL[name]:
-        LoraConfig.from_peft(fields | {name: neutral})
+    for neutral in NEUTRAL[name]:
+        from_peft(fields | {name: neutral})
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "eva", "loftq", "orthogonal", "lora_ga"])
 def test_an_init_that_changes_the_base_is_refused(init):
     with pytest.raises(ValueError, match=f"init_lora_weights = '{init}'"):
-        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": init})
+        from_peft({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": init})
 
 
 def test_every_field_of_the_installed_peft_is_accounted_for():
     """A new PEFT with a new feature fails here instead of being read without it."""
-    represented = set(LoraConfig().to_peft())
+    represented = set(to_peft(LoraConfig()))
     without_effect_on_outputs = {
         *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"),
         *("task_type", "qalora_group_size"),
@@ -254,12 +257,12 @@ def test_every_field_of_the_installed_peft_is_accounted_for():
 @pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])
 def test_another_kind_of_adapter_is_refused(kind):
     with pytest.raises(ValueError, match=f"peft_type 'LORA'; this one is {kind!r}"):
-        LoraConfig.from_peft({"peft_type": kind, "target_modules": ["q_proj"]})
+        from_peft({"peft_type": kind, "target_modules": ["q_proj"]})
 
 
 def test_a_peft_config_without_targets_is_refused():
     with pytest.raises(ValueError, match="`target_modules`"):
-        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": None})
+        from_peft({"peft_type": "LORA", "target_modules": None})
 
 
 def test_no_adapter_config(tmp_path):
@@ -345,7 +348,7 @@ def test_modules_ranks_and_scalings_are_pefts(trees, family, case):
         for name, module in wrapped.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
-    config = LoraConfig.from_peft({"peft_type": "LORA"} | fields)
+    config = from_peft({"peft_type": "LORA"} | fields)
     # Shapes suffice, and cost no compilation.
     adapted = adapted_modules(jax.eval_shape(lambda p: jlora.add_lora(p, config, key=jax.random.key(0)), trees[family]))
     assert {module: (w.lora_A.shape[1], w.scaling) for module, w in adapted.items()} == theirs

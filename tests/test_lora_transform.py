@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import same_bits
 
 import jlora
 from jlora import LoraConfig, LoraWeight
@@ -24,17 +25,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(7)
 IDS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) % 97
 CONFIG = LoraConfig(rank=4, alpha=6.0)
-
-
-def same_bits(a, b):
-    """Equal structure, and every array equal to the bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-    return True
 
 
 def normal(*shape, seed=0):

@@ -3,52 +3,20 @@
 import json
 import shutil
 import struct
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from damage import WEIGHTS, edit_json, header, raw, refused, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jlora
 from jlora.storage import Checkpoint
 
-WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "model.layers.0.mlp.up_proj.weight"
-
-
-def edit_json(file, change):
-    def apply(directory):
-        fields = json.loads((directory / file).read_text())
-        changed = change(fields)
-        (directory / file).write_text(json.dumps(fields if changed is None else changed))
-
-    return apply
-
-
-def text(file, content):
-    return lambda directory: (directory / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def raw(change, file=WEIGHTS):
-    """Changes the bytes of a file."""
-    return lambda directory: (directory / file).write_bytes(change((directory / file).read_bytes()))
-
-
-def header(change, file=WEIGHTS):
-    """Changes the header of a safetensors file, the data left as they are."""
-
-    def apply(data):
-        (length,) = struct.unpack("<Q", data[:8])
-        fields = json.loads(data[8 : 8 + length])
-        changed = change(fields)
-        encoded = json.dumps(fields if changed is None else changed).encode()
-        return struct.pack("<Q", len(encoded)) + encoded + data[8 + length :]
-
-    return raw(apply, file)
 
 
 def entry(file=WEIGHTS, name=NAME, **fields):
@@ -155,23 +123,6 @@ def adapter(checkpoints, tmp_path_factory):
     params = jlora.add_lora(params, config, key=jax.random.key(0))
     jlora.save_adapter(directory, params, config=config, base_model="base")
     return directory
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def refused(call, directory: Path) -> str:
-    """The message of the error, which came quickly, says something, and changed no file."""
-    before, started = files(directory), time.process_time()
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        call()
-    # Bounds what hangs or allocates, not speed: a case takes a few hundredths of a second of processor time.
-    assert time.process_time() - started < 20
-    assert files(directory) == before
-    message = str(error.value)
-    assert len(message) > 20 and type(error.value) in (ValueError, FileNotFoundError)
-    return message
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -12,15 +12,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import make_torch_model
+from damage import edit_json, header, raw, refused, text
+from oracles import make_torch_model
 from safetensors.numpy import load_file, save_file
-from test_malformed import edit_json, header, raw, refused, text
+from trees import adapted
 
 import jlora
 from jlora.cli import main
 from jlora.cli.inspect import adapter_table
+from jlora.files.mlx import MlxConfig, mlx_module
 from jlora.lora import adapted_modules
-from jlora.storage.mlx import MlxConfig, mlx_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,24 +68,6 @@ def untied(checkpoints):
     model, params = jlora.load(checkpoints["llama"][0], dtype="float32")
     assert not model.config.tie_word_embeddings
     return model, params
-
-
-def adapted(params, config, seed=0):
-    """Parameters with an adapter whose update is as large as a trained one's, magnitudes moved."""
-    params = jlora.add_lora(params, config, key=jax.random.key(seed))
-    draw = np.random.default_rng(seed)
-
-    def fill(w):
-        if not isinstance(w, jlora.LoraWeight):
-            return w
-        moved = {
-            name: jnp.asarray(getattr(w, name) + draw.normal(0, 0.1, getattr(w, name).shape), jnp.float32)
-            for name in ("lora_A", "lora_B", "magnitude")
-            if getattr(w, name) is not None
-        }
-        return dataclasses.replace(w, **moved)
-
-    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, jlora.Weight))
 
 
 def config_of(family, case, **fields):

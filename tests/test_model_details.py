@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA3_ROPE, VOCAB, make_torch_model
+from oracles import LLAMA3_ROPE, VOCAB, make_torch_model, torch_logits
 
 import jlora
 from jlora.models import FAMILIES, abstract_params, model_from_config, replace
@@ -22,12 +22,6 @@ DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 def token_ids(batch=2, seq=48, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, (batch, seq)).astype(np.int32)
-
-
-def torch_logits(model, ids, **kwargs):
-    kwargs = {name: torch.tensor(value, dtype=torch.long) for name, value in kwargs.items()}
-    with torch.no_grad():
-        return model(torch.tensor(ids, dtype=torch.long), **kwargs).logits.float().numpy()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "head"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, VOCAB, make_torch_model
+from oracles import LLAMA3_ROPE, VOCAB, make_torch_model
 
 import jlora
 from jlora.models import abstract_params, model_from_config

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from command import run
+from savers import SAVERS
 
 import jlora
 from jlora import cli
 from jlora.cli.config_file import flags_of, with_config_file
 from jlora.cli.memory import Memory
 from jlora.files.gguf import save_gguf
-from jlora.files.torch_file import save_torch
 from jlora.storage import whole
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -48,22 +48,7 @@ def tokenizer(llama_dir):
     return jlora.load_tokenizer(llama_dir)
 
 
-def quantized(trained):
-    return jlora.quantize_params(jlora.remove_lora(trained[1]), jlora.NF4(block_size=32, double_quant=False))
-
-
-LIBRARY = {
-    "save_adapter": lambda path, t, tok: jlora.save_adapter(path, t[1], config=t[2], base_model="b"),
-    "save_mlx_adapter": lambda path, t, tok: jlora.save_mlx_adapter(path, t[1], config=t[2], model=t[0]),
-    "save_pretrained": lambda path, t, tok: jlora.save_pretrained(
-        path, t[0], t[1], tokenizer=tok, max_shard_bytes=20_000
-    ),
-    "save_quantized": lambda path, t, tok: jlora.save_quantized(path, t[0], quantized(t), tokenizer=tok),
-    "save_gguf": lambda path, t, tok: jlora.save_gguf(path, t[0], t[1], tokenizer=tok),
-    "save_gguf_adapter": lambda path, t, tok: jlora.save_gguf_adapter(path, t[1], config=t[2], model=t[0]),
-    "save_torch": lambda path, t, tok: save_torch(path, t[0], t[1]),
-}
-savers = pytest.mark.parametrize("save", LIBRARY.values(), ids=LIBRARY)
+savers = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
 
 def tree(path):
@@ -132,13 +117,13 @@ import resource, signal, sys
 sys.path[:0] = [{tests!r}]
 import jax, numpy as np, jlora
 from jlora.storage.whole import NoSpace
-from test_outputs import LIBRARY
+from savers import SAVERS
 config = jlora.LoraConfig(rank=2, targets=["q_proj"])
 model, params = jlora.load({model!r}, dtype="float32")
 tokenizer = jlora.load_tokenizer({model!r})
 trained = model, jlora.add_lora(params, config, key=jax.random.key(0)), config
 for name in {names!r}:
-    LIBRARY[name]("whole-" + name, trained, tokenizer)
+    SAVERS[name]("whole-" + name, trained, tokenizer)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import os
 for name in {names!r}:
@@ -146,7 +131,7 @@ for name in {names!r}:
     for limit in (100, size // 2, size - 2000, size - 100, size - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            LIBRARY[name]("short-" + name, trained, tokenizer)
+            SAVERS[name]("short-" + name, trained, tokenizer)
             print(name, limit, "written", os.path.getsize("short-" + name), "of", size)
         except NoSpace as error:
             print(name, "refused", "large" in str(error))
@@ -288,28 +273,28 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("output", ["exp[v2]", "a[/b]", "[red]", ":rocket:", "\x1b]0;t\x07", "x\ny", "--flag=a"])
-def test_paths_are_printed_as_they_are(output, adapter_dir, llama_dir, tmp_path, jlora_, monkeypatch):
+def test_paths_are_printed_as_they_are(output, adapter_dir, llama_dir, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = jlora_("export", "--to", "peft", "--adapter", adapter_dir, f"--output={output}")
+    said = call("export", "--to", "peft", "--adapter", adapter_dir, f"--output={output}").out
     assert said.startswith(f"{output}: an adapter for PEFT") and (tmp_path / output / "adapter_config.json").is_file()
 
 
-def test_expressions_and_models_are_printed_as_they_are(llama_dir, trained, tmp_path, jlora_):
+def test_expressions_and_models_are_printed_as_they_are(llama_dir, trained, tmp_path, call):
     params = jlora.remove_lora(trained[1])
     for i, targets in enumerate((r".*\.[qv]_proj", r".*(q_proj|[/x])", r".*q_proj|:rocket:")):
         config = jlora.LoraConfig(rank=2, targets=targets)
         adapted = jlora.add_lora(params, config, key=jax.random.key(0))
         jlora.save_adapter(tmp_path / f"a[/{i}", adapted, config=config, base_model="[/x]")
-        said = jlora_("inspect", tmp_path / f"a[/{i}").replace("\n", "")
+        said = call("inspect", tmp_path / f"a[/{i}").out.replace("\n", "")
         assert json.dumps(targets) in said and "base [/x]" in said
     (tmp_path / "m[").mkdir()
     (tmp_path / "m[" / "b]").symlink_to(llama_dir)
-    assert "m[/b]:linearkernels" in "".join(jlora_("inspect", tmp_path / "m[/b]").split())  # wherever lines are cut
-    assert "m[/b]: " in jlora_("memory", "--model", tmp_path / "m[/b]", "--max-length", 16)
+    assert "m[/b]:linearkernels" in "".join(call("inspect", tmp_path / "m[/b]").out.split())  # wherever lines are cut
+    assert "m[/b]: " in call("memory", "--model", tmp_path / "m[/b]", "--max-length", 16).out
 
 
-def test_an_ollama_directory_of_any_name(adapter_dir, tmp_path, jlora_):
-    jlora_("export", "--to", "ollama", "--adapter", adapter_dir, "--output", tmp_path / 'a"\nSYSTEM x')
+def test_an_ollama_directory_of_any_name(adapter_dir, tmp_path, call):
+    call("export", "--to", "ollama", "--adapter", adapter_dir, "--output", tmp_path / 'a"\nSYSTEM x')
     (directory,) = tmp_path.iterdir()
     assert (directory / "Modelfile").read_text().startswith("FROM ./model.gguf\n") and (
         directory / "model.gguf"

@@ -9,14 +9,13 @@ import optax
 import peft
 import pytest
 import torch
-from conftest import VOCAB, make_torch_model
+from oracles import VOCAB, make_torch_model, our_logits, torch_logits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.lora import adapted_modules
 
-IDS = np.random.default_rng(1).integers(0, VOCAB, (2, 24))
 NAMES = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "down_proj"]}
 LAYER = {"gpt2": r"transformer\.h\.1\..*", "llama": r"model\.layers\.1\..*", "qwen2": r"model\.layers\.1\..*"}
 
@@ -44,16 +43,6 @@ def wrapped(family, **fields):
     torch.manual_seed(3)
     config = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | fields
     return peft.get_peft_model(make_torch_model(family), peft.LoraConfig(**config)).eval()
-
-
-def torch_logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(torch.tensor(ids)).logits.numpy()
-
-
-def our_logits(model, params, ids=IDS):
-    # Not jitted: most adapters here differ in structure, and each would be compiled for one call.
-    return np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
 
 
 @pytest.mark.few(4)

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, VOCAB, make_torch_model
 from jaxprs import walk
+from oracles import FAMILIES, VOCAB, make_torch_model
 from safetensors.numpy import load_file, save_file
 
 import jlora

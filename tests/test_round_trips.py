@@ -1,4 +1,4 @@
-"""The README's table of adapters and formats: every cell that says so is written here and read there, or the reverse."""
+"""The table of adapters and formats in docs/formats.md: every cell that says so is written here and read there, or the reverse."""
 
 from pathlib import Path
 
@@ -9,18 +9,19 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import make_torch_model
-from test_gguf import IDS, NEEDS_CONFIG, ROWS, logits_of, read, read_by_transformers
-from test_kinds import perturbed
+from gguf_files import IDS, NEEDS_CONFIG, ROWS, read, read_by_transformers
+from oracles import make_torch_model, our_logits, torch_logits
+from trees import perturbed
 
 import jlora
 from jlora import LoraConfig
 from jlora.files import save_torch
+from jlora.files.peft import to_peft
 from jlora.models import has_adapted_tie
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 FAMILIES = ("gpt2", "llama", "qwen2")  # llama has a head of its own, the others tie it to the embedding
 LINEAR = {"gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "down_proj"), "qwen2": ("q_proj", "down_proj")}
 EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens", "qwen2": "embed_tokens"}
@@ -43,8 +44,8 @@ ADAPTERS = {
 
 
 def table() -> dict[tuple[str, str], str]:
-    """(row, column) -> cell of the README's table: "both" ways, "out", "no", or a note in place of the last."""
-    lines = README[README.index("| adapter |") :].split("\n\n")[0].splitlines()
+    """(row, column) -> cell of the page's table: "both" ways, "out", "no", or a note in place of the last."""
+    lines = PAGE[PAGE.index("| adapter |") :].split("\n\n")[0].splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {(row[0], column): cell for row in rows for column, cell in zip(header[1:], row[1:], strict=True)}
 
@@ -98,10 +99,6 @@ def trained(params, config):
     return perturbed(jlora.add_lora(params, config, key=jax.random.key(0)), seed=1)
 
 
-def ours(model, params):
-    return np.asarray(model.apply({"params": params}, IDS))
-
-
 def peft_model(family):
     return make_torch_model(family, vocab_size=ROWS)
 
@@ -111,13 +108,13 @@ def peft_model(family):
 
 def out_peft(directory, family, model, params, config, tok):
     jlora.save_adapter(directory, params, config=config, base_model="base")
-    return logits_of(peft.PeftModel.from_pretrained(peft_model(family), directory).eval())
+    return torch_logits(peft.PeftModel.from_pretrained(peft_model(family), directory).eval(), IDS)
 
 
 def out_mlx(directory, family, model, params, config, tok):
     # tests/test_mlx.py has mlx-lm itself read such files, among the slow tests.
     jlora.save_mlx_adapter(directory, params, config=config, model=model)
-    return ours(model, jlora.load_adapter(directory, jlora.remove_lora(params)))
+    return our_logits(model, jlora.load_adapter(directory, jlora.remove_lora(params)), IDS)
 
 
 def out_gguf_adapter(directory, family, model, params, config, tok):
@@ -139,8 +136,8 @@ def out_gguf_adapter(directory, family, model, params, config, tok):
 def out_transformers(directory, family, model, params, config, tok):
     jlora.save_pretrained(directory, *jlora.untie(model, params), tokenizer=tok)
     again = jlora.load(directory, dtype="float32")
-    np.testing.assert_allclose(ours(*again), ours(model, params), atol=ATOL)
-    return logits_of(transformers.AutoModelForCausalLM.from_pretrained(directory).eval())
+    np.testing.assert_allclose(our_logits(*again, IDS), our_logits(model, params, IDS), atol=ATOL)
+    return torch_logits(transformers.AutoModelForCausalLM.from_pretrained(directory).eval(), IDS)
 
 
 def out_torch(directory, family, model, params, config, tok):
@@ -148,7 +145,7 @@ def out_torch(directory, family, model, params, config, tok):
     save_torch(directory / "model.pt", model, params)
     again = make_torch_model(family, vocab_size=ROWS, tie_word_embeddings=model.config.tie_word_embeddings)
     again.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
-    return logits_of(again)
+    return torch_logits(again, IDS)
 
 
 def out_gguf(directory, family, model, params, config, tok):
@@ -159,7 +156,7 @@ def out_gguf(directory, family, model, params, config, tok):
         fields.tie_word_embeddings = False
     jlora.save_gguf(directory / "model.gguf", model, params, tokenizer=tok, dtype="f32")
     untold = family in NEEDS_CONFIG or not fields.tie_word_embeddings
-    return logits_of(read_by_transformers(directory / "model.gguf", fields if untold else None))
+    return torch_logits(read_by_transformers(directory / "model.gguf", fields if untold else None), IDS)
 
 
 WRITERS = {
@@ -184,8 +181,8 @@ def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     _, model, params = loaded(family)
     config = config_of(row, family)
     adapted = trained(params, config)
-    expected = ours(model, adapted)
-    assert np.abs(expected - ours(model, params)).max() > 0.05, "the adapter must show"
+    expected = our_logits(model, adapted, IDS)
+    assert np.abs(expected - our_logits(model, params, IDS)).max() > 0.05, "the adapter must show"
     theirs = WRITERS[column](tmp_path, family, model, adapted, config, tok)
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
@@ -203,10 +200,10 @@ def test_adapters_of_a_packed_base_are_written_alike(column, family, quantize, l
     packed = trained(jlora.quantize_params(params, quantize), config)
     dense = jlora.combine(jlora.split(packed)[0], jlora.split(trained(params, config))[1])
     alone = column in ("PEFT", "mlx-lm", "GGUF adapter")
-    expected = ours(model, dense if alone else packed)
+    expected = our_logits(model, dense if alone else packed, IDS)
     theirs = WRITERS[column](tmp_path, family, model, dense if column == "GGUF adapter" else packed, config, tok)
     if column == "mlx-lm":  # whose base was the packed one here
-        expected = ours(model, packed)
+        expected = our_logits(model, packed, IDS)
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
 
@@ -215,7 +212,7 @@ def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
     """tests/test_mlx.py has the reverse for mlx-lm, among the slow tests."""
     _, model, params = loaded(family)
     config = config_of(row, family)
-    fields = {k: v for k, v in config.to_peft().items() if k != "peft_type"}
+    fields = {k: v for k, v in to_peft(config).items() if k != "peft_type"}
     torch.manual_seed(5)
     theirs = peft.get_peft_model(peft_model(family), peft.LoraConfig(**fields, task_type="CAUSAL_LM")).eval()
     with torch.no_grad():
@@ -224,7 +221,7 @@ def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
     read_here = jlora.load_adapter(tmp_path, params)
-    np.testing.assert_allclose(ours(model, read_here), logits_of(theirs), atol=ATOL, rtol=ATOL)
+    np.testing.assert_allclose(our_logits(model, read_here, IDS), torch_logits(theirs, IDS), atol=ATOL, rtol=ATOL)
     assert LoraConfig.load(tmp_path).rank == config.rank
 
 

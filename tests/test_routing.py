@@ -7,10 +7,8 @@ import optax
 import peft
 import pytest
 import torch
-from conftest import make_torch_model
-from test_kinds import perturbed
-from test_lora_transform import same_bits
-from test_peft import IDS
+from oracles import IDS, make_torch_model
+from trees import perturbed, same_bits
 
 import jlora
 from jlora import LoraConfig, RoutedWeight

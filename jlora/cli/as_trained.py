@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from jlora._terminal import console, say
 from jlora.files import find
-from jlora.storage.adapters import adapter_directories, open_adapter
+from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
 from jlora.storage.run_settings import FILE, RunSettings
 

@@ -11,9 +11,9 @@ from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
 from jlora.files import base_model_of, load_adapters
+from jlora.files.adapters import adapter_directories
 from jlora.generation import generate
 from jlora.lora import route
-from jlora.storage.adapters import adapter_directories
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,12 @@ from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
-from jlora.files.adapters import update_tensors
-from jlora.files.peft import PREFIX
+from jlora.files.adapters import adapter_directories, open_adapter, update_tensors
+from jlora.files.peft import PEFT, PREFIX, to_peft
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 from jlora.storage import Checkpoint
-from jlora.storage.adapters import PEFT, adapter_directories, open_adapter
-from jlora.storage.mlx import checkpoint_module
 from jlora.storage.run_settings import RunSettings
 from jlora.tree.modules import linear_kernels
 from jlora.tree.paths import flatten
@@ -133,7 +131,7 @@ def kernel_table(name: str) -> Table:
 def adapter_table(directory: str) -> Table:
     """An adapter's config, and for each update the norm of the factor that is zero at first: 0 where nothing was learned."""
     found, config = open_adapter(directory), LoraConfig.load(directory)
-    fields = {k: v for k, v in config.to_peft().items() if v not in (None, {}, [], False)}
+    fields = {k: v for k, v in to_peft(config).items() if v not in (None, {}, [], False)}
     title = f"{directory} ({found.layout.name}): base {found.base_model}\n{json.dumps(fields)}"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     kind = config.weight
@@ -141,9 +139,8 @@ def adapter_table(directory: str) -> Table:
     for column in ("module", "rank", "scaling", f"norm of {needed[-1].removeprefix('lora_')}"):
         table.add_column(column)
     file = Checkpoint(found.weights)
-    updates = update_tensors(sorted(file.shapes), kind)
-    for name, tensors in updates.items():
-        module = checkpoint_module(name)
+    updates = update_tensors(found.layout, sorted(file.shapes), kind)
+    for module, tensors in updates.items():
         norms = {c: float(np.linalg.norm(file.read(tensors[c]).astype(np.float32))) for c in needed if c in tensors}
         # An update is zero when one of its factors is. PEFT's embeddings start with the other one at zero.
         last = needed[0] if any("lora_embedding" in tensor for tensor in tensors.values()) else needed[-1]

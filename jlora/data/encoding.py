@@ -7,18 +7,23 @@ border, such as "))" of "(a)" and ")"; the row then keeps the ids of the prompt,
 and the rest continues them.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jlora.data.tokens import Tokenizer, encode, encode_many
+from jlora.storage.pre_tokenizers import WORDS_APART, steps_of
 
 Piece = tuple[str, bool]  # text, and whether the loss is taken on it
 
 # What may stand before a text so that its encoding has no space of its own: something that merges with nothing.
 LEADS = ("", "\n", ".", ":", "a", "x", "0", "q")
+
+_WORD_END = re.compile(r"[a-z](?= [a-z])")
+_NEAR = 64  # how many characters before a border a cut between words is looked for
 
 
 class Encoded(NamedTuple):
@@ -45,8 +50,8 @@ def encode_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[Piece]], *, bos
     Raises:
         ValueError: a token straddles a border and no ids were found that continue the prompt with the response.
     """
-    anchors = _anchors(tokenizer)
-    plans = [_plan(_merged(pieces), anchors) for pieces in texts]
+    cuts = _cuts(tokenizer)
+    plans = [_plan(_merged(pieces), cuts) for pieces in texts]
     # A text is often asked for many times, such as "<|im_start|>assistant\n".
     wanted = dict.fromkeys(text for plan in plans for chunk in plan for text in chunk.texts())
     known = dict(zip(wanted, encode_many(tokenizer, list(wanted)), strict=True))
@@ -69,11 +74,32 @@ class _Chunk(NamedTuple):
         return [self.text, *(self.text[:place] for place, _ in self.borders)]
 
 
-class _Anchors(NamedTuple):
-    """Added tokens: `any` finds all of them, `hard` are those before which a text can be cut."""
+class _Cuts(NamedTuple):
+    """Where a text can be cut without changing its ids.
 
-    any: re.Pattern[str]
+    any: finds all added tokens.
+    hard: those before which it can be.
+    words: whether it can be between two words, which are otherwise encoded twice, in the prompt and in the whole.
+    """
+
+    any: re.Pattern[str] | None
     hard: frozenset[str]
+    words: bool
+
+    def before(self, text: str, borders: Sequence[int]) -> list[int]:
+        """The last place at or before each border, where there is one, in order."""
+        places = [] if self.any is None else [f.span() for f in self.any.finditer(text) if f.group() in self.hard]
+        found, at = [0], -1
+        for border in borders:
+            while at + 1 < len(places) and (places[at + 1][1] <= border or places[at + 1][0] == border):
+                at += 1
+            cut = places[at][0] if at >= 0 else 0
+            if self.words:
+                ends = _WORD_END.finditer(text, max(cut, border - _NEAR), border)
+                cut = max(cut, *(end.end() for end in ends), 0)
+            if found[-1] < cut < len(text):
+                found.append(cut)
+        return found
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:
@@ -81,22 +107,14 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     return [("".join(text for text, _ in group), flag) for flag, group in groups]
 
 
-def _plan(pieces: list[Piece], anchors: _Anchors | None) -> list[_Chunk]:
+def _plan(pieces: list[Piece], rules: _Cuts) -> list[_Chunk]:
     text = "".join(part for part, _ in pieces)
     ends = accumulate(len(part) for part, _ in pieces)
     starts = [(0, True)] if pieces and pieces[0][1] else []
     borders = [*starts, *((end, not flag) for end, (_, flag) in zip(ends, pieces, strict=True))]
     if borders and borders[-1][0] == len(text) and borders[-1][1]:
         borders.pop()  # the end of the text, where no response begins
-    cuts = [0]
-    if anchors is not None:
-        places = [found.span() for found in anchors.any.finditer(text) if found.group() in anchors.hard]
-        at = -1
-        for border in (place for place, _ in borders if place < len(text)):
-            while at + 1 < len(places) and (places[at + 1][1] <= border or places[at + 1][0] == border):
-                at += 1
-            if at >= 0 and cuts[-1] < places[at][0] < len(text):
-                cuts.append(places[at][0])
+    cuts = rules.before(text, [place for place, _ in borders if place < len(text)])
     if len(cuts) == 1:
         return [_Chunk(text, borders, False)]
     chunks, opened, at = [], False, 0
@@ -224,19 +242,28 @@ def _with_one_bos(row: Encoded, bos: int | None) -> Encoded:
     return row._replace(ids=[bos, *row.ids[own:]], spans=spans)
 
 
-def _anchors(tokenizer: Tokenizer) -> _Anchors | None:
-    """The added tokens before which a text can be cut without changing its ids, or None without any.
-
-    `tokenizers` splits a text at its added tokens first and encodes the parts each by itself. Not so slow tokenizers,
-    tokens that take the white space beside them, and ones that are matched as single words only.
+def _cuts(tokenizer: Tokenizer) -> _Cuts:
+    """`tokenizers` splits a text at its added tokens first, then by its pre-tokenizer, and encodes the parts each by
+    itself. Not so slow tokenizers, tokens that take the white space beside them, and ones matched as single words only.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.split_special_tokens:
-        return None
-    added = [token for token in backend.get_added_tokens_decoder().values() if token.content and not token.normalized]
-    hard = frozenset(token.content for token in added if not (token.lstrip or token.rstrip))
-    if not hard or any(token.single_word for token in added):
-        return None
+        return _Cuts(None, frozenset(), False)
+    added = [token for token in backend.get_added_tokens_decoder().values() if token.content]
+    plain = not any(token.lstrip or token.rstrip or token.single_word or " " in token.content for token in added)
+    words = plain and _parts_words(backend)
+    exact = [token for token in added if not token.normalized]
+    hard = frozenset(token.content for token in exact if not (token.lstrip or token.rstrip))
+    if not hard or any(token.single_word for token in exact):
+        return _Cuts(None, frozenset(), words)
     # The longest first, as `tokenizers` prefers them.
-    contents = sorted((token.content for token in added), key=len, reverse=True)
-    return _Anchors(re.compile("|".join(map(re.escape, contents))), hard)
+    contents = sorted((token.content for token in exact), key=len, reverse=True)
+    return _Cuts(re.compile("|".join(map(re.escape, contents))), hard, words)
+
+
+def _parts_words(backend: Any) -> bool:
+    """Whether a text can be cut between two words of a `tokenizers.Tokenizer`."""
+    if backend.pre_tokenizer is None or type(backend.model).__name__ != "BPE" or backend.model.dropout:
+        return False
+    normal = backend.normalizer is None or type(backend.normalizer).__name__ == "NFC"
+    return normal and tuple(steps_of(json.loads(backend.pre_tokenizer.__getstate__()))) in WORDS_APART

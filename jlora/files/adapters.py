@@ -1,21 +1,159 @@
-"""Reading adapter directories, whatever their layout."""
+"""Adapter directories: whose layout they have, decided here by the files found and nowhere else, and reading them.
+
+A layout is one `Layout`, which the file that knows it registers; importing `jlora.files` registers all of them.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora._typing import Params
-from jlora.files.mlx import read_mlx_adapter
-from jlora.files.peft import PREFIX, read_peft_adapter
-from jlora.lora import AdaptedWeight, stack_adapters
-from jlora.storage.adapters import CONFIG, MLX, PEFT, AdapterDirectory, Layout, adapter_directories, open_adapter
-from jlora.storage.mlx import SUFFIXES
+from jlora.lora import AdaptedWeight, LoraConfig, stack_adapters
+from jlora.lora.config import reads_configs
+from jlora.storage.checkpoint_files import holds_checkpoint
+from jlora.storage.fields import check_fields, optional, text
+from jlora.storage.structured import read_json
 
-_READERS: Mapping[Layout, Callable[[AdapterDirectory, Params], dict[str, Any]]] = {
-    PEFT: read_peft_adapter,
-    MLX: read_mlx_adapter,
-}
+CONFIG = "adapter_config.json"
+
+
+class Layout(NamedTuple):
+    """How a library lays out an adapter; each has an `adapter_config.json` beside its weights."""
+
+    name: str
+    weights: str
+    """The file of weights."""
+    marks: tuple[str, ...]
+    """Fields of its config that no other layout has."""
+    base: str
+    """The field of its config that names the base model."""
+    read: Callable[["AdapterDirectory", Params], dict[str, Any]]
+    """Unadapted parameters with the adapter of a directory on them."""
+    config: Callable[["AdapterDirectory"], LoraConfig]
+    """What its `adapter_config.json` means."""
+    module: Callable[[str], str]
+    """Start of a tensor's name -> the checkpoint's module path."""
+    children: Callable[[type[AdaptedWeight]], Mapping[str, str]]
+    """End of the name of a tensor -> trained child of a kind."""
+    revision: str | None = None
+    """The field of its config that names a revision of the base model on the hub."""
+    assumed: bool = False
+    """Whether a config without any layout's marks counts as this one's; its reader says what it lacks."""
+    legacy: tuple[tuple[str, str], ...] = ()
+    """Files of weights that are not read, each with what to do about it."""
+
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register(layout: Layout) -> Layout:
+    """Makes a layout one of those that are told apart, read and written beside each other."""
+    _LAYOUTS[layout.name] = layout
+    return layout
+
+
+def layouts() -> list[Layout]:
+    """All there are, the assumed one first."""
+    return sorted(_LAYOUTS.values(), key=lambda layout: not layout.assumed)
+
+
+class AdapterDirectory(NamedTuple):
+    path: Path
+    layout: Layout
+    fields: Mapping[str, Any]
+    """Of `adapter_config.json`."""
+
+    @property
+    def weights(self) -> Path:
+        """The file of weights.
+
+        Raises:
+            FileNotFoundError: when it is not there.
+        """
+        path = self.path / self.layout.weights
+        if not path.is_file():
+            legacy = [f" {said}" for name, said in self.layout.legacy if (self.path / name).is_file()]
+            raise FileNotFoundError(f"There is no {path.name} in {str(self.path)!r}.{''.join(legacy)}")
+        return path
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the config names.
+
+        Raises:
+            ValueError: when the field holds something else than a name.
+        """
+        check_fields(self.fields, {self.layout.base: optional(text())}, where=repr(str(self.path / CONFIG)))
+        return self.fields.get(self.layout.base)
+
+
+def open_adapter(directory: str | os.PathLike) -> AdapterDirectory:
+    """The layout and the config of an adapter directory, by the fields that its config has.
+
+    Raises:
+        FileNotFoundError: when there is no `adapter_config.json`.
+        ValueError: when that is not a JSON object, or config and weights are of different layouts.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG
+    if not path.is_file():
+        inside = [str(path) for path in adapter_directories(directory).values()]
+        raise FileNotFoundError(
+            f"No adapter at {str(directory)!r}: there is no adapter_config.json. "
+            + (
+                f"Pass one of the adapters in it: {', '.join(inside)}."
+                if inside
+                else "Pass the directory that `jlora.save_adapter`, PEFT's `save_pretrained` or mlx-lm wrote (after `jlora "
+                "finetune`: OUTPUT/adapter)."
+            )
+        )
+    fields = read_json(path)
+    known = layouts()
+    claimed = [layout for layout in known if any(mark in fields for mark in layout.marks)]
+    claimed = claimed or [layout for layout in known if layout.assumed]
+    others = [layout for layout in known if layout != claimed[0] and (directory / layout.weights).exists()]
+    if len(claimed) > 1 or others:
+        raise ValueError(
+            f"{str(directory)!r} mixes two layouts: its adapter_config.json is {' and '.join(c.name for c in claimed)}'s"
+            + "".join(f", and {other.weights} is {other.name}'s" for other in others)
+            + ". Put each adapter into a directory of its own, with the config that was written with it."
+        )
+    return AdapterDirectory(directory, claimed[0], fields)
+
+
+def adapter_directories(directory: str | os.PathLike) -> dict[str, Path]:
+    """Name -> directory of every adapter in a directory; one in the directory itself is PEFT's "default"."""
+    directory = Path(directory)
+    found = {"default": directory} if (directory / CONFIG).is_file() else {}
+    return found | {path.parent.name: path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))}
+
+
+def refuse_mixture(directory: str | os.PathLike, layout: Layout) -> None:
+    """Refuses a directory that an adapter of this layout would be mixed up with.
+
+    Raises:
+        FileExistsError: where another layout's weights are, whose config a new one would replace, or where a checkpoint is:
+            transformers reads both as one model with the adapter on, others as the checkpoint alone.
+    """
+    if holds_checkpoint(Path(directory)):
+        raise FileExistsError(
+            f"{os.fspath(directory)!r} holds a model, and with an adapter beside it some readers would put the adapter on and "
+            "others not. Write the adapter into a directory of its own."
+        )
+    for other in layouts():
+        if other != layout and (Path(directory) / other.weights).exists():
+            raise FileExistsError(
+                f"{os.fspath(directory)!r} holds an adapter in {other.name}'s layout ({other.weights}), whose "
+                f"adapter_config.json would be overwritten. Write {layout.name}'s into another directory."
+            )
+
+
+@reads_configs
+def load_config(directory: str | os.PathLike) -> LoraConfig:
+    """See `LoraConfig.load`."""
+    found = open_adapter(directory)
+    return found.layout.config(found)
 
 
 def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]:
@@ -32,7 +170,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
             one error: an adapter that loads in part would silently give other outputs.
     """
     found = open_adapter(directory)
-    return _READERS[found.layout](found, params)
+    return found.layout.read(found, params)
 
 
 def load_adapters(directory: str | os.PathLike, params: Params) -> Any:
@@ -62,8 +200,8 @@ def base_model_of(directory: str | os.PathLike) -> str | None:
         ValueError: when that is a hub model at a revision of its own (PEFT's `revision`): other weights than `load`'s.
     """
     found = open_adapter(directory)
-    revision, name = found.fields.get("revision"), found.base_model
-    if found.layout == PEFT and revision not in (None, "main") and name and not Path(name).expanduser().is_dir():
+    revision, name = found.fields.get(str(found.layout.revision)), found.base_model
+    if revision not in (None, "main") and name and not Path(name).expanduser().is_dir():
         raise ValueError(
             f"The adapter in {os.fspath(directory)!r} is of revision {revision!r} of {name!r}; jlora loads hub models at "
             f"their newest. Download it, `hf download {name} --revision {revision} --local-dir DIRECTORY`, and give that "
@@ -72,18 +210,17 @@ def base_model_of(directory: str | os.PathLike) -> str | None:
     return name
 
 
-def update_tensors(names: Iterable[str], kind: type[AdaptedWeight]) -> dict[str, dict[str, str]]:
-    """Module path -> trained child -> name of the tensor, of a PEFT or an mlx-lm adapter of this kind.
+def update_tensors(layout: Layout, names: Iterable[str], kind: type[AdaptedWeight]) -> dict[str, dict[str, str]]:
+    """Module path of the checkpoint -> trained child -> name of the tensor, among the names of a file of this layout.
 
     >>> from jlora import LoraWeight
-    >>> update_tensors(["base_model.model.h.lora_A.weight", "lm_head.lora_b", "ln_f.weight"], LoraWeight)
-    {'h': {'lora_A': 'base_model.model.h.lora_A.weight'}, 'lm_head': {'lora_B': 'lm_head.lora_b'}}
+    >>> update_tensors(layouts()[0], ["base_model.model.h.lora_A.weight", "base_model.model.ln_f.weight"], LoraWeight)
+    {'h': {'lora_A': 'base_model.model.h.lora_A.weight'}}
     """
-    suffixes = {f".{suffix}": child for child, suffix in SUFFIXES.items()} | kind.peft_suffixes()
+    children = layout.children(kind)
     found: dict[str, dict[str, str]] = {}
     for name in names:
-        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
-        if suffix is not None:
-            module = name.removeprefix(PREFIX).removesuffix(suffix)
-            found.setdefault(module, {})[suffixes[suffix]] = name
+        end = next((end for end in children if name.endswith(end)), None)
+        if end is not None:
+            found.setdefault(layout.module(name.removesuffix(end)), {})[children[end]] = name
     return found

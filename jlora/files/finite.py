@@ -1,4 +1,7 @@
-"""Weights that are read must be finite: found while they are in memory anyway, at a few percent of the time to read them."""
+"""Weights that are read or written must be finite.
+
+Those of a checkpoint are looked at while they are in memory anyway, at a few percent of the time to read them.
+"""
 
 import os
 from typing import Any
@@ -42,3 +45,11 @@ class FiniteCheck:
 def _is_finite(x: Array) -> Array:
     """Zero times NaN or infinity is NaN, which a sum keeps: a third of the time of `isfinite(x).all()`."""
     return jnp.isfinite(jnp.sum(x.astype(jnp.float32) * 0))
+
+
+def refuse_not_finite(name: str, array: np.ndarray) -> None:
+    """Raises a ValueError when a tensor that is to be written has a value that is NaN or infinite."""
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{name!r} is not finite: training has diverged, and nothing was written. Export an earlier checkpoint."
+        )

@@ -19,10 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._typing import Params
+from jlora.files.finite import refuse_not_finite
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import mismatches
-from jlora.files.peft import check_config, without_residuals
-from jlora.files.updates import check_shapes, kernel_shapes, more_than_updates, plain_updates
+from jlora.files.updates import (
+    check_config,
+    check_shapes,
+    kernel_shapes,
+    more_than_updates,
+    plain_updates,
+    without_residuals,
+)
 from jlora.files.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
@@ -155,14 +162,10 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     """
     gguf = _import_gguf()
     path = refuse_existing(path)
-    modules = adapted_modules(params)
-    if not modules:
-        raise ValueError("`save_gguf_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
-    check_config(params, config)
+    check_config(params, config, format="GGUF", writer="save_gguf_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-        modules = adapted_modules(params)
-    modules = plain_updates(modules)
+    modules = plain_updates(adapted_modules(params))
     _check_adapter(model, params, modules)
     tensors = {}
     for module, weight in modules.items():
@@ -171,7 +174,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(weight.lora_A, np.float32).T)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
     for name, array in tensors.items():
-        _check_finite(name, array)
+        refuse_not_finite(name, array)
 
     def describe(writer):
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -312,15 +315,8 @@ def _permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _check_finite(name: str, array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{name!r} is not finite: training has diverged, and nothing was written. Export an earlier checkpoint."
-        )
-
-
 def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
-    _check_finite(name, array)
+    refuse_not_finite(name, array)
     largest = float(np.abs(array).max())
     if largest > _LARGEST[kind.name]:
         raise ValueError(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.bnb import STATE_SUFFIX, QuantState
 from jlora.files.finite import FiniteCheck
 from jlora.files.names import (
@@ -28,7 +29,6 @@ from jlora.files.names import (
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import QuantSpec, quantizable, quantize_rows
 from jlora.storage import Checkpoint
-from jlora.storage.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.storage.fields import shown
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids

@@ -1,11 +1,10 @@
 """Adapters on disk in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import dataclasses
 import json
-import math
 import os
 import re
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,31 @@ import jax
 import numpy as np
 
 from jlora._typing import Params
+from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.stored import StoredAdapter
-from jlora.lora import AdaptedWeight, LoraConfig, adapted_leaves, add_lora, map_adapted, remove_lora
-from jlora.lora.config import ALL_LINEAR
-from jlora.lora.kinds import Place, Unwritable
-from jlora.lora.targets import select, select_whole, without_idle
+from jlora.files.updates import check_config, trained_half, without_residuals
+from jlora.lora import AdaptedWeight, LoraConfig, adapted_leaves, add_lora
+from jlora.lora.config import ALL_LINEAR, BIASES, INITS, MAX_ALPHA, NAMES
+from jlora.lora.kinds import KINDS, Place, Unwritable, kind_of_peft
+from jlora.lora.targets import without_idle
 from jlora.storage import Checkpoint, save_tensors
-from jlora.storage.adapters import CONFIG, PEFT, AdapterDirectory, refuse_mixture
+from jlora.storage.fields import (
+    check_fields,
+    either,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    one_of,
+    optional,
+    positive,
+    probability,
+    shown,
+    text,
+)
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, describe, is_embedding, module_path
+from jlora.tree.modules import HEADS, is_embedding, module_path
 from jlora.tree.paths import flatten
-from jlora.weight import is_adapted
-from jlora.weight.roles import LINEAR
 
 PREFIX = "base_model.model."
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
@@ -49,11 +61,11 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
     refuse_mixture(directory, PEFT)
-    check_config(params, config)
+    check_config(params, config, format=PEFT.name, writer="save_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    leaves = adapted_leaves(_trained_half(params))
-    modules = _updated(leaves)
+    leaves = adapted_leaves(trained_half(params))
+    modules = {module_path(path) for path, weight in leaves.items() if not weight.WHOLE}
     tensors = {}
     for path, weight in leaves.items():
         for field, (name, transposed) in _stored_as(path, weight, modules).items():
@@ -64,7 +76,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
                     "Resume from an earlier checkpoint with a lower learning rate."
                 )
             tensors[name] = array.T if transposed else array
-    fields = config.to_peft() | {
+    fields = to_peft(config) | {
         "base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM",
     }  # fmt: skip
     if config.kind == "lora":  # the one kind that PEFT has for layers that store [in, out]
@@ -76,44 +88,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     elif config.targets == ALL_LINEAR:
         fields["target_modules"] = sorted({m.rpartition(".")[2] for m in modules})
     # Fields in order, but patterns as given: their first match wins. (PEFT's own writer sorts them too.)
-    text = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
+    ordered = json.dumps({name: fields[name] for name in sorted(fields)}, indent=2)
     with whole_files(Path(directory), last=CONFIG, replace=True) as partial:
         save_tensors(partial / PEFT.weights, tensors)
-        write_text(partial / CONFIG, text + "\n")
-
-
-def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
-    """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
-
-    def one(weight):
-        if weight.WHOLE:
-            return weight
-        if weight.base is None:
-            raise ValueError(
-                "A PiSSA adapter is written as an update of the original base, which the adapter half of `split` does not "
-                "have. Pass `combine(adapter, base)`."
-            )
-        return weight.without_residual()
-
-    growth = math.sqrt(2) if config.use_rslora else 2
-    plain = dataclasses.replace(
-        config,
-        init="kaiming",
-        rank=2 * config.rank,
-        alpha=growth * config.alpha,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
-    )
-    return map_adapted(one, params), plain
-
-
-def _trained_half(params: Params) -> Any:
-    return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
-
-
-def _updated(leaves: Mapping[str, AdaptedWeight]) -> dict[str, AdaptedWeight]:
-    """Module -> weight of those with an update, among adapted leaves by per-layer path."""
-    return {module_path(path): weight for path, weight in leaves.items() if not weight.WHOLE}
+        write_text(partial / CONFIG, ordered + "\n")
 
 
 def _is_conv1d(module: str) -> bool:
@@ -121,7 +99,7 @@ def _is_conv1d(module: str) -> bool:
     return module.startswith("transformer.h.")
 
 
-def _stored_as(path: str, weight: AdaptedWeight, modules: Collection[str]) -> dict[str, tuple[str, bool]]:
+def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str, tuple[str, bool]]:
     """Trained child of one layer's leaf -> (name in the file, whether it is stored transposed).
 
     Args:
@@ -136,49 +114,9 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: Collection[str]) -> di
     return {child: (f"{PREFIX}{module}{suffix}", transposed) for child, (suffix, transposed) in tensors.items()}
 
 
-def check_config(params: Params, config: LoraConfig) -> None:
-    """Raises a ValueError where the config is not the one the parameters were adapted with, or PEFT's files hold no such thing."""
-    leaves = adapted_leaves(_trained_half(params))
-    modules = _updated(leaves)
-    if not modules:
-        raise ValueError("`save_adapter` found no adapter in these parameters. Call `add_lora` and train first.")
-    for path, weight in leaves.items():
-        _stored_as(path, weight, modules)
-    unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
-    if unlike:
-        raise ValueError(
-            f"PEFT's files hold adapters of kernels [in, out] alone; these have other roles: {', '.join(unlike[:4])}. Save the "
-            "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
-        )
-    wrong = [
-        f"{m}: {w.NAME!r}; the config says kind={config.kind!r}" for m, w in modules.items() if w.NAME != config.kind
-    ]
-    wrong += [
-        f"{m}: {name}={value!r}; the config says {name}={says!r}"
-        for m, w in modules.items()
-        for name, value in w.settings.items()
-        if value != (says := config.setting_of(name, m))
-    ]
-    if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
-        base = remove_lora(params)
-        config, _ = without_idle(base, config)
-        meant = set(select(base, config))
-        if meant != set(modules):
-            wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
-        whole = {path for path, w in leaves.items() if w.WHOLE}
-        for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
-            has, says = ("is", "not") if path in whole else ("is not", "so")
-            wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
-    if wrong:
-        raise ValueError(
-            "`config` is not the one these parameters were adapted with, and a reader would scale the adapter by it:\n  "
-            + "\n  ".join(wrong[:10])
-        )
-
-
 def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
-    config, file = LoraConfig.from_peft(found.fields), Checkpoint(found.weights)
+    config, file = from_peft(found.fields), Checkpoint(found.weights)
     living, idle = without_idle(params, config)
     # What is trained is replaced below: the key is of no consequence.
     stored = _PeftAdapter(add_lora(params, living, key=jax.random.key(0)))
@@ -221,3 +159,173 @@ class _PeftAdapter(StoredAdapter):
                     f"other base: {name} {theirs.shape} differs from {path!r} {ours.shape} of these parameters"
                 )
         return lines
+
+
+def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
+    """The config that the fields of a PEFT `adapter_config.json` mean; absent fields have PEFT's defaults.
+
+    Raises:
+        ValueError: for a `peft_type` that is no kind here, and for features that are not represented, by their PEFT name.
+    """
+    kind = kind_of_peft(fields.get("peft_type"))
+    if kind is None or kind.PEFT is None:
+        there = " or ".join(repr(c.PEFT.type) for c in KINDS.values() if c.PEFT is not None)
+        raise ValueError(f"jlora reads adapters with peft_type {there}; this one is {fields.get('peft_type')!r}.")
+    form = kind.PEFT
+    _refuse_unrepresented(fields, {**form.neutral, **_NEUTRAL})
+    if fields.get("target_modules") is None:
+        raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+    names = {**form.fields, **_OF_EVERY_KIND}
+    checks = {peft: _FIELDS[name] for name, (peft, _) in names.items()}
+    check_fields(fields, checks | {"base_model_name_or_path": optional(text())}, where="adapter_config.json")
+    _warn_of_unknown(fields, {*checks, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}, form.training)
+    given = {name: _from_json(name, fields.get(peft, default)) for name, (peft, default) in names.items()}
+    return LoraConfig(kind=kind.NAME, **given)
+
+
+def to_peft(config: LoraConfig) -> dict[str, Any]:
+    """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
+    the tree replaces "all-linear" by the names it stood for.
+
+    Raises:
+        Unwritable: for a kind that PEFT does not have.
+    """
+    form = config.weight.PEFT
+    if form is None:
+        raise Unwritable(f"PEFT's files do not hold adapters of kind {config.kind!r} ({config.weight.__name__})")
+    fields = {
+        peft: _to_json(name, getattr(config, name)) for name, (peft, _) in {**form.fields, **_OF_EVERY_KIND}.items()
+    }
+    return {"peft_type": form.type} | fields | dict(form.written)
+
+
+def _refuse_unrepresented(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    unsupported = {k: fields[k] for k, values in neutral.items() if k in fields and fields[k] not in values}
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in INITS:
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
+        reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
+        raise ValueError(
+            f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
+            "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
+            f"{reason}"
+        )
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], known: set[str], training: Iterable[str]) -> None:
+    odd = {k: v for k, v in fields.items() if k not in known and v not in (*_OFF, "", 0)}
+    idle = {k: v for k, v in odd.items() if k in training}
+    unknown = {k: v for k, v in odd.items() if k not in training}
+    if idle:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in idle.items())}, which changes how PEFT trains and "
+            "nothing of what is computed afterwards. jlora has no such thing: it is left out.",
+            stacklevel=3,
+        )
+    if unknown:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
+            "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
+            stacklevel=3,
+        )
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """A field here, from PEFT's value of it, which may be null for the neutral one."""
+    if name in ("targets", "exclude", "modules_to_save"):
+        return _names(value or ())
+    if name == "init":
+        return value if isinstance(value, str) else "kaiming"
+    if name == "layers_to_transform":
+        return None if value == [] else value  # PEFT reads an empty list as all layers
+    neutral = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    return value or neutral[name] if name in neutral else value
+
+
+def _to_json(name: str, value: Any) -> Any:
+    if name == "init":
+        return True if value == "kaiming" else value
+    if name == "targets":
+        return _as_json(value)
+    if name in ("exclude", "modules_to_save"):
+        return _as_json(value) or None
+    if name == "layers_to_transform":
+        return None if value is None else list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+_FIELDS = {
+    "rank": integer(),
+    "alpha": positive(MAX_ALPHA),
+    "dropout": probability(),
+    "use_rslora": optional(flag()),
+    "use_dora": optional(flag()),
+    "init": either(flag(), text()),
+    "rank_pattern": optional(mapping_of(integer())),
+    "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
+    "bias": optional(one_of(*BIASES)),
+    "targets": NAMES,
+    "exclude": optional(NAMES),
+    "modules_to_save": optional(NAMES),
+    "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
+}
+"""What PEFT's files may hold of each field here, under whatever name a kind writes it."""
+
+_OF_EVERY_KIND = {
+    "targets": ("target_modules", None),
+    "exclude": ("exclude_modules", None),
+    "modules_to_save": ("modules_to_save", None),
+    "layers_to_transform": ("layers_to_transform", None),
+}
+"""Field here -> (PEFT's field, its default), as in `PeftForm.fields`."""
+_OFF = (None, False, [], {})
+_IDLE = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "base_model_name_or_path",
+)
+_NEUTRAL = {
+    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"])  # where the layers of our families are anyway
+}
+
+_RANDOM_RESIDUAL = (
+    " (The base that a 'pissa_niter_N' adapter goes onto is a residual that PEFT takes from a random projection, anew at every "
+    "load: only the process that trained it has the right one. Merge there, or write plain LoRA with `save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…)`.)"
+)
+
+
+def _names(value):
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _as_json(value):
+    return value if isinstance(value, str) else list(value)
+
+
+PEFT = register(
+    Layout(
+        name="PEFT",
+        weights="adapter_model.safetensors",
+        marks=("peft_type",),
+        base="base_model_name_or_path",
+        read=read_peft_adapter,
+        config=lambda found: from_peft(found.fields),
+        module=lambda name: name.removeprefix(PREFIX),
+        children=lambda kind: kind.peft_suffixes(),
+        revision="revision",
+        assumed=True,
+        legacy=(
+            (
+                "adapter_model.bin",
+                "Convert adapter_model.bin: load it in PEFT and call `save_pretrained(directory)`.",
+            ),
+        ),
+    )
+)

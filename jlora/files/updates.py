@@ -1,15 +1,20 @@
-"""What the writers of adapter formats share that hold low-rank updates and nothing else."""
+"""What the writers of adapter formats share: what is written must be what the config says, and what the format holds."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 from jlora._typing import Params
 from jlora.files.names import mismatches
-from jlora.lora import AdaptedWeight, LoraWeight
+from jlora.lora import AdaptedWeight, LoraConfig, LoraWeight, adapted_leaves, adapted_modules, map_adapted, remove_lora
 from jlora.lora.kinds import as_lora
+from jlora.lora.targets import select, select_whole, without_idle
 from jlora.models import Model, abstract_params
-from jlora.tree.modules import module_path
+from jlora.tree.modules import describe, module_path
 from jlora.tree.paths import flatten
 from jlora.weight import Inseparable, is_adapted
+from jlora.weight.roles import LINEAR
 
 
 def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]:
@@ -50,3 +55,88 @@ def check_shapes(modules: Mapping[str, LoraWeight], shapes: Mapping[str, tuple[i
     problems = mismatches({module: shapes[module] for module in modules}, found)
     if problems:
         raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def trained_half(params: Params) -> Any:
+    """Adapted leaves with nothing but what is trained; None elsewhere."""
+    return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
+
+
+def check_config(params: Params, config: LoraConfig, *, format: str, writer: str) -> None:
+    """Refuses parameters that `config` does not describe: a reader would scale or place the adapter otherwise.
+
+    Args:
+        format: whose files are written, for the error.
+        writer: the function that was called, for the error.
+
+    Raises:
+        ValueError: when nothing is adapted, a kernel is not [in, out], or `config` is not the one that the parameters were
+            adapted with.
+    """
+    half = trained_half(params)
+    modules = adapted_modules(half)
+    if not modules:
+        raise ValueError(f"`{writer}` found no adapter in these parameters. Call `add_lora` and train first.")
+    several = [m for m, w in modules.items() if w.adapters]
+    if several:
+        raise ValueError(
+            f"{format}'s files hold one adapter; {several[0]!r} holds several side by side. Save each tree of "
+            "`unstack_adapters(params)`."
+        )
+    unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
+    if unlike:
+        raise ValueError(
+            f"{format}'s files hold adapters of kernels [in, out] alone; these have other roles: {', '.join(unlike[:4])}. Save the "
+            "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
+        )
+    wrong = [
+        f"{m}: a {type(w).__name__}; the config says kind={config.kind!r}"
+        for m, w in modules.items()
+        if w.NAME != config.kind
+    ]
+    wrong += [
+        f"{m}: {name}={value!r}; the config says {name}={says!r}"
+        for m, w in modules.items()
+        for name, value in w.settings.items()
+        if value != (says := config.setting_of(name, m))
+    ]
+    if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
+        base = remove_lora(params)
+        config, _ = without_idle(base, config)
+        meant = set(select(base, config))
+        if meant != set(modules):
+            wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
+        whole = {path for path, w in adapted_leaves(half).items() if w.WHOLE}
+        for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
+            has, says = ("is", "not") if path in whole else ("is not", "so")
+            wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
+    if wrong:
+        raise ValueError(
+            "`config` is not the one these parameters were adapted with, and a reader would scale the adapter by it:\n  "
+            + "\n  ".join(wrong[:10])
+        )
+
+
+def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
+    """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
+
+    def one(weight):
+        if weight.WHOLE:
+            return weight
+        if weight.base is None:
+            raise ValueError(
+                "A PiSSA adapter is written as an update of the original base, which the adapter half of `split` does not "
+                "have. Pass `combine(adapter, base)`."
+            )
+        return weight.without_residual()
+
+    growth = math.sqrt(2) if config.use_rslora else 2
+    plain = dataclasses.replace(
+        config,
+        init="kaiming",
+        rank=2 * config.rank,
+        alpha=growth * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return map_adapted(one, params), plain

@@ -13,27 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.models import ModelConfig
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS, steps_of
 from jlora.storage.stops import stop_ids, token_ids, turn_end_ids
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`, as in `gguf.TokenType`."""
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = ("Split", _WORDS + r"\p{N}{1,3}" + _REST, "Isolated", False)
-_QWEN2 = ("Split", _WORDS + r"\p{N}" + _REST, "Isolated", False)
-_GPT2 = ("ByteLevel", False, True)  # add_prefix_space, use_regex: GPT-2's expression is built in
-_BYTES = ("ByteLevel", False, False)
-
-PRE_TOKENIZERS: Mapping[tuple[tuple, bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_LLAMA3, _BYTES), True): "llama-bpe",
-    ((_LLAMA3, _BYTES), False): "smaug-bpe",
-    ((_QWEN2, _BYTES), False): "qwen2",
-    ((("Digits", True), _GPT2), False): "smollm",
-}
-"""(steps of the pre-tokenizer, whether whole words skip the merges) -> `tokenizer.ggml.pre`."""
-
 
 _STOP_KEYS = 3  # eos, eot and eom
 
@@ -98,7 +82,7 @@ def pre_tokenizer_name(fields: Mapping[str, Any]) -> str:
         ValueError: when llama.cpp would tokenize otherwise, naming the part that it does not have.
     """
     model, normalizer = fields["model"], fields["normalizer"]
-    steps, whole_words = tuple(_steps(fields["pre_tokenizer"])), bool(model.get("ignore_merges"))
+    steps, whole_words = tuple(steps_of(fields["pre_tokenizer"])), bool(model.get("ignore_merges"))
     # A part of the tokenizer -> whether GGUF's byte-level BPE has it.
     parts = {
         f"model {model['type']!r}": model["type"] == "BPE",
@@ -119,22 +103,6 @@ def pre_tokenizer_name(fields: Mapping[str, Any]) -> str:
             "the directory with llama.cpp's convert_hf_to_gguf.py."
         )
     return PRE_TOKENIZERS[steps, whole_words]
-
-
-def _steps(fields: Mapping[str, Any] | None) -> list[tuple]:
-    """A pre-tokenizer as the tuples of `PRE_TOKENIZERS`, sequences flattened."""
-    if fields is None:
-        return []
-    match fields["type"]:
-        case "Sequence":
-            return [step for part in fields["pretokenizers"] for step in _steps(part)]
-        case "Split":
-            return [("Split", fields["pattern"].get("Regex"), fields["behavior"], fields["invert"])]
-        case "ByteLevel":
-            return [("ByteLevel", fields["add_prefix_space"], fields["use_regex"])]
-        case "Digits":
-            return [("Digits", fields["individual_digits"])]
-    return [(fields["type"],)]
 
 
 def _tokens(tokenizer: Any, fields: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:

@@ -4,36 +4,32 @@ import dataclasses
 import math
 import os
 import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
-from jlora.lora.kinds import KINDS, AdaptedWeight, Unwritable, kind_named, kind_of_peft
-from jlora.storage import Checkpoint
-from jlora.storage.adapters import MLX, open_adapter
+from jlora.lora.kinds import KINDS, AdaptedWeight, kind_named
 from jlora.storage.fields import (
     MAX_SIZE,
     anything,
-    check_fields,
     either,
     flag,
-    integer,
     is_integer,
     list_of,
     mapping_of,
-    one_of,
-    optional,
     positive,
     probability,
     shown,
     text,
     wrong_fields,
 )
-from jlora.storage.mlx import MlxConfig, updated_modules
 from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
 INITS = ("kaiming", "gaussian", "pissa")
 BIASES = ("none", "lora_only", "all")
+OF_EVERY_KIND = ("targets", "exclude", "modules_to_save", "layers_to_transform")
+"""Fields that every kind reads: which leaves are adapted."""
+_PLAIN = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+"""Fields besides that a kind reads which no file holds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,7 @@ class LoraConfig:
             return
         for field in dataclasses.fields(self):
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if field.name not in {"kind", *self._read, *_OF_EVERY_KIND} and getattr(self, field.name) != default:
+            if field.name not in {"kind", *self._read, *OF_EVERY_KIND} and getattr(self, field.name) != default:
                 yield (
                     f"`{field.name}` means nothing to kind {self.kind!r}; got {shown(getattr(self, field.name))}. Leave it out."
                 )
@@ -179,7 +175,7 @@ class LoraConfig:
 
     def as_read(self) -> dict[str, Any]:
         """The fields that mean something to this kind."""
-        return {name: getattr(self, name) for name in ("kind", *self._read, *_OF_EVERY_KIND)}
+        return {name: getattr(self, name) for name in ("kind", *self._read, *OF_EVERY_KIND)}
 
     def options(self) -> dict[str, Any]:
         """The fields that this kind reads and not every kind has."""
@@ -209,127 +205,23 @@ class LoraConfig:
     def load(cls, directory: str | os.PathLike) -> "LoraConfig":
         """The config of a saved adapter, PEFT's or mlx-lm's, from its `adapter_config.json`.
 
-        mlx-lm's names modules by the number of blocks from the end, so what it means is read from the names of its tensors.
-
         Raises:
             FileNotFoundError: when there is none.
             ValueError: for a file that is not a JSON object, and for a feature that jlora does not represent, by its
                 PEFT or mlx-lm name.
         """
-        found = open_adapter(directory)
-        if found.layout == MLX:
-            return cls.from_mlx(found.fields, Checkpoint(found.weights).shapes)
-        return cls.from_peft(found.fields)
-
-    @classmethod
-    def from_mlx(cls, fields: Mapping[str, Any], tensors: Iterable[str]) -> "LoraConfig":
-        """From the fields of an mlx-lm `adapter_config.json` and the names of the adapter's tensors."""
-        config = MlxConfig.from_json(fields)
-        targets, layers = config.targets(updated_modules(tensors))
-        if not targets:
-            raise ValueError(f"{MLX.weights} holds no `lora_a`: there is no adapter in it. Write or download it again.")
-        return cls(
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=targets,
-            dropout=config.dropout,
-            use_dora=config.use_dora,
-            layers_to_transform=layers,
-        )
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> "LoraConfig":
-        """From the fields of a PEFT `adapter_config.json`; absent fields have PEFT's defaults.
-
-        Raises:
-            ValueError: for a `peft_type` that is no kind here, and for features that are not represented, by their PEFT name.
-        """
-        kind = kind_of_peft(fields.get("peft_type"))
-        if kind is None or kind.PEFT is None:
-            there = " or ".join(repr(c.PEFT.type) for c in KINDS.values() if c.PEFT is not None)
-            raise ValueError(f"jlora reads adapters with peft_type {there}; this one is {fields.get('peft_type')!r}.")
-        form = kind.PEFT
-        _refuse_unrepresented(fields, {**form.neutral, **_NEUTRAL})
-        if fields.get("target_modules") is None:
-            raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
-        names = {**form.fields, **_OF_EVERY_KIND}
-        checks = {peft: _FIELDS[name] for name, (peft, _) in names.items()}
-        check_fields(fields, checks | {"base_model_name_or_path": optional(text())}, where="adapter_config.json")
-        _warn_of_unknown(fields, {*checks, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}, form.training)
-        given = {name: _from_json(name, fields.get(peft, default)) for name, (peft, default) in names.items()}
-        return cls(kind=kind.NAME, **given)
-
-    def to_peft(self) -> dict[str, Any]:
-        """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
-        the tree replaces "all-linear" by the names it stood for.
-
-        Raises:
-            Unwritable: for a kind that PEFT does not have.
-        """
-        form = self.weight.PEFT
-        if form is None:
-            raise Unwritable(f"PEFT's files do not hold adapters of kind {self.kind!r} ({self.weight.__name__})")
-        fields = {
-            peft: _to_json(name, getattr(self, name)) for name, (peft, _) in {**form.fields, **_OF_EVERY_KIND}.items()
-        }
-        return {"peft_type": form.type} | fields | dict(form.written)
+        (reader,) = _READERS
+        return reader(directory)
 
 
-def _refuse_unrepresented(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    unsupported = {k: fields[k] for k, values in neutral.items() if k in fields and fields[k] not in values}
-    init = fields.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in INITS:
-        unsupported["init_lora_weights"] = init
-    if unsupported:
-        listed = "\n  ".join(f"{k} = {shown(v)}" for k, v in sorted(unsupported.items()))
-        reason = _RANDOM_RESIDUAL if str(init).startswith("pissa_niter_") else ""
-        raise ValueError(
-            f"This adapter uses PEFT features that jlora does not represent:\n  {listed}\nLoading it without them "
-            "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
-            f"{reason}"
-        )
+ConfigReader: TypeAlias = Callable[[str | os.PathLike], LoraConfig]
+_READERS: list[ConfigReader] = []
 
 
-def _warn_of_unknown(fields: Mapping[str, Any], known: set[str], training: Iterable[str]) -> None:
-    odd = {k: v for k, v in fields.items() if k not in known and v not in (*_OFF, "", 0)}
-    idle = {k: v for k, v in odd.items() if k in training}
-    unknown = {k: v for k, v in odd.items() if k not in training}
-    if idle:
-        warnings.warn(
-            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in idle.items())}, which changes how PEFT trains and "
-            "nothing of what is computed afterwards. jlora has no such thing: it is left out.",
-            stacklevel=3,
-        )
-    if unknown:
-        warnings.warn(
-            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
-            "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
-            stacklevel=3,
-        )
-
-
-def _from_json(name: str, value: Any) -> Any:
-    """A field here, from PEFT's value of it, which may be null for the neutral one."""
-    if name in ("targets", "exclude", "modules_to_save"):
-        return _names(value or ())
-    if name == "init":
-        return value if isinstance(value, str) else "kaiming"
-    if name == "layers_to_transform":
-        return None if value == [] else value  # PEFT reads an empty list as all layers
-    neutral = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
-    return value or neutral[name] if name in neutral else value
-
-
-def _to_json(name: str, value: Any) -> Any:
-    if name == "init":
-        return True if value == "kaiming" else value
-    if name == "targets":
-        return _as_json(value)
-    if name in ("exclude", "modules_to_save"):
-        return _as_json(value) or None
-    if name == "layers_to_transform":
-        return None if value is None else list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+def reads_configs(reader: ConfigReader) -> ConfigReader:
+    """Makes `reader` what `LoraConfig.load` calls: files are known on a higher floor than this one."""
+    _READERS[:] = [reader]
+    return reader
 
 
 def _tuple(value: Any) -> Any:
@@ -343,69 +235,16 @@ def _dict(value: Any) -> Any:
 
 
 MAX_ALPHA = 1e9
-_NAMES = either(text(), list_of(text()))
+NAMES = either(text(), list_of(text()))
+"""One module name, or a list of them."""
 _CONTAINERS = {
-    "targets": _NAMES,
-    "exclude": _NAMES,
-    "modules_to_save": _NAMES,
+    "targets": NAMES,
+    "exclude": NAMES,
+    "modules_to_save": NAMES,
     "rank_pattern": mapping_of(anything()),
     "alpha_pattern": mapping_of(anything()),
 }
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
-
-_FIELDS = {
-    "rank": integer(),
-    "alpha": positive(MAX_ALPHA),
-    "dropout": probability(),
-    "use_rslora": optional(flag()),
-    "use_dora": optional(flag()),
-    "init": either(flag(), text()),
-    "rank_pattern": optional(mapping_of(integer())),
-    "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
-    "bias": optional(one_of(*BIASES)),
-    "targets": _NAMES,
-    "exclude": optional(_NAMES),
-    "modules_to_save": optional(_NAMES),
-    "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
-}
-"""What PEFT's files may hold of each field here, under whatever name a kind writes it."""
-
-_PLAIN = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
-"""Fields that a kind reads which no file holds."""
-_OF_EVERY_KIND = {
-    "targets": ("target_modules", None),
-    "exclude": ("exclude_modules", None),
-    "modules_to_save": ("modules_to_save", None),
-    "layers_to_transform": ("layers_to_transform", None),
-}
-"""Field here -> (PEFT's field, its default), as in `PeftForm.fields`."""
-_OFF = (None, False, [], {})
-_IDLE = (
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "revision",
-    "inference_mode",
-    "base_model_name_or_path",
-)
-_NEUTRAL = {
-    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"])  # where the layers of our families are anyway
-}
-
-_RANDOM_RESIDUAL = (
-    " (The base that a 'pissa_niter_N' adapter goes onto is a residual that PEFT takes from a random projection, anew at every "
-    "load: only the process that trained it has the right one. Merge there, or write plain LoRA with `save_pretrained(…, "
-    "path_initial_model_for_weight_conversion=…)`.)"
-)
-
-
-def _names(value):
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _as_json(value):
-    return value if isinstance(value, str) else list(value)
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default):

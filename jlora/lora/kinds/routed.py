@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, Float, Int
-from jlora.lora.kinds.base import AdaptedWeight, Unwritable, frozen, kind, trained
+from jlora.lora.kinds.base import AdaptedWeight, frozen, kind, trained
 from jlora.lora.kinds.lora import LoraWeight
 from jlora.lora.seam import embed, linear
 from jlora.weight import Inseparable, Weight, as_dense, einsum
@@ -113,9 +113,6 @@ class RoutedWeight(AdaptedWeight):
 
     def parts(self):
         raise Inseparable(self, "holds several adapters, of which each product may take another")
-
-    def peft_tensors(self, place):
-        raise Unwritable("a RoutedWeight holds several adapters: save each tree of `unstack_adapters(params)`")
 
     def choosing(self, ids):
         return dataclasses.replace(self, ids=jnp.broadcast_to(ids, (*self.lora_A.shape[:-3], *ids.shape)))

@@ -22,8 +22,8 @@ The two splits make "unseen words and unseen templates" a property that can be c
 Names are the words that matter most: thousands of them are put together from syllables, so a model can only get
 the second mention of a name right by looking back at the first one, which is what attention has over n-grams.
 
-    python examples/corpus.py --split train --chars 2000 --seed 0
-    python examples/corpus.py --instructions > examples/assets/instructions.jsonl
+    python tools/corpus.py --split train --chars 2000 --seed 0
+    python tools/corpus.py --instructions > examples/assets/instructions.jsonl
 """
 
 import argparse
