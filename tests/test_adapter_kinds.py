@@ -12,8 +12,10 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_torch_model
+from oracles import IDS, make_torch_model, our_logits, torch_logits
+from rich.console import Console
 from safetensors.numpy import load_file
+from trees import perturbed
 
 import jlora
 from jlora import LoraConfig
@@ -25,7 +27,6 @@ from jlora.runs.display import trained_table
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(3)
-IDS = np.random.default_rng(1).integers(2, VOCAB, (2, 20))
 ROOT = Path(__file__).parent.parent
 THEIRS = {
     "loha": (
@@ -50,25 +51,7 @@ def theirs_of(name, **fields):
     return peft.get_peft_model(make_torch_model("llama"), config).eval()
 
 
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()
-
-
-def our_logits(model, params):
-    return np.asarray(model.apply({"params": params}, jnp.asarray(IDS)))
-
-
-def moved(params, size=0.1):
-    """The same adapter with everything that is trained moved."""
-    rng = np.random.default_rng(0)
-    adapter, base = jlora.split(params)
-    return jlora.combine(jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype), adapter), base)
-
-
 def rendered(table):
-    from rich.console import Console
-
     console = Console(width=200)
     with console.capture() as capture:
         console.print(table)
@@ -136,7 +119,7 @@ def test_the_tree_invariants(llama, name):
     config = LoraConfig(kind=name, rank=5, targets=["q_proj", "down_proj"])
     start = jlora.add_lora(params, config, key=KEY)
     assert np.array_equal(our_logits(model, start), our_logits(model, params))
-    tree = moved(start)
+    tree = perturbed(start)
     expected = our_logits(model, tree)
     assert np.abs(expected - our_logits(model, params)).max() > 1e-2
     adapter, base = jlora.split(tree)
@@ -153,7 +136,7 @@ def test_the_tree_invariants(llama, name):
     assert {x.dtype for x in jax.tree.leaves(jlora.split(small)[0])} == {jnp.dtype("float32")}
     assert "whole" not in rendered(trained_table(tree)) and " 5 " in rendered(trained_table(tree))
     # Side by side with another kind: both are low-rank updates.
-    plain = moved(jlora.add_lora(params, LoraConfig(rank=2, targets=["q_proj"]), key=KEY))
+    plain = perturbed(jlora.add_lora(params, LoraConfig(rank=2, targets=["q_proj"]), key=KEY))
     routed = jlora.stack_adapters({"one": tree, "other": plain})
     np.testing.assert_allclose(our_logits(model, jlora.route(routed, "one")), expected, atol=1e-4)
 
@@ -164,8 +147,8 @@ def test_on_a_packed_base(llama, name):
     model, params = llama
     packed = jlora.quantize_params(params, jlora.NF4(block_size=32), targets=["q_proj", "down_proj"])
     config = LoraConfig(kind=name, rank=4, targets=["q_proj", "down_proj"])
-    tree = moved(jlora.add_lora(packed, config, key=KEY))
-    dense = moved(jlora.add_lora(jlora.merge(packed), config, key=KEY))
+    tree = perturbed(jlora.add_lora(packed, config, key=KEY))
+    dense = perturbed(jlora.add_lora(jlora.merge(packed), config, key=KEY))
     np.testing.assert_allclose(our_logits(model, tree), our_logits(model, dense), atol=1e-4)
     np.testing.assert_allclose(our_logits(model, jlora.merge(tree)), our_logits(model, dense), atol=1e-4)
     weight = next(iter(adapted_modules(tree).values()))
@@ -181,7 +164,7 @@ def test_wrapped(name, transpose):
     """A function that knows nothing of it, dropout included, gives what `linear` gives."""
     params = {"w": jax.random.normal(KEY, (12, 20))}
     config = LoraConfig(kind=name, rank=5, targets=["w"], dropout=0.3)
-    tree = jlora.with_dropout(moved(jlora.add_lora(params, config, key=KEY)), KEY)
+    tree = jlora.with_dropout(perturbed(jlora.add_lora(params, config, key=KEY)), KEY)
     x = jax.random.normal(KEY, (6, 20 if transpose else 12))
     fn = jlora.wrap(lambda p, x: x @ (p["w"].T if transpose else p["w"]))
     expected = jlora.linear(x, tree["w"], transpose=transpose)
@@ -194,7 +177,7 @@ def test_wrapped(name, transpose):
 
 def test_lohas_dropout_is_of_outputs(llama):
     """PEFT's `rank_dropout`: outputs of the update are dropped, and the others grow by the share that is kept."""
-    weight = moved(
+    weight = perturbed(
         jlora.add_lora({"w": jnp.zeros((8, 400))}, LoraConfig(kind="loha", dropout=0.4, targets=["w"]), key=KEY)
     )
     x = jnp.ones((2, 8))
@@ -209,7 +192,7 @@ def test_a_gpt2_is_saved_and_read_back(checkpoints, name, tmp_path):
     """PEFT has these kinds for linear layers alone, and says so of such a file; jlora reads it."""
     model, params = jlora.load(checkpoints["gpt2"][0], dtype=jnp.float32)
     config = LoraConfig(kind=name, rank=3, targets=["c_attn"])
-    tree = moved(jlora.add_lora(params, config, key=KEY))
+    tree = perturbed(jlora.add_lora(params, config, key=KEY))
     jlora.save_adapter(tmp_path, tree, config=config, base_model="b")
     assert np.array_equal(our_logits(model, jlora.load_adapter(tmp_path, params)), our_logits(model, tree))
     with pytest.raises((TypeError, ValueError), match=r"Conv1D|not supported"):
@@ -350,7 +333,7 @@ def own_kind():
 def test_a_kind_says_what_it_cannot(llama, own_kind, tmp_path):
     model, params = llama
     config = LoraConfig(kind=own_kind, targets=["q_proj"])
-    tree = moved(jlora.add_lora(params, config, key=KEY))
+    tree = perturbed(jlora.add_lora(params, config, key=KEY))
     expected = our_logits(model, tree)
     np.testing.assert_allclose(our_logits(model, jlora.merge(tree)), expected, atol=1e-4)
     np.testing.assert_allclose(our_logits(model, jlora.stack_layers(tree)), expected, atol=1e-4)

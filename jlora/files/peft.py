@@ -17,7 +17,7 @@ from jlora.files.stored import StoredAdapter
 from jlora.files.updates import check_config, trained_half, without_residuals
 from jlora.lora import AdaptedWeight, LoraConfig, adapted_leaves, add_lora
 from jlora.lora.config import ALL_LINEAR, BIASES, INITS, MAX_ALPHA, NAMES
-from jlora.lora.kinds import KINDS, Place, Unwritable, kind_of_peft
+from jlora.lora.kinds import KINDS, PeftForm, Place, Unwritable, kind_of_peft
 from jlora.lora.targets import without_idle
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.fields import (
@@ -178,9 +178,16 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
     names = {**form.fields, **_OF_EVERY_KIND}
     checks = {peft: _FIELDS[name] for name, (peft, _) in names.items()}
     check_fields(fields, checks | {"base_model_name_or_path": optional(text())}, where="adapter_config.json")
-    _warn_of_unknown(fields, {*checks, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}, form.training)
+    _warn_of_unknown(fields, known_fields(kind), form.training)
     given = {name: _from_json(name, fields.get(peft, default)) for name, (peft, default) in names.items()}
     return LoraConfig(kind=kind.NAME, **given)
+
+
+def known_fields(kind: type[AdaptedWeight]) -> set[str]:
+    """PEFT's fields of a kind that are read, or refused, or change nothing of what is computed."""
+    form = kind.PEFT or PeftForm("", {})
+    read = {peft for peft, _ in (*form.fields.values(), *_OF_EVERY_KIND.values())}
+    return {*read, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}
 
 
 def to_peft(config: LoraConfig) -> dict[str, Any]:
