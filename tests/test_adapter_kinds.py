@@ -237,7 +237,7 @@ def test_an_embedding_is_refused_by_name(llama, name):
 
 def test_a_config_of_another_kind_is_not_written(llama, tmp_path):
     tree = jlora.add_lora(llama[1], LoraConfig(kind="loha", rank=2, targets=["q_proj"]), key=KEY)
-    with pytest.raises(ValueError, match="'loha'; the config says kind='lora'"):
+    with pytest.raises(ValueError, match="a LohaWeight; the config says kind='lora'"):
         jlora.save_adapter(tmp_path, tree, config=LoraConfig(rank=2, targets=["q_proj"]), base_model="b")
 
 

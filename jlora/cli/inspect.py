@@ -23,7 +23,7 @@ from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 from jlora.storage import Checkpoint
 from jlora.storage.run_settings import RunSettings
-from jlora.tree.modules import linear_kernels
+from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten
 
 
@@ -117,7 +117,7 @@ def kernel_table(name: str) -> Table:
     tree = abstract_params(model)
     leaves = flatten(tree)
     groups: dict[str, list[tuple[int, ...]]] = {}
-    for module, path in linear_kernels(tree).items():
+    for module, path in modules_of(tree).kernels.items():
         tail = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
         groups.setdefault(tail, []).append(leaves[path].shape)
     table = Table(box=None, pad_edge=False, header_style="dim", title=f"{name}: linear kernels", title_justify="left")

@@ -35,7 +35,7 @@ from jlora.models import Model
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.fields import MAX_SIZE, is_integer, list_of, positive, probability, shown, text
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, embedding_tables, linear_kernels, module_path, nearest
+from jlora.tree.modules import HEADS, module_path, modules_of, nearest
 
 SUFFIXES: Mapping[str, str] = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 """Trained child -> what follows the module's path and a dot."""
@@ -314,9 +314,10 @@ def _embedding_problems(embeddings: list[str], *, dora: bool, tied: bool) -> Ite
 def read_mlx_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of an mlx-lm directory on them; see `jlora.load_adapter`."""
     config, file = MlxConfig.from_json(found.fields), Checkpoint(found.weights)
-    embeddings = embedding_tables(params)
+    there = modules_of(params)
+    embeddings = there.embeddings
     # Without keys mlx-lm means linear layers; embeddings are adapted when they are named.
-    adaptable = linear_kernels(params) | ({} if config.keys is None else embeddings)
+    adaptable = {**there.kernels, **({} if config.keys is None else embeddings)}
     here = {mlx_module(module): module for module in adaptable}
     depth = 1 + max((place[0] for name in here if (place := split_block(name))), default=-1)
     meant = [module for name, module in here.items() if config.means(name, depth)]

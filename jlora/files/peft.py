@@ -35,7 +35,7 @@ from jlora.storage.fields import (
     text,
 )
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, is_embedding, module_path
+from jlora.tree.modules import HEADS, is_embedding, module_path, modules_of
 from jlora.tree.paths import flatten
 
 PREFIX = "base_model.model."
@@ -117,7 +117,7 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str,
 def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
     config, file = from_peft(found.fields), Checkpoint(found.weights)
-    living, idle = without_idle(params, config)
+    living, idle = without_idle(modules_of(params), config)
     # What is trained is replaced below: the key is of no consequence.
     stored = _PeftAdapter(add_lora(params, living, key=jax.random.key(0)))
     ignorable = [*stored.bases(), *stored.copies(file)]

@@ -11,7 +11,7 @@ from jlora.lora import AdaptedWeight, LoraConfig, LoraWeight, adapted_leaves, ad
 from jlora.lora.kinds import as_lora
 from jlora.lora.targets import select, select_whole, without_idle
 from jlora.models import Model, abstract_params
-from jlora.tree.modules import describe, module_path
+from jlora.tree.modules import describe, module_path, modules_of
 from jlora.tree.paths import flatten
 from jlora.weight import Inseparable, is_adapted
 from jlora.weight.roles import LINEAR
@@ -101,7 +101,7 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         if value != (says := config.setting_of(name, m))
     ]
     if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
-        base = remove_lora(params)
+        base = modules_of(remove_lora(params))
         config, _ = without_idle(base, config)
         meant = set(select(base, config))
         if meant != set(modules):

@@ -10,74 +10,64 @@ from jlora.lora.config import LoraConfig
 from jlora.tree.modules import (
     ALL_LINEAR,
     HEADS,
+    Modules,
     describe,
-    embedding_tables,
     layer_of,
-    linear_kernels,
     module_path,
     name_matches,
     names_match,
     nearest,
     pattern_matches,
-    rows,
     spans,
-    unclear_kernels,
 )
-from jlora.tree.paths import flatten
 from jlora.weight import is_weight
 
 
-def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Module path -> leaf path of the kernels and embeddings to adapt. `roles`: those stated, by leaf path.
+def select(there: Modules, config: LoraConfig) -> dict[str, str]:
+    """Module path -> leaf path of the kernels and embeddings to adapt.
 
     Raises:
         ValueError: when a pattern of the config matches nothing (all of them in one error, with the names there are),
-            matches something that is neither a linear kernel nor an embedding, or a kernel with axes that `roles` says
-            nothing about.
+            matches something that is neither a linear kernel nor an embedding, or a kernel with axes whose roles nobody
+            has stated.
     """
-    chosen, problems = selection(params, config, roles)
+    chosen, problems = selection(there, config)
     if problems:
         raise ValueError(
             "The LoRA config does not fit these parameters:\n  "
             + "\n  ".join(problems)
-            + f"\nLinear kernels there are: {describe(_adaptable(params, config, roles or {}))}."
+            + f"\nLinear kernels there are: {describe(_adaptable(there, config))}."
         )
     return chosen
 
 
-def selection(
-    params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None
-) -> tuple[dict[str, str], list[str]]:
+def selection(there: Modules, config: LoraConfig) -> tuple[dict[str, str], list[str]]:
     """(What `select` gives, what it would raise): a line for each pattern that means nothing.
 
     PEFT's order: `targets` among what can be adapted, of these those in `layers_to_transform`, less those in `exclude`.
     """
-    adaptable = _adaptable(params, config, roles or {})
-    unclear = {m: path for m, path in unclear_kernels(params, roles or {}).items() if _is_target(config, m)}
+    adaptable = _adaptable(there, config)
+    unclear = {m: path for m, path in there.unclear.items() if _is_target(config, m)}
     targeted = [m for m in adaptable if _is_target(config, m)]
     in_layers = [m for m in targeted if _is_in_layers(config, m)]
     chosen = [m for m in in_layers if not _is_excluded(config, m)]
     if config.targets == ALL_LINEAR:
         _warn_of_unclear(unclear, config)
     problems = [
-        *(() if config.targets == ALL_LINEAR else _problems_of_roles(params, config, unclear)),
-        *_dead_targets(params, config, adaptable, unclear),
+        *(() if config.targets == ALL_LINEAR else _problems_of_roles(there, config, unclear)),
+        *_dead_targets(there, config, adaptable, unclear),
         *_dead_layers(config, targeted),
         *_dead_excludes(config, in_layers, unclear),
-        *(
-            []
-            if chosen or not in_layers
-            else [f"`exclude` {config.exclude!r} leaves nothing of `targets` {config.targets!r}."]
-        ),
+        *_nothing_left(config, in_layers, chosen),
         *_dead_patterns(config, chosen),
     ]
     return {module: adaptable[module] for module in chosen}, problems
 
 
-def _adaptable(params: Any, config: LoraConfig, roles: Mapping[str, str]) -> dict[str, str]:
+def _adaptable(there: Modules, config: LoraConfig) -> dict[str, str]:
     """Module path -> leaf path of what `targets` may name. "all-linear" means kernels alone, as in PEFT; embeddings are adapted
     by name."""
-    return linear_kernels(params, roles) | ({} if config.targets == ALL_LINEAR else embedding_tables(params))
+    return {**there.kernels, **({} if config.targets == ALL_LINEAR else there.embeddings)}
 
 
 def _is_target(config: LoraConfig, module: str) -> bool:
@@ -97,14 +87,16 @@ def _is_excluded(config: LoraConfig, module: str) -> bool:
     return bool(config.exclude) and names_match(config.exclude, module)
 
 
-def _dead_targets(params: Any, config: LoraConfig, adaptable: Iterable[str], unclear: Iterable[str]) -> Iterator[str]:
+def _dead_targets(
+    there: Modules, config: LoraConfig, adaptable: Iterable[str], unclear: Iterable[str]
+) -> Iterator[str]:
     """A line for each name in `targets`, or the expression, that means no kernel."""
-    there = [*adaptable, *unclear]
+    known = [*adaptable, *unclear]
     if isinstance(config.targets, str):
-        dead = [] if any(_is_target(config, m) for m in there) else [config.targets]
+        dead = [] if any(_is_target(config, m) for m in known) else [config.targets]
     else:
-        dead = [name for name in config.targets if not any(name_matches(name, m) for m in there)]
-    others = {row.module for row in rows(params)} - set(adaptable)
+        dead = [name for name in config.targets if not any(name_matches(name, m) for m in known)]
+    others = there.names - set(adaptable)
     for name in dead:
         hits = sorted(m for m in others if names_match(name if isinstance(config.targets, str) else (name,), m))
         if hits:
@@ -135,6 +127,11 @@ def _dead_excludes(config: LoraConfig, targeted: list[str], unclear: Iterable[st
             yield f"`exclude` {name!r} excludes none of the targets.{nearest(name, targeted)}"
 
 
+def _nothing_left(config: LoraConfig, targeted: list[str], chosen: list[str]) -> Iterator[str]:
+    if targeted and not chosen:
+        yield f"`exclude` {config.exclude!r} leaves nothing of `targets` {config.targets!r}."
+
+
 def _dead_patterns(config: LoraConfig, chosen: list[str]) -> Iterator[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) if chosen else ():
@@ -142,16 +139,16 @@ def _dead_patterns(config: LoraConfig, chosen: list[str]) -> Iterator[str]:
                 yield f"`{field}` {key!r} matches none of the adapted modules.{nearest(key, chosen)}"
 
 
-def without_idle(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
+def without_idle(there: Modules, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """A config that says no more than what there is in these parameters, and a line for each name in it that means nothing.
 
     For adapters that exist: PEFT passes over such names, and which tensors there must be follows from the others. Modules are
     named by whole paths. A config that means nothing at all is given back as it is.
     """
-    chosen, problems = selection(params, config)
+    chosen, problems = selection(there, config)
     if not chosen:
         return config, problems
-    leaves = _leaves(params)
+    leaves = _leaves(there)
     saved = {name: _saved(name, leaves) for name in config.modules_to_save}
     problems += [
         line for name, taken in saved.items() if not taken for line in _problems_of_saving(name, taken, leaves, set())
@@ -168,22 +165,21 @@ def without_idle(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[str]
         exclude=(),
         layers_to_transform=None,
         modules_to_save=tuple(name for name, taken in saved.items() if taken),
-        bias=config.bias if select_biases(params, config, chosen) else "none",
+        bias=config.bias if select_biases(there, config, chosen) else "none",
         **patterns,
     )
     return living, problems
 
 
-def _problems_of_roles(params: Any, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
+def _problems_of_roles(there: Modules, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
     """What speaks against adapting targets with more axes than two, whose purpose nobody has stated."""
-    leaves = flatten(params)
+    shapes = {row.stored: tuple(row.leaf.shape) for row in there.rows if row.stored in unclear.values()}
     for module, path in unclear.items():
         if _is_excluded(config, module):
             continue
-        shape = tuple(leaves[path].shape)
         name = module.rpartition(".")[2]
         yield (
-            f"{module!r} {shape} has more axes than [in, out], and which are which is never guessed. State it: "
+            f"{module!r} {shapes[path]} has more axes than [in, out], and which are which is never guessed. State it: "
             f"`add_lora(…, roles={{{name!r}: …}})` with one letter for each axis (i in, o out, b stack), such as "
             f'"ioo" for (d_model, heads, head_dim); or name {name!r} in `exclude`.'
         )
@@ -201,7 +197,7 @@ def _warn_of_unclear(unclear: Mapping[str, str], config: LoraConfig) -> None:
         )
 
 
-def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+def select_whole(there: Modules, config: LoraConfig, modules: Iterable[str]) -> set[str]:
     """Per-layer paths of the leaves to train whole: the biases that `bias` means, and all of `modules_to_save`.
 
     Args:
@@ -211,8 +207,8 @@ def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set
         ValueError: when a name in `modules_to_save` matches nothing, or what is adapted or quantized.
     """
     modules = set(modules)
-    leaves = _leaves(params)
-    whole = select_biases(params, config, modules)
+    leaves = _leaves(there)
+    whole = select_biases(there, config, modules)
     problems = []
     for name in config.modules_to_save:
         taken = _saved(name, leaves)
@@ -249,14 +245,14 @@ def _problems_of_saving(name: str, taken: set[str], leaves: dict[str, Any], modu
         )
 
 
-def select_biases(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+def select_biases(there: Modules, config: LoraConfig, modules: Iterable[str]) -> set[str]:
     """Per-layer paths of the biases that `bias` means; `modules` are those with a low-rank update."""
     wanted = {"none": lambda _: False, "all": lambda _: True, "lora_only": set(modules).__contains__}[config.bias]
-    return {row.path for row in rows(params) if row.kind == "bias" and wanted(row.module)}
+    return {row.path for row in there.rows if row.kind == "bias" and wanted(row.module)}
 
 
-def _leaves(params: Any) -> dict[str, Any]:
-    return {row.path: row.leaf for row in rows(params)}
+def _leaves(there: Modules) -> dict[str, Any]:
+    return {row.path: row.leaf for row in there.rows}
 
 
 def _and_parents(module: str) -> list[str]:

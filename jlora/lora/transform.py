@@ -11,7 +11,7 @@ from jlora._typing import Array, Key, Params
 from jlora.lora.config import LoraConfig
 from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
 from jlora.lora.targets import select, select_biases, select_whole
-from jlora.tree.modules import Row, is_embedding, module_path, rows, rows_of, stated_roles
+from jlora.tree.modules import Row, is_embedding, module_path, modules_of, rows, rows_of
 from jlora.tree.paths import flatten, map_with_path, path_string
 from jlora.weight import is_adapted, is_weight, materialize
 from jlora.weight.roles import LINEAR
@@ -54,16 +54,16 @@ def add_lora(
         >>> adapted["proj"]["kernel"].lora_A.shape, adapted["proj"]["kernel"].lora_B.shape
         ((4, 2), (2, 6))
     """
-    adapted = [path for path, leaf in flatten(params).items() if is_adapted(leaf)]
+    there = modules_of(params, roles)
+    adapted = list(dict.fromkeys(row.stored for row in there.rows if is_adapted(row.leaf)))
     if adapted:
         raise ValueError(
             f"`add_lora` goes onto unadapted parameters; {adapted[0]!r} and {len(adapted) - 1} more are adapted already. "
             "Call `remove_lora` (drops the adapter) or `merge` (keeps its effect) first."
         )
-    stated = _roles_of(params, roles or {})
-    targets = select(params, config, stated)
-    whole = select_whole(params, config, targets)
-    if config.bias != "none" and not select_biases(params, config, targets):
+    targets = select(there, config)
+    whole = select_whole(there, config, targets)
+    if config.bias != "none" and not select_biases(there, config, targets):
         raise ValueError(
             f"`bias` {config.bias!r} finds no bias to train{' in the adapted modules' * (config.bias == 'lora_only')}. "
             "Use bias='none'."
@@ -74,26 +74,11 @@ def add_lora(
         layers = rows_of(path, leaf)
         if path in updated:
             taken = [row for row in layers if row.module in targets]
-            return _updated(layers, taken, config, key, stated.get(path, LINEAR))
+            return _updated(layers, taken, config, key, there.roles.get(path, LINEAR))
         taken = [row for row in layers if row.path in whole]
         return _trained_whole(layers, taken) if taken else leaf
 
     return map_with_path(adapt, params)
-
-
-def _roles_of(params: Params, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Leaf path -> roles, where they are stated: by `add_lora`, or before it by `quantize_params`."""
-    packed = {
-        path: leaf.packed_roles for path, leaf in flatten(params).items() if is_weight(leaf) and leaf.packed_roles
-    }
-    stated = stated_roles(params, patterns)
-    for path in packed.keys() & stated.keys():
-        if stated[path].lstrip("b") != packed[path]:
-            raise ValueError(
-                f"`roles` {stated[path]!r} for {path!r} differ from {packed[path]!r}, under which it was quantized. State the "
-                "same, or leave it out: a quantized kernel knows its own."
-            )
-    return packed | stated
 
 
 def _trained_whole(layers: list[Row], taken: list[Row]) -> FullWeight:

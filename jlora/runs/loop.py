@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import data as data_lib
-from jlora.tree.paths import count, nbytes
+from jlora.tree.paths import count, flatten, nbytes
+from jlora.weight import is_weight, origin
 from jlora.data import InstructDataset, TextDataset
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
@@ -27,7 +28,7 @@ from jlora.storage.run_settings import RunSettings
 from jlora.files import find, load, load_tokenizer, read_config, save_adapter, untrained_tokens
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import model_from_config
-from jlora.quant import SPECS, QuantizedTensor
+from jlora.quant import SPECS
 from jlora.train import (
     Checkpoints,
     NotFinite,
@@ -434,15 +435,11 @@ def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
 
 def _stored(base: Any, dtype: str) -> str:
     """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
-    packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
+    packed: list[Any] = [kernel for leaf in flatten(base).values() if is_weight(kernel := origin(leaf))]
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
     return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedTensor)
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:

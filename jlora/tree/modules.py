@@ -1,8 +1,10 @@
 """The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once.
 
-`rows` is the one view of a tree that all else is made from: each leaf under its per-layer path, whatever the form of the tree.
+`modules_of` is the one view of a tree that all else is chosen from: each leaf under its per-layer path, whatever the form of the
+tree, and which of them are kernels and embeddings.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,60 +90,89 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def linear_kernels(params: Any, roles: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Module path -> leaf path in `params` of every linear kernel, one entry for each layer of a stacked kernel.
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """A tree seen once, by its modules. Of a stacked leaf, each layer is a module of its own."""
 
-    A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked);
-    and every leaf whose axes are stated in `roles`, by leaf path.
-    """
-    stated = roles or {}
-    return {row.module: row.stored for row in _kernel_rows(params, stated) if row.stored in stated or row.ndim == 2}
+    rows: tuple[Row, ...]
+    roles: Mapping[str, str]
+    """Leaf path -> what its trailing axes are for, where somebody has said so."""
+    kernels: Mapping[str, str]
+    """Module path -> leaf path of every linear kernel: a leaf called "kernel", or one of a tree that uses none of Flax's leaf
+    names, with two axes (three when stacked), and every leaf whose roles are stated."""
+    unclear: Mapping[str, str]
+    """The same of what would be kernels, but for axes that nobody has said the purpose of."""
+    embeddings: Mapping[str, str]
+    """The same of every embedding table."""
+
+    @property
+    def names(self) -> set[str]:
+        """Of all modules."""
+        return {row.module for row in self.rows}
 
 
-def unclear_kernels(params: Any, roles: Mapping[str, str]) -> dict[str, str]:
-    """Module path -> leaf path of what would be a linear kernel, but for axes that nobody has said the purpose of."""
-    return {row.module: row.stored for row in _kernel_rows(params, roles) if row.stored not in roles and row.ndim > 2}
+def modules_of(tree: Any, patterns: Mapping[str, str] | None = None) -> Modules:
+    """The modules of a tree, or of a half that `split` made.
 
-
-def _kernel_rows(params: Any, roles: Mapping[str, str]) -> list[Row]:
-    arrays = [row for row in rows(params) if is_array(row.leaf)]
-    named = any(row.kind in _LEAF_NAMES for row in arrays)
-    return [row for row in arrays if not named or row.stored in roles or row.kind == "kernel"]
-
-
-def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Leaf path -> roles of its trailing axes, from module patterns (those of `rank_pattern`; the first match wins).
+    Args:
+        patterns: module pattern (as in `LoraConfig.rank_pattern`; the first match wins) -> roles of the leaf's trailing axes.
 
     Raises:
-        ValueError: for roles that cannot be, do not fit a leaf's axes, or match no leaf.
+        ValueError: for roles that cannot be, do not fit a leaf's axes, match no leaf, or differ from those of a packed one.
     """
+    seen = tuple(rows(tree))
+    roles = _roles(seen, patterns or {})
+    arrays = [row for row in seen if is_array(row.leaf)]
+    named = any(row.kind in _LEAF_NAMES for row in arrays)
+    candidates = [row for row in arrays if not named or row.stored in roles or row.kind == "kernel"]
+    return Modules(
+        rows=seen,
+        roles=roles,
+        kernels={row.module: row.stored for row in candidates if row.stored in roles or row.ndim == 2},
+        unclear={row.module: row.stored for row in candidates if row.stored not in roles and row.ndim > 2},
+        embeddings={row.module: row.stored for row in arrays if is_embedding(row.path) and row.leaf.ndim == 2},
+    )
+
+
+def _roles(seen: Iterable[Row], patterns: Mapping[str, str]) -> dict[str, str]:
+    """Leaf path -> roles, where they are stated: by these patterns, or before by `quantize_params`."""
+    layers: dict[str, list[Row]] = {}
+    for row in seen:
+        if _may_be_kernel(row):
+            layers.setdefault(row.stored, []).append(row)
     stated, used = {}, set()
-    for path, leaf in flatten(params).items():
-        layers = rows_of(path, leaf) if _may_be_kernel(path, leaf) else []
-        pattern = next((p for p in patterns if any(pattern_matches(p, row.module) for row in layers)), None)
+    for path, of_leaf in layers.items():
+        pattern = next((p for p in patterns if any(pattern_matches(p, row.module) for row in of_leaf)), None)
         if pattern is None:
             continue
         used.add(pattern)
-        roles, stack = check_roles(patterns[pattern]), layers[0].index is not None
-        if leaf.ndim != len(roles) + stack:
+        roles, row = check_roles(patterns[pattern]), of_leaf[0]
+        if row.ndim != len(roles):
             raise ValueError(
-                f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {leaf.ndim - stack}"
-                f"{' besides the layers' * stack}: {tuple(leaf.shape)}. Give every axis one letter."
+                f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {row.ndim}"
+                f"{' besides the layers' * (row.index is not None)}: {tuple(row.leaf.shape)}. Give every axis one letter."
             )
         stated[path] = roles
     dead = sorted(set(patterns) - used)
     if dead:
-        names = [module_path(p) for p, leaf in flatten(params).items() if _may_be_kernel(p, leaf)]
+        names = [module_path(path) for path in layers]
         raise ValueError(
             f"`roles` {dead[0]!r} matches no leaf with two axes or more.{nearest(dead[0], names)} Those there are: "
             f"{describe(names)}."
         )
-    return stated
+    packed = {row.stored: row.leaf.packed_roles for row in seen if is_weight(row.leaf) and row.leaf.packed_roles}
+    for path in packed.keys() & stated.keys():
+        if stated[path].lstrip("b") != packed[path]:
+            raise ValueError(
+                f"`roles` {stated[path]!r} for {path!r} differ from {packed[path]!r}, under which it was quantized. State the "
+                "same, or leave it out: a quantized kernel knows its own."
+            )
+    return packed | stated
 
 
-def _may_be_kernel(path: str, leaf: Any) -> bool:
+def _may_be_kernel(row: Row) -> bool:
     """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
-    return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
+    return is_array(row.leaf) and row.leaf.ndim > 1 and row.kind not in ("bias", "scale")
 
 
 def pattern_matches(key: str, module: str) -> bool:
@@ -152,15 +183,6 @@ def pattern_matches(key: str, module: str) -> bool:
 def is_embedding(path: str) -> bool:
     """Whether the leaf is an embedding table [vocab, d_model]."""
     return path.rpartition("/")[2] == "embedding"
-
-
-def embedding_tables(params: Any) -> dict[str, str]:
-    """Module path -> leaf path of every embedding table."""
-    return {
-        module_path(path): path
-        for path, leaf in flatten(params).items()
-        if is_embedding(path) and is_array(leaf) and leaf.ndim == 2
-    }
 
 
 def names_match(names: str | Sequence[str], module: str) -> bool:

@@ -148,7 +148,8 @@ class Weight(abc.ABC):
 
 
 def is_weight(x: Any) -> bool:
-    """Whether a leaf is a `Weight`: the one question that cannot be asked of the leaf itself, which may be an array."""
+    """Whether a leaf is a `Weight`."""
+    # The one question that cannot be asked of the leaf itself: it may be an array.
     return isinstance(x, Weight)
 
 
