@@ -6,11 +6,11 @@ Reference: bitsandbytes `QuantState.as_dict(packed=True)`.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.quant import NF4, NF4Tensor
 from jlora.quant.blockwise import NESTED_BLOCK
 from jlora.quant.formats import BLOCK_SIZES, DYNAMIC_CODE, NF4_CODE
@@ -46,6 +46,8 @@ class QuantState:
     spec: NF4
     dtype: str
     nested_offset: float | None
+    state_shape: tuple[int, ...]
+    """Of the tensor that holds all this as JSON text."""
     storage: str = "U8"
     """safetensors' name of `bnb_4bit_quant_storage`: the dtype that the packed bytes are stored as."""
 
@@ -73,10 +75,11 @@ class QuantState:
             spec=NF4(block_size=fields["blocksize"], double_quant=nested),
             dtype=fields["dtype"],
             nested_offset=float(fields["nested_offset"]) if nested else None,
+            state_shape=checkpoint.shapes[f"{name}{STATE_SUFFIX}"],
             storage=checkpoint.dtypes.get(name, "U8"),
         )
 
-    def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    def tensors(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """Tensor name -> (shape, dtype) of everything that is stored for the weight."""
         count = self.shape[0] * self.shape[1]
         blocks = -(-count // self.spec.block_size)
@@ -85,13 +88,14 @@ class QuantState:
         size = _STORAGE.get(self.storage, 0)
         fits = size and packed % size == 0
         stored = {
-            name: ((packed // size, 1), self.storage) if fits else ((packed, 1), "U8"),
-            f"{name}.absmax": ((blocks,), "U8" if nested else "F32"),
-            f"{name}.quant_map": ((16,), "F32"),
+            name: ((packed // size, 1), (self.storage,)) if fits else ((packed, 1), ("U8",)),
+            f"{name}.absmax": ((blocks,), ("U8",) if nested else ("F32",)),
+            f"{name}.quant_map": ((16,), ("F32",)),
+            f"{name}{STATE_SUFFIX}": (self.state_shape, ("U8",)),
         }
         if nested:
-            stored[f"{name}.nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), "F32")
-            stored[f"{name}.nested_quant_map"] = ((256,), "F32")
+            stored[f"{name}.nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), ("F32",))
+            stored[f"{name}.nested_quant_map"] = ((256,), ("F32",))
         return stored
 
     def read(self, checkpoint: Checkpoint, name: str) -> NF4Tensor:
@@ -120,7 +124,7 @@ class QuantState:
         )
 
 
-def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Any]:
+def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Json]:
     if checkpoint.dtypes[tensor] != "U8":
         raise ValueError(f"{where} must be stored as U8; got {checkpoint.dtypes[tensor]}.")
     try:
@@ -137,7 +141,7 @@ def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[st
 def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     """Everything a checkpoint stores for the weight called `name`."""
     d_in, d_out = q.kernel_shape
-    state: dict[str, Any] = {
+    state: JsonObject = {
         "quant_type": "nf4",
         "blocksize": q.block_size,
         "dtype": q.logical_dtype,
@@ -153,6 +157,11 @@ def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
         tensors |= {f"{name}.nested_absmax": np.asarray(q.nested_absmax), f"{name}.nested_quant_map": DYNAMIC_CODE}
     tensors[f"{name}{STATE_SUFFIX}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return tensors
+
+
+def is_declared(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` says that the checkpoint is bitsandbytes' in 4 bits."""
+    return quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit") is True
 
 
 def quantization_config(spec: NF4, dtype: str, skipped: list[str]) -> Mapping[str, Any]:

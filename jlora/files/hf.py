@@ -14,22 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Array, DTypeLike, Int, JsonObject, NamedTokens, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
-from jlora.files.bnb import STATE_SUFFIX, QuantState
 from jlora.files.finite import FiniteCheck
-from jlora.files.names import (
-    FLOATS,
-    HEAD,
-    checkpoint_names,
-    is_ignorable,
-    is_transposed,
-    mismatches,
-    wrong_dtypes,
-)
+from jlora.files.names import HEAD, checkpoint_names, is_ignorable, is_transposed, mismatches, wrong_dtypes
+from jlora.files.packing import DenseWeight, PackedWeight, check_declared, stored_weight
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import QuantSpec, quantizable, quantize_rows
 from jlora.storage import Checkpoint
-from jlora.storage.fields import shown
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
@@ -44,11 +36,11 @@ class AdapterBeside(UserWarning):
 def load(
     name: str | os.PathLike,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     quantize: QuantSpec | None = None,
     stack: bool = False,
     remat: str = "none",
-) -> tuple[Model, dict[str, Any]]:
+) -> tuple[Model, dict[str, PyTree]]:
     """A pretrained model and its parameters, from a Hugging Face directory or hub id.
 
     Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
@@ -90,19 +82,29 @@ def load(
     packed_paths = quantizable(modules_of(abstract_params(model))) if quantize else set()
     checkpoint = Checkpoint(directory)
     names = checkpoint_names(expected, checkpoint.shapes)
-    states = {p: state for p in names if p.endswith("/kernel") and (state := QuantState.of(checkpoint, names[p]))}
-    _check(directory, model, expected, names, states, checkpoint)
-    if quantize and any(state.spec != quantize for state in states.values()):
+    weights = {
+        path: stored_weight(
+            checkpoint,
+            names[path],
+            leaf.shape,
+            transposed=is_transposed(path, model),
+            is_kernel=path.endswith("/kernel"),
+        )
+        for path, leaf in expected.items()
+    }
+    _check(directory, model, names, weights, checkpoint)
+    packed = {str(weight.spec): weight.spec for weight in weights.values() if not isinstance(weight, DenseWeight)}
+    if quantize and any(spec != quantize for spec in packed.values()):
         raise ValueError(
-            f"{str(directory)!r} is quantized already, as {next(iter(states.values())).spec}; it cannot be loaded as {quantize}. "
+            f"{str(directory)!r} is quantized already, as {next(iter(packed))}; it cannot be loaded as {quantize}. "
             "Leave `quantize` out, or load the dense original."
         )
-    flat: dict[str, Any] = {}
+    flat: dict[str, PyTree] = {}
     finite = FiniteCheck()
     # Largest first: its copies are made while there is little else.
     for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
         spec = quantize if path in packed_paths else None
-        value = _read(checkpoint, names[path], states.get(path), dtype, is_transposed(path, model), spec, finite)
+        value = _read(checkpoint, names[path], weights[path], dtype, is_transposed(path, model), spec, finite)
         layer = split_layer_path(path) if stack else None
         if layer is None:
             flat[path] = value
@@ -127,7 +129,7 @@ def _with_stops(model: Model, directory: Path) -> Model:
     return add_stops(model, tokens, declared)
 
 
-def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Model:
+def add_stops(model: Model, tokenizer: NamedTokens | None, declared: Iterable[int] = ()) -> Model:
     """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
     own = token_ids(model.config.eos_token_id, where="config.json")
     stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)
@@ -140,46 +142,45 @@ def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Mod
 def _read(
     checkpoint: Checkpoint,
     name: str,
-    state: QuantState | None,
+    weight: PackedWeight | DenseWeight,
     dtype: Any,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,
 ):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
-    stored = jnp.array(checkpoint.read(name)).astype(dtype) if state is None else state.read(checkpoint, name)
+    if not isinstance(weight, DenseWeight):
+        packed = weight.read(checkpoint, name)
+        finite.see(name, packed)
+        return packed
+    stored = weight.read(checkpoint, name, dtype)
     finite.see(name, stored)
-    if state is not None:
-        return stored
     if spec is None:
         return stored.T if transposed else stored
     return quantize_rows(stored if transposed else stored.T, spec)
 
 
-def _zeros(depth: int, row: Any) -> Any:
+def _zeros(depth: int, row: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), row)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_row(stacked: Any, row: Any, index: int) -> Any:
+def _set_row(stacked: PyTree, row: PyTree, index: Int[Array, ""] | int) -> PyTree:
     return jax.tree.map(lambda s, r: jax.lax.dynamic_update_index_in_dim(s, r, index, 0), stacked, row)
 
 
-def _check(directory, model, expected, names, states: Mapping[str, QuantState], checkpoint: Checkpoint) -> None:
+def _check(
+    directory: Path,
+    model: Model,
+    names: Mapping[str, str],
+    weights: Mapping[str, PackedWeight | DenseWeight],
+    checkpoint: Checkpoint,
+) -> None:
     shapes, dtypes = {}, {}
-    for path, leaf in expected.items():
-        name, shape = names[path], leaf.shape
-        if path in states:
-            # bitsandbytes packs [out, in], also of the kernels that GPT-2 stores as [in, out].
-            if states[path].shape != shape[::-1]:
-                raise ValueError(
-                    f"{name!r} is quantized from {states[path].shape}; config.json makes it {shape[::-1]}."
-                )
-            for part, (part_shape, dtype) in states[path].tensors(name).items():
-                shapes[part], dtypes[part] = part_shape, (dtype,)
-        else:
-            shapes[name], dtypes[name] = shape[::-1] if is_transposed(path, model) else shape, FLOATS
-    ignorable = [n for n in checkpoint.shapes if is_ignorable(n, model) or n.endswith(STATE_SUFFIX)]
+    for path, weight in weights.items():
+        for tensor, (shape, accepted) in weight.tensors(names[path]).items():
+            shapes[tensor], dtypes[tensor] = shape, accepted
+    ignorable = [name for name in checkpoint.shapes if is_ignorable(name, model)]
     problems = mismatches(shapes, checkpoint.shapes, ignorable)
     problems += wrong_dtypes(dtypes, checkpoint.dtypes)
     if problems:
@@ -228,7 +229,7 @@ def find(name: str | os.PathLike) -> Path:
         ) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> JsonObject:
     """The fields of `config.json`."""
     path = directory / "config.json"
     if not path.is_file():
@@ -242,14 +243,6 @@ def read_config(directory: Path) -> dict[str, Any]:
             )
         )
     fields = read_json(path)
-    quantized = fields.get("quantization_config")
-    if quantized:
-        says = quantized if isinstance(quantized, Mapping) else {}
-        if says.get("quant_method") != "bitsandbytes" or says.get("load_in_4bit") is not True:
-            method = says.get("quant_method", quantized)
-            raise ValueError(
-                f"{str(directory)!r} is quantized ({shown(method)}), says `quantization_config` in its config.json; jlora "
-                "reads dense checkpoints and bitsandbytes' 4-bit NF4. Load its dense original, with `quantize=jlora.NF4()` if it "
-                "is too large."
-            )
+    if fields.get("quantization_config"):
+        check_declared(fields["quantization_config"], where=str(directory))
     return fields

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.stored import StoredAdapter
 from jlora.files.updates import check_config, trained_half, without_residuals
@@ -114,7 +114,7 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str,
     return {child: (f"{PREFIX}{module}{suffix}", transposed) for child, (suffix, transposed) in tensors.items()}
 
 
-def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
+def read_peft_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
     config, file = from_peft(found.fields), Checkpoint(found.weights)
     living, idle = without_idle(modules_of(params), config)

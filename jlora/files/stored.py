@@ -3,12 +3,11 @@
 import abc
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.files.names import FLOATS, mismatches, wrong_dtypes
 from jlora.lora import AdaptedWeight
 from jlora.storage import Checkpoint
@@ -55,7 +54,7 @@ class StoredAdapter(abc.ABC):
         ignorable: Iterable[str] = (),
         also: Iterable[str] = (),
         hints: Iterable[str] = (),
-    ) -> dict[str, Any]:
+    ) -> PyTree:
         """The tree with its trained children from the file.
 
         Args:
@@ -74,7 +73,7 @@ class StoredAdapter(abc.ABC):
             raise misfit(directory, [*problems, *hints])
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
-    def _leaf(self, file: Checkpoint, path: str, leaf: Any) -> Any:
+    def _leaf(self, file: Checkpoint, path: str, leaf: PyTree) -> PyTree:
         if not is_adapted(leaf):
             return leaf
         layers = rows_of(path, leaf)

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.files.names import mismatches
 from jlora.lora import AdaptedWeight, LoraConfig, LoraWeight, adapted_leaves, adapted_modules, map_adapted, remove_lora
 from jlora.lora.kinds import as_lora
@@ -57,7 +56,7 @@ def check_shapes(modules: Mapping[str, LoraWeight], shapes: Mapping[str, tuple[i
         raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
 
 
-def trained_half(params: Params) -> Any:
+def trained_half(params: Params) -> PyTree:
     """Adapted leaves with nothing but what is trained; None elsewhere."""
     return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
 
@@ -117,7 +116,7 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         )
 
 
-def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
+def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraConfig]:
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
     def one(weight):

@@ -6,8 +6,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jlora._typing import Array, Int, Params
+from jlora._typing import Array, Int, Params, PyTree
 from jlora.lora.kinds import LoraWeight, RoutedWeight, as_lora
 from jlora.lora.transform import map_adapted
 from jlora.tree.modules import nearest
@@ -93,7 +94,7 @@ def _as_update(path: str, name: str, leaf: Any) -> LoraWeight:
     return update
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: PyTree, b: PyTree) -> bool:
     """Whether two leaves have the same values. The same arrays are not compared."""
     ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
     pairs = zip(ours[0], theirs[0], strict=False)
@@ -112,13 +113,13 @@ def _widened(factor: Array, axis: int, size: int) -> Array:
     return jnp.pad(factor, widths)
 
 
-def unstack_adapters(params: Params) -> dict[str, Any]:
+def unstack_adapters(params: PyTree) -> dict[str, PyTree]:
     """The inverse of `stack_adapters`: name -> the tree with that adapter alone, as `save_adapter` takes it."""
 
     return {name: map_adapted(lambda w, name=name: w.alone(name), params) for name in adapter_names(params)}
 
 
-def adapter_names(params: Params) -> tuple[str, ...]:
+def adapter_names(params: PyTree) -> tuple[str, ...]:
     """Names of the adapters that stand side by side in `params`.
 
     Raises:
@@ -132,7 +133,7 @@ def adapter_names(params: Params) -> tuple[str, ...]:
     )
 
 
-def route(params: Params, adapter_ids: Choice) -> Any:
+def route(params: PyTree, adapter_ids: Choice) -> PyTree:
     """The parameters with a choice among their adapters. Under `jit`, or passed to it, other choices compile nothing anew.
 
     Args:
@@ -163,7 +164,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
                 f"`adapter_ids` must be integers, [batch] or one; got {choice.dtype} {tuple(choice.shape)}. Pass int32 numbers in "
                 f"the order of {names}, or the names themselves."
             )
-        if isinstance(choice, jax.core.Tracer):
+        if isinstance(choice, Tracer):
             return jnp.clip(choice, -1, len(names) - 1).astype(jnp.int32)
         wrong = [i for i in np.ravel(choice).tolist() if not -1 <= i < len(names)]
         if wrong:
@@ -176,7 +177,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
     return jnp.asarray([_index(name, names) for name in choice], jnp.int32)
 
 
-def _index(name: Any, names: tuple[str, ...]) -> int:
+def _index(name: object, names: tuple[str, ...]) -> int:
     if name is None:
         return -1
     if isinstance(name, int) and -1 <= name < len(names):

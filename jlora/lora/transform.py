@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Key, Params
+from jlora._typing import Array, Key, Params, PyTree
 from jlora.lora.config import LoraConfig
 from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
 from jlora.lora.targets import select, select_biases, select_whole
@@ -23,8 +23,8 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
 
 
 def add_lora(
-    params: Params, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+    params: PyTree, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
+) -> PyTree:
     """Adapts what the config targets; every other leaf is the same object as before.
 
     Args:
@@ -121,7 +121,7 @@ def map_adapted(fn: Callable[[Any], Any], params: Any, other: Callable[[Any], An
     return jax.tree.map(lambda w: fn(w) if is_adapted(w) else other(w), params, is_leaf=is_weight)
 
 
-def split(params: Params) -> tuple[Any, Any]:
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """(adapter, base): two trees of the shape of `params`, None where the leaf went to the other.
 
     `adapter` holds what is trained (such as lora_A, lora_B and magnitude of a `LoraWeight`), float32, and nothing else:
@@ -140,7 +140,7 @@ def split(params: Params) -> tuple[Any, Any]:
     return adapter, map_adapted(lambda w: w.base_half(), params)
 
 
-def combine(adapter: Any, base: Any) -> Any:
+def combine(adapter: PyTree, base: PyTree) -> PyTree:
     """The inverse of `split`. `base=None`: everything is in `adapter` (full fine-tuning).
 
     Raises:
@@ -169,12 +169,12 @@ def combine(adapter: Any, base: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, adapter, base, is_leaf=lambda x: x is None or is_weight(x))
 
 
-def remove_lora(params: Params) -> Any:
+def remove_lora(params: PyTree) -> PyTree:
     """The base as it was: every adapted weight replaced by its original."""
     return map_adapted(lambda w: w.origin(), params)
 
 
-def merge(params: Params) -> Any:
+def merge(params: PyTree) -> PyTree:
     """Dense parameters with the adapter's effect: `base + scaling * lora_A @ lora_B` (with DoRA, its columns at their
     magnitudes), in float32 on the dequantized base, then cast to the base's dtype. Unadapted quantized leaves are
     dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged:
@@ -182,7 +182,7 @@ def merge(params: Params) -> Any:
     return jax.tree.map(lambda w: materialize(w) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
-def adapter_mask(params: Params) -> Any:
+def adapter_mask(params: PyTree) -> PyTree:
     """Booleans in the structure of `params`: True for what `split` puts into the adapter.
 
     For optax over the whole tree: `optax.partition({True: tx, False: optax.set_to_zero()}, adapter_mask(params))`. Not
@@ -191,7 +191,7 @@ def adapter_mask(params: Params) -> Any:
     return map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
 
 
-def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
+def with_dropout(params: PyTree, key: Key[Array, ""]) -> PyTree:
     """Puts this step's dropout key into every adapted weight with a dropout rate. Call it inside the loss.
 
     Each weight's key is `fold_in(key, crc32(path))` of its per-layer path, so a mask depends on the key and the path
@@ -210,7 +210,7 @@ def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
     return map_with_path(one, params)
 
 
-def adapted_leaves(params: Params) -> dict[str, AdaptedWeight]:
+def adapted_leaves(params: PyTree) -> dict[str, AdaptedWeight]:
     """Per-layer path -> adapted weight: the layers of a stacked tree are taken apart."""
     return {row.path: row.value for row in rows(params) if is_adapted(row.leaf)}
 

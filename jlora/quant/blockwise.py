@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._typing import Array, Float
+from jlora._typing import Array, DTypeLike, Float
 from jlora.quant.formats import DYNAMIC_CODE, Format, look_up, nearest_code
 
 NESTED_BLOCK = 256  # blocks of absmax that share a scale in double quantization, as bitsandbytes fixes it
@@ -74,7 +74,7 @@ UNPACK: Mapping[str, Callable[[Array], Array]] = {"cpu": unpack_words}
 
 
 def decode(
-    codes: Array, absmax: Float[Array, "*stack blocks"], size: int, format: Format, dtype: jnp.dtype
+    codes: Array, absmax: Float[Array, "*stack blocks"], size: int, format: Format, dtype: DTypeLike
 ) -> Float[Array, "*stack n"]:
     """The inverse of `encode`, up to the last byte; computed in float32 and rounded once to `dtype`."""
     per_byte = 8 // format.bits

@@ -7,18 +7,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, UInt8
+from jlora._typing import Array, DTypeLike, Float, UInt8
 from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
 from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
-from jlora.weight import Parts, Weight
+from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
 _DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
 _META = ("kernel_shape", "format_name", "block_size", "logical_dtype", "roles", "axes")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedTensor(Weight):
     """Stands for a dense weight [*stack, in, out] (or [n]) that is stored as blockwise codes.
@@ -30,8 +30,8 @@ class QuantizedTensor(Weight):
     """
 
     codes: UInt8[Array, "*stack d_out packed"] | UInt8[Array, "*stack packed"]
-    absmax: Float[Array, "*stack d_out blocks"] | UInt8[Array, "*stack d_out blocks"]
-    """Scale of each block: float32, or 8-bit codes with double quantization."""
+    absmax: Float[Array, "*stack d_out blocks"] | Float[Array, "*stack blocks"] | UInt8[Array, "..."]
+    """Scale of each block, flat where the codes are: float32, or 8-bit codes with double quantization."""
     nested_absmax: Float[Array, "*stack nested"] | None
     """Double quantization: scale of each 256 absmax codes, counted through the flattened absmax of one layer."""
     nested_offset: Float[Array, "*stack"] | None
@@ -103,7 +103,7 @@ class QuantizedTensor(Weight):
             return flat
         return decode_absmax(flat, self.nested_absmax, self.nested_offset)
 
-    def rows(self, dtype: jnp.dtype) -> Array:
+    def rows(self, dtype: DTypeLike) -> Array:
         """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
@@ -117,7 +117,7 @@ class QuantizedTensor(Weight):
         flat = x.reshape(-1, x.shape[-1])
         name = implementation(flat.shape[0], jax.default_backend())
         y = quantized_matmul(name, transpose, x.dtype, jnp.dtype(out_dtype), flat, self)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
     def take(self, ids):
         self._check_linear("looked up in")
@@ -160,7 +160,7 @@ class QuantizedTensor(Weight):
         return f"{kind}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{nested})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True, repr=False)
 class NF4Tensor(QuantizedTensor):
     """A `QuantizedTensor` of format "nf4"; its bytes are those of bitsandbytes' `Params4bit`."""

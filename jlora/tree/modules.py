@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import regex
 
+from jlora._typing import PyTree
 from jlora.tree.paths import flatten, layer_path, per_layer_paths, split_layer_path
 from jlora.weight import is_weight
 from jlora.weight.roles import check_roles
@@ -85,7 +86,7 @@ def layer_of(module: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: PyTree) -> bool:
     """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 

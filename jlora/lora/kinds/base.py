@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, Key
-from jlora.weight import Weight, cast_to, is_weight, origin
+from jlora.weight import Weight, cast_to, is_weight, origin, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
 _CHILD, _TRAINED, _FROZEN = "child", "trained", "frozen"
@@ -57,7 +57,7 @@ def kind(cls: _Kind) -> _Kind:
     made.CHILDREN = tuple(field.name for field in fields if _CHILD in field.metadata)
     made.OPTIONAL = tuple(field.name for field in fields if field.name in made.CHILDREN and field.default is None)
     made.SETTINGS = tuple(field.name for field in fields if field.name not in made.CHILDREN)
-    jax.tree_util.register_dataclass(made, data_fields=made.CHILDREN, meta_fields=made.SETTINGS)
+    register_node(made, data_fields=made.CHILDREN, meta_fields=made.SETTINGS)
     if made.NAME:
         KINDS[made.NAME] = made
     return made
@@ -186,7 +186,7 @@ class AdaptedWeight(Weight):
 
     def with_children(self, **children: Any) -> "AdaptedWeight":
         """The same value with these children in place of its own."""
-        return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]: every kind is a dataclass
+        return rebuilt(self, **children)
 
     def origin(self) -> Any:
         return origin(self.base)

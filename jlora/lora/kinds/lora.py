@@ -83,13 +83,15 @@ class LoraWeight(LowRankWeight):
         idle=_IDLE,
     )
 
-    base: Float[Array, "*stack d_in d_out"] | Weight = frozen()
-    """The frozen weight: a dense array or another `Weight` (a quantized base makes this QLoRA). With PiSSA the residual, a
-    `LoraWeight` that takes the initial update away from the original."""
-    lora_A: Float[Array, "*stack d_in rank"] = trained()
-    """Trained; float32 whatever the base."""
-    lora_B: Float[Array, "*stack rank d_out"] = trained()
-    """Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base model."""
+    base: Float[Array, "*stack_and_axes"] | Weight = frozen()
+    """The frozen weight: a dense array [*stack, d_in, d_out] or another `Weight` (a quantized base makes this QLoRA). With
+    PiSSA the residual, a `LoraWeight` that takes the initial update away from the original. None in the adapter half of
+    `split`, as the trained children are in the other half: what trees are made of need not be what values are made of."""
+    lora_A: Float[Array, "*stack_and_in rank"] = trained()
+    """[*stack, d_in, rank]. Trained; float32 whatever the base."""
+    lora_B: Float[Array, "*stack_rank_and_out"] = trained()
+    """[*stack, rank, d_out]. Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base
+    model."""
     scaling: float
     """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
     dropout: float = 0.0
@@ -268,8 +270,8 @@ def as_lora(w: AdaptedWeight) -> LoraWeight:
     nested = len(factors) > 1
     base: Any = parts.base
     norm = column_norms(base) if nested and parts.base_norm is not None else parts.base_norm
-    return LoraWeight(
-        base=base,
+    made = LoraWeight(
+        base=last.A if base is None else base,
         lora_A=jnp.concatenate([a for a, _ in factors], axis=-1) if nested else last.A,
         lora_B=jnp.concatenate([b for _, b in factors], axis=-1 - parts.roles.count("o")) if nested else last.B,
         scaling=last.scaling,
@@ -279,6 +281,7 @@ def as_lora(w: AdaptedWeight) -> LoraWeight:
         base_norm=norm,
         roles=parts.roles,
     )
+    return made if base is not None else made.with_children(base=None)
 
 
 def _drawn(site: Site) -> tuple[Array, Array]:

@@ -1,0 +1,100 @@
+"""How the checkpoints that are read store one weight: as floats, or packed; a row of `PACKINGS` each."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from jlora._typing import Array
+from jlora.files import bnb
+from jlora.files.names import FLOATS
+from jlora.quant import QuantizedTensor, QuantSpec
+from jlora.storage import Checkpoint
+from jlora.storage.fields import shown
+
+TensorTypes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+"""Tensor name -> (shape, the dtypes that it may have, by safetensors' names)."""
+
+
+class PackedWeight(Protocol):
+    """What a checkpoint says of one kernel that it stores packed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that was packed, [out, in]."""
+        ...
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The format that it is packed in."""
+        ...
+
+    def tensors(self, name: str) -> TensorTypes:
+        """All that is stored for the weight called `name`."""
+        ...
+
+    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
+        """The weight as it is packed, from tensors that `tensors` lists."""
+        ...
+
+
+class Packing(NamedTuple):
+    """One way in which checkpoints store kernels packed."""
+
+    name: str
+    """In words."""
+    declared: Callable[[Mapping[str, Any]], bool]
+    """Whether the `quantization_config` of a config.json means this."""
+    find: Callable[[Checkpoint, str], PackedWeight | None]
+    """Of the kernel called so; None: it is not packed this way. Raises a ValueError for what is packed in a near way that is
+    not read."""
+
+
+PACKINGS: tuple[Packing, ...] = (Packing("bitsandbytes' 4-bit NF4", bnb.is_declared, bnb.QuantState.of),)
+
+
+def check_declared(quantization: Any, *, where: str) -> None:
+    """Raises a ValueError when the `quantization_config` of a config.json means no packing that is read."""
+    says = quantization if isinstance(quantization, Mapping) else {}
+    if not any(packing.declared(says) for packing in PACKINGS):
+        raise ValueError(
+            f"{where!r} is quantized ({shown(says.get('quant_method', quantization))}), says `quantization_config` in its "
+            f"config.json; jlora reads dense checkpoints and {', '.join(packing.name for packing in PACKINGS)}. Load its dense "
+            "original, with `quantize=jlora.NF4()` if it is too large."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseWeight:
+    """A weight that is stored as floats."""
+
+    shape: tuple[int, ...]
+    """As it is stored."""
+
+    def tensors(self, name: str) -> TensorTypes:
+        return {name: (self.shape, FLOATS)}
+
+    def read(self, checkpoint: Checkpoint, name: str, dtype: Any) -> Array:
+        return jnp.array(checkpoint.read(name)).astype(dtype)
+
+
+def stored_weight(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, transposed: bool, is_kernel: bool
+) -> PackedWeight | DenseWeight:
+    """How a checkpoint stores the weight called `name`.
+
+    Args:
+        shape: that the model asks for.
+        transposed: whether dense kernels are stored as [out, in].
+
+    Raises:
+        ValueError: for a weight that is packed in a way that is not read, or from one of another shape.
+    """
+    found = [packed for packing in PACKINGS if is_kernel and (packed := packing.find(checkpoint, name)) is not None]
+    if not found:
+        return DenseWeight(shape[::-1] if transposed else shape)
+    # Packed is [out, in], also of the kernels that GPT-2 stores as [in, out].
+    if found[0].shape != shape[::-1]:
+        raise ValueError(f"{name!r} is quantized from {found[0].shape}; config.json makes it {shape[::-1]}.")
+    return found[0]
