@@ -19,8 +19,8 @@ from oracles import torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.lora import LoraConfig
 from jlora.files.peft import known_fields
+from jlora.lora import LoraConfig
 from jlora.lora.kinds import KINDS
 from jlora.tree.modules import names_match, pattern_matches
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +142,7 @@ def _read(
     checkpoint: Checkpoint,
     name: str,
     weight: PackedWeight | DenseWeight,
-    dtype: Any,
+    dtype: DTypeLike,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,

@@ -27,6 +27,8 @@ from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
 Init: TypeAlias = Literal["kaiming", "gaussian", "pissa"]
 Bias: TypeAlias = Literal["none", "lora_only", "all"]
+Kind: TypeAlias = Literal["lora", "loha", "miss"]
+"""Those that are here; a class of one's own brings its `NAME`."""
 INITS, BIASES = get_args(Init), get_args(Bias)
 OF_EVERY_KIND = ("targets", "exclude", "modules_to_save", "layers_to_transform")
 """Fields that every kind reads: which leaves are adapted."""

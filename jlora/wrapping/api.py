@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jlora._typing import PyTree
 from jlora.tree.paths import is_weight, path_string
@@ -18,7 +18,7 @@ from jlora.weight import is_adapted
 from jlora.wrapping.interpreter import Context, Recorder, policy_of
 from jlora.wrapping.liveness import needed
 from jlora.wrapping.report import RETURNED, UNUSED, Report, Use
-from jlora.wrapping.values import factored, stays_factored
+from jlora.wrapping.values import Value, factored, stays_factored
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -178,7 +178,7 @@ class Wrapped(Generic[P, R]):
         return rows
 
 
-def _passed_on(jaxpr: Any, traced: list[int], leaves: list[Any]) -> tuple[tuple[str, int], ...]:
+def _passed_on(jaxpr: Jaxpr, traced: list[int], leaves: list[Value]) -> tuple[tuple[str, int], ...]:
     """Which results are arguments, untouched: they come back as the very leaf."""
     numbers = {var: k for var, k in zip(jaxpr.invars, traced, strict=True)}
     found = []
