@@ -11,7 +11,7 @@ from jlora._typing import Array, DTypeLike, Float, UInt8
 from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
 from jlora.quant.formats import FORMATS, Format, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
-from jlora.weight import Weight, register_node
+from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
 _DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
@@ -84,6 +84,17 @@ class QuantizedTensor(Weight):
     @property
     def bits_per_param(self) -> float:
         return 8 * self.nbytes / self.size
+
+    @property
+    def packed_roles(self):
+        return None if self.axes is None else self.roles
+
+    @property
+    def unpacked_size(self):
+        return math.prod(self.kernel_shape)
+
+    def parts(self):
+        return Parts(self, roles=self.roles)
 
     def scales(self) -> Float[Array, "*stack blocks"]:
         """The absmax of every block, float32; flattened where the codes have rows."""

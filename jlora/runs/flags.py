@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 from jlora._typing import JsonObject
 from jlora.lora import LoraConfig
-from jlora.lora.config import ALL_LINEAR, Bias, Init
+from jlora.lora.config import ALL_LINEAR, Bias, Init, Kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterFlags:
     """`LoraConfig` as flags; the defaults are its own."""
 
+    kind: Kind = "lora"
+    """What is put onto the adapted kernels: loha updates them by an elementwise product of two low-rank products, miss by one
+    block of `rank` rows, repeated (it has no alpha)."""
     rank: int = LoraConfig.rank
     """Rank of the update."""
     alpha: float = LoraConfig.alpha
