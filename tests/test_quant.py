@@ -373,7 +373,6 @@ def test_repr_and_casting():
         (lambda: jlora.Int8(block_size=64.0), ValueError, "block_size"),
     ],
 )
-@pytest.mark.untyped
 def test_refusals(make, error, words):
     with pytest.raises(error, match=words):
         make()
