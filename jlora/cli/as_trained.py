@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from jlora._terminal import console, say
 from jlora.files import find
 from jlora.files.adapters import adapter_directories, open_adapter
+from jlora.files.run_settings import FILE, RunSettings
 from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
-from jlora.storage.run_settings import FILE, RunSettings
 
 Options = TypeVar("Options")
 

@@ -18,11 +18,11 @@ from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
 from jlora.files.adapters import adapter_directories, factor_names, open_adapter
 from jlora.files.peft import PEFT, PREFIX, to_peft
+from jlora.files.run_settings import RunSettings
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import abstract_params, model_from_config
 from jlora.storage import Checkpoint
-from jlora.storage.run_settings import RunSettings
 from jlora.tree.modules import linear_kernels
 from jlora.tree.paths import flatten
 

@@ -14,7 +14,7 @@ from jlora.cli.base import row_length
 from jlora.files import find, read_config
 from jlora.lora import LoraConfig, split
 from jlora.models import model_from_config
-from jlora.quant import SPECS
+from jlora.quant import SPECS, FormatName
 from jlora.runs import FinetuneConfig
 from jlora.runs.config import targets_of
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
@@ -56,7 +56,7 @@ class Memory:
     """Micro-batches in a step."""
     max_length: int = 512
     """Tokens in a row."""
-    quantize: Literal["nf4", "int8", "int4"] | None = None
+    quantize: FormatName | None = FinetuneConfig.quantize
     """Pack the frozen linear kernels."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass."""

@@ -1,15 +1,16 @@
-"""How the checkpoints that are read store one weight: as floats, or packed; a row of `PACKINGS` each."""
+"""How checkpoints store one weight: as floats, or packed; a row of `PACKINGS` each."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._typing import Array
 from jlora.files import bnb
 from jlora.files.names import FLOATS
-from jlora.quant import QuantizedTensor, QuantSpec
+from jlora.quant import NF4, QuantizedTensor, QuantSpec
 from jlora.storage import Checkpoint
 from jlora.storage.fields import shown
 
@@ -49,9 +50,34 @@ class Packing(NamedTuple):
     find: Callable[[Checkpoint, str], PackedWeight | None]
     """Of the kernel called so; None: it is not packed this way. Raises a ValueError for what is packed in a near way that is
     not read."""
+    format: type[QuantSpec]
+    """What it holds."""
+    tensors: Callable[[str, Any], dict[str, np.ndarray]]
+    """All that is stored for a kernel, by its name and the `QuantizedTensor` [in, out]."""
+    declaration: Callable[[Any, str, list[str]], Mapping[str, Any]]
+    """The `quantization_config` that says so: of the spec, the dtype of what is dense, and the modules that are not packed."""
 
 
-PACKINGS: tuple[Packing, ...] = (Packing("bitsandbytes' 4-bit NF4", bnb.is_declared, bnb.QuantState.of),)
+PACKINGS: tuple[Packing, ...] = (
+    Packing(
+        name="bitsandbytes' 4-bit NF4",
+        declared=bnb.is_declared,
+        find=bnb.QuantState.of,
+        format=NF4,
+        tensors=bnb.to_tensors,
+        declaration=bnb.quantization_config,
+    ),
+)
+
+
+def packing_of(spec: QuantSpec) -> Packing | None:
+    """The packing in which a checkpoint can hold weights of this format; None: there is none."""
+    return next((packing for packing in PACKINGS if isinstance(spec, packing.format)), None)
+
+
+def writable() -> str:
+    """The formats that checkpoints can hold, in words."""
+    return ", ".join(f"{packing.format.name} ({packing.name})" for packing in PACKINGS)
 
 
 def check_declared(quantization: Any, *, where: str) -> None:
