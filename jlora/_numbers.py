@@ -16,6 +16,10 @@ MAX_COUNT = 2**31 - 1
 """Of steps, tokens and rows, which are int32 on the device."""
 
 
+IGNORED = -100
+"""The label of a position that is not supervised, as in transformers and torch.nn.CrossEntropyLoss."""
+
+
 def check_seed(seed: Any) -> int:
     """The seed.
 

@@ -1,5 +1,6 @@
 """What is printed: text from outside (paths, prompts, what a model writes) is never markup, and never commands to a terminal."""
 
+import io
 import re
 import sys
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ def say(on: Console, *parts: Part, end: str = "\n") -> None:
 def never_fail_to_encode() -> None:
     """Standard output prints what its encoding does not have as escapes, as standard error always does."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,21 @@ import numpy as np
 
 from jlora._numbers import NotFinite
 from jlora._typing import Array, Float, Int, Key, Params
-from jlora.lora import is_stacked, linear
+from jlora.lora import is_stacked
 from jlora.models import Model, empty_cache
 from jlora.storage.stops import stop_ids, token_ids
+
+
+class Sampling(NamedTuple):
+    """How to sample where nothing is said."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+
+
+SAMPLING = Sampling()
 
 _LEAST_TEMPERATURE = 1e-6
 """Below it logits would overflow float32."""
@@ -26,10 +38,10 @@ def generate(
     params: Params,
     prompt_ids: Sequence[Sequence[int]] | Int[Array, "batch seq"],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    max_new_tokens: int = SAMPLING.max_new_tokens,
+    temperature: float = SAMPLING.temperature,
+    top_k: int = SAMPLING.top_k,
+    top_p: float = SAMPLING.top_p,
     key: Key[Array, ""] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
@@ -92,7 +104,7 @@ def _stops(model: Model, eos_token_id: int | Sequence[int] | None) -> Sequence[i
     vocab_size = model.config.vocab_size
     if eos_token_id is None:
         return stop_ids(token_ids(model.config.eos_token_id, where="the model's config"), vocab_size=vocab_size)
-    ids: Sequence[Any] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
+    ids: Sequence[int] = [eos_token_id] if np.ndim(eos_token_id) == 0 else list(eos_token_id)  # pyright: ignore
     for i in ids:
         if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < vocab_size:
             raise ValueError(
@@ -137,14 +149,15 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> No
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
-def _generate(model: Any, params, prompts, lengths, key, temperature, top_k, top_p, eos, *, max_new_tokens, greedy):
+def _generate(
+    model: Model, params: Params, prompts, lengths, key, temperature, top_k, top_p, eos, *, max_new_tokens, greedy
+):
     """(tokens [batch, max_new_tokens], how many of each row count, whether all logits were finite)."""
     batch, width = prompts.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
     def pick(hidden, step):
-        weight, transpose = model.output_head(params)
-        logits = linear(hidden, weight, transpose=transpose, out_dtype=jnp.float32)
+        logits = model.logits(params, hidden)
         finite = jnp.all(jnp.isfinite(logits))
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite

@@ -24,6 +24,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
+import jaxtyping
 import pytest
 import tiny
 from command import run
@@ -40,6 +41,17 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request):
+    """In `untyped` tests they are not checked: what they forbid is handed over, to see our own refusal."""
+    if request.node.get_closest_marker("untyped") is None:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

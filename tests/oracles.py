@@ -46,8 +46,26 @@ def _mistral(**changes):
     return transformers.MistralForCausalLM(transformers.MistralConfig(**fields))
 
 
+def _qwen3(**changes):
+    fields = _SMALL | {"num_key_value_heads": 2, "head_dim": 16} | _IDS | changes
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
+
+
+def _smollm3(**changes):
+    """The last of four layers does not rotate."""
+    fields = _SMALL | {"num_key_value_heads": 2, "num_hidden_layers": 4} | _IDS | changes
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**fields))
+
+
+def _gemma3_text(**changes):
+    """The second and the fourth of four layers see everything."""
+    fields = _SMALL | {"num_key_value_heads": 2, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8} | _IDS
+    fields |= {"sliding_window_pattern": 2, "query_pre_attn_scalar": 24, "max_position_embeddings": 256} | changes
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**fields))
+
+
 FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2}
-_MAKERS = FAMILIES | {"mistral": _mistral}
+_MAKERS = FAMILIES | {"mistral": _mistral, "qwen3": _qwen3, "smollm3": _smollm3, "gemma3_text": _gemma3_text}
 
 
 def make_torch_model(family: str, seed: int = 0, **changes):

@@ -21,14 +21,17 @@ from trees import adapted
 import jlora
 from jlora.cli import main
 from jlora.files import save_torch
-from jlora.files.gguf import ARCHITECTURES, LAYER_TENSORS, TENSORS, tensor_name
+from jlora.files.gguf import tensor_name
 from jlora.files.ollama import ChatTemplate, modelfile
 from jlora.files.vocabulary import Vocabulary, pre_tokenizer_name
-from jlora.models import abstract_params, model_from_config
+from jlora.models import FAMILIES, abstract_params, family_of, model_from_config
+from jlora.models.layers import Llama3Scaling
 from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 from jlora.tree.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NOT_IN_TRANSFORMERS = ("smollm3",)  # whose GGUF files it does not read; tests/test_llama_cpp.py does
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def loaded(tmp_path_factory):
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in NOT_IN_TRANSFORMERS])
 def test_float32_logits_are_ours(variant, loaded, tok, tmp_path):
     theirs, model, params = loaded(variant)
     path = tmp_path / "model.gguf"
@@ -144,15 +147,33 @@ def test_only_the_llama_architecture_permutes_queries_and_keys(loaded, tok, tmp_
                 np.testing.assert_array_equal(tensors[f"blk.1.{name}.bias"], ours["bias"][rows])
 
 
-def test_tensor_names_are_those_of_the_gguf_package(loaded):
-    assert {ARCHITECTURES[m] for m in ("llama", "mistral")} == {"llama"}
+ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+GATED = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+IN_A_LAYER = {
+    "gpt2": ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
+    "llama": (*ATTENTION, *GATED),
+    "qwen2": (*ATTENTION, *GATED),
+    "mistral": (*ATTENTION, *GATED),
+    "qwen3": (*ATTENTION, *HEAD_NORMS, *GATED),
+    "smollm3": (*ATTENTION, *GATED),
+    "gemma3_text": (*ATTENTION, *HEAD_NORMS, "post_attention_norm", *GATED, "post_ffw_norm"),
+}
+"""What llama.cpp's `src/models/` reads in each layer."""
+
+
+def test_tensor_names_are_those_of_llama_cpp(loaded):
+    assert {FAMILIES[m].gguf.architecture for m in ("llama", "mistral")} == {"llama"}
     for variant in VARIANTS:
         _, model, params = loaded(variant)
-        arch = ARCHITECTURES[model.config.model_type]
-        table = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), 2)
-        for module in {p.rpartition("/")[0].replace("/", ".") for p in flatten(params)}:
-            assert tensor_name(module) == table.get_name(module), module
-    assert not set(TENSORS) & set(LAYER_TENSORS)
+        modules = {p.rpartition("/")[0].replace("/", ".") for p in flatten(params)}
+        names = sorted(tensor_name(module, model) for module in modules)
+        outside = {"token_embd", "output_norm"} | ({"position_embd"} if "gpt2" in variant else set())
+        outside |= set() if model.config.tie_word_embeddings else {"output"}
+        kinds = IN_A_LAYER[model.config.model_type]
+        assert names == sorted(outside | {f"blk.{i}.{kind}" for i in range(model.config.depth) for kind in kinds})
+    with pytest.raises(ValueError, match="GGUF has no name for 'model.layers.0.mlp.router'"):
+        tensor_name("model.layers.0.mlp.router", model)
 
 
 def test_rope_scaling_becomes_a_tensor(tok, tmp_path):
@@ -204,6 +225,44 @@ def test_hyperparameters(loaded, tok, tmp_path):
     shapes = {n: t.shape for n, t in read(tmp_path / "gpt2" / "model.gguf")[1].items()}
     assert shapes["blk.0.attn_qkv.weight"] == (144, 48) and shapes["blk.0.ffn_down.weight"] == (48, 192)
     assert shapes["position_embd.weight"] == (64, 48) and shapes["token_embd.weight"] == (ROWS, 48)
+
+
+def test_what_gemmas_layers_differ_in_is_said(loaded, tok, tmp_path):
+    _, model, params = loaded("gemma3")
+    capped = dataclasses.replace(model, config=dataclasses.replace(model.config, final_logit_softcapping=30.0))
+    jlora.save_gguf(tmp_path / "model.gguf", capped, params, tokenizer=tok, dtype="f32")
+    fields, tensors, _ = read(tmp_path / "model.gguf")
+    values = {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False, True, False],
+        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0, "context_length": 256,
+        "attention.key_length": 16,
+    }  # fmt: skip
+    assert {name: fields[f"gemma3.{name}"] for name in values} == pytest.approx(values)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        stored = {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}[name]
+        scale = np.asarray(params["model"]["layers"]["2"][name]["scale"])
+        np.testing.assert_array_equal(tensors[f"blk.2.{stored}.weight"], scale + 1, "llama.cpp multiplies by 1 + scale")
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "says"),
+    [
+        ("gemma3", {"query_pre_attn_scalar": 24}, "`query_pre_attn_scalar` = 24"),
+        ("smollm3", {"no_rope_layers": (1,)}, r"`no_rope_layers` = \[1, 1, 1, 1\]"),
+        ("smollm3", {"mlp_bias": True}, "`mlp_bias` = True"),
+        ("qwen3", {"o_bias": True, "qkv_bias": True}, "`o_bias` = True"),
+        ("qwen2", {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 32)}, "`rope_scaling` = Llama3Scaling"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(variant, changes, says, loaded, tok, tmp_path):
+    _, model, params = loaded(variant)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+    params_of = jlora.add_lora(params, jlora.LoraConfig(rank=2), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=says):
+        jlora.save_gguf(tmp_path / "model.gguf", other, params, tokenizer=tok)
+    with pytest.raises(ValueError, match=says):
+        jlora.save_gguf_adapter(tmp_path / "a.gguf", params_of, config=jlora.LoraConfig(rank=2), model=other)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
@@ -422,7 +481,7 @@ def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_p
     base, merged = (read(tmp_path / f"{name}.gguf")[1] for name in ("base", "merged"))
     fields, factors, types = read(tmp_path / "adapter.gguf")
     wanted = {
-        "general.architecture": ARCHITECTURES[model.config.model_type], "general.type": "adapter",
+        "general.architecture": family_of(model.config).gguf.architecture, "general.type": "adapter",
         "adapter.type": "lora", "adapter.lora.alpha": config.alpha,
     }  # fmt: skip
     assert {key: fields[key] for key in wanted} == wanted

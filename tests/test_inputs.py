@@ -59,6 +59,7 @@ SAME = {
     "llama3, 4": {"rope_theta": 5e4, "rope_scaling": OLD_LLAMA3},
     "llama3, 4, later": {"rope_theta": 5e4, "rope_scaling": LLAMA3},
     "llama3, 5": {"rope_parameters": LLAMA3 | {"rope_theta": 5e4}},
+    "linear": {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "llama3, theta outside": {"rope_theta": 5e4, "rope_parameters": LLAMA3},
 }
 DISAGREE = {
@@ -72,7 +73,7 @@ DISAGREE = {
     "type and rope_type": ({"rope_scaling": {"type": "linear", "rope_type": "default"}}, "'linear' and 'default'"),
     "original length": ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "32 and 64"),
     "part of the head": ({"rope_parameters": {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5}, "1.0 and 0.5"),
-    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+    "linear without a factor": ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     "half the head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -94,7 +95,7 @@ def with_rope(target, fields):
     return target
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", SAME)
 def test_rotations_are_those_of_transformers(case, tmp_path):
     directory = with_rope(tmp_path / "m", SAME[case])

@@ -33,6 +33,13 @@ from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 pytestmark = pytest.mark.slow
 
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+GEMMA3 = {
+    "query_pre_attn_scalar": 16, "tie_word_embeddings": False, "final_logit_softcapping": 30.0,
+    "layer_types": ["full_attention", *3 * ["sliding_attention"]], "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}  # fmt: skip
 VARIANTS = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
@@ -43,6 +50,12 @@ VARIANTS = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {}),
+    "smollm3-untied": ("smollm3", {"tie_word_embeddings": False}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16}),
+    "gemma3-untied-capped": ("gemma3_text", GEMMA3),
 }
 EMBEDDED = ["tiny-gpt2", "tiny-llama"]
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 400, 24)]
@@ -93,8 +106,8 @@ def gelu_of_ggml(x):
 
 
 def assert_close(model, logits, expected):
-    """To 2e-5 of the largest logit where sums of float32 differ by 2e-6; to 1e-3 in GPT-2, where the table makes 4e-4."""
-    relative = 1e-3 if isinstance(model, gpt2.GPT2) else 2e-5
+    """To 2e-5 of the largest logit where sums of float32 differ by 2e-6; to 1e-3 where GELU's table makes 4e-4."""
+    relative = 1e-3 if model.config.model_type in ("gpt2", "gemma3_text") else 2e-5
     np.testing.assert_allclose(logits, expected, atol=relative * np.abs(expected).max())
 
 
@@ -159,6 +172,21 @@ def test_scaled_rotary_frequencies_are_read(loaded, tmp_path):
     assert np.abs(scaled - unscaled).max() > 1e-1
 
 
+def test_a_window_that_llama_cpp_has_not_is_the_context_of_the_file(tmp_path):
+    """Up to it llama.cpp computes the same, and the file says so."""
+    make_torch_model("mistral", vocab_size=ROWS, sliding_window=20).save_pretrained(tmp_path / "hf")
+    model, params = jlora.load(tmp_path / "hf", dtype="float32")
+    with pytest.warns(UserWarning, match="without its sliding window: it computes the same for 20 tokens"):
+        path = written(tmp_path / "model.gguf", model, params, tiny.tokenizer())
+    with opened(path) as there:
+        assert there.metadata["llama.context_length"] == "20"
+        there.eval(IDS)
+        logits = np.array(there.scores[: len(IDS)])
+    expected = np.asarray(model.apply({"params": params}, np.array([IDS])))[0]
+    assert_close(model, logits[:20], expected[:20])
+    assert np.abs(logits[20:] - expected[20:]).max() > 1e-2
+
+
 @pytest.mark.parametrize(("dtype", "nats"), [("f16", 1e-6), ("bf16", 2e-4), ("q8_0", 1e-3)])
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_smaller_weights_keep_the_distributions(name, dtype, nats, loaded, tmp_path):
@@ -170,7 +198,7 @@ def test_smaller_weights_keep_the_distributions(name, dtype, nats, loaded, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("variant", ["gpt2", "llama-biased", "qwen2"])
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased", "qwen2", "qwen3", "smollm3", "gemma3"])
 def test_every_family_loads_in_every_type(variant, dtype, loaded, tmp_path):
     """Rows of 48 do not divide into blocks of 32: those matrices of a q8_0 file are f16."""
     model, params, tokenizer = loaded(variant)
@@ -191,6 +219,7 @@ def apart(tmp_path, model, params, config, tokenizer):
 
 LORAS = [
     *itertools.product(["gpt2", "gpt2-untied", "llama", "llama-biased", "mistral", "qwen2"], ADAPTERS),
+    *itertools.product(["qwen3", "smollm3", "gemma3"], ADAPTERS),
     ("llama", "head"),
     ("qwen2-untied", "head"),
     ("gpt2", "pissa"),

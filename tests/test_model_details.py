@@ -311,8 +311,7 @@ GPT2, LLAMA = {"model_type": "gpt2"}, {"model_type": "llama"}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_sizes_have_transformers_defaults(family):
-    fields = {"model_type": family} | ({"sliding_window": None} if family == "mistral" else {})
-    config = model_from_config(fields, dtype=jnp.float32).config
+    config = model_from_config({"model_type": family}, dtype=jnp.float32).config
     theirs = transformers.AutoConfig.for_model(family)
     sizes = {
         "gpt2": ["n_layer", "n_head", "n_embd", "n_positions", "layer_norm_epsilon"],
@@ -354,7 +353,8 @@ REFUSED = [
     (LLAMA | {"num_key_value_heads": 5}, ["`num_key_value_heads`", "`num_attention_heads` = 32", "got 5"]),
     (LLAMA | {"rope_theta": "big"}, ["`rope_theta`", "positive number", "'big'"]),
     (LLAMA | {"rope_scaling": "linear"}, ["`rope_scaling`", "object", "'linear'"]),
-    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type 'linear'", "'default' and 'llama3'"]),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, ["linear rope scaling", "lacks factor"]),
+    (LLAMA | {"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope type 'longrope'", "'default', 'llama3', 'linear'"]),
     (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope type 'dynamic'"]),
     (LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope type 'yarn'"]),
     (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["lacks low_freq_factor", "['factor'"]),
@@ -363,7 +363,7 @@ REFUSED = [
     (rope(original_max_position_embeddings=-1), ["`original_max_position_embeddings`", "an integer from 1", "-1"]),
     (rope(high_freq_factor=1.0), ["`high_freq_factor`", "greater than `low_freq_factor`", "1.0 and 1.0"]),
     (rope(partial_rotary_factor=0.5), ["`partial_rotary_factor` = 0.5", "llama"]),
-    ({"model_type": "mistral"}, ["`sliding_window` = 4096", "None", "mistral"]),
+    ({"model_type": "mistral", "sliding_window": "all"}, ["`sliding_window`", "an integer from 1", "'all'"]),
 ]  # fmt: skip
 
 

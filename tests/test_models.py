@@ -153,8 +153,16 @@ REFUSED = {
     "token id": (LLAMA | {"eos_token_id": "x"}, "`eos_token_id`"),
     "rope": (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
     "rope field": (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
-    "window": (LLAMA | {"model_type": "mistral", "sliding_window": 128}, "`sliding_window` = 128"),
-    "qwen window": (LLAMA | {"model_type": "qwen2", "use_sliding_window": True}, "`use_sliding_window` = True"),
+    "window": (
+        LLAMA | {"model_type": "mistral", "sliding_window": 0},
+        "`sliding_window` in config.json must be an integer",
+    ),
+    "qwen window": (LLAMA | {"model_type": "qwen2", "layer_types": 32 * ["sliding_attention"]}, "no `sliding_window`"),
+    "layer type": (LLAMA | {"layer_types": ["full_attention", "chunked"], "num_hidden_layers": 2}, "'chunked'"),
+    "llama with a window": (
+        LLAMA | {"layer_types": 32 * ["sliding_attention"]},
+        "'full_attention' in each of its 32 layers",
+    ),
 }
 
 

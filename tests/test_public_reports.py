@@ -379,7 +379,7 @@ def test_records_that_cannot_be_taken_at_their_word(tmp_path, line, says, ending
         read_records(path)
     assert says in str(error.value)
     in_one = ending == "json" and len(line) > 1000  # the file is one value, which Python's reader gives up
-    assert f"a.{ending}: " if in_one else f"a.{ending}:2: " in str(error.value)
+    assert (f"a.{ending}: " if in_one else f"a.{ending}:2: ") in str(error.value)
     assert len(str(error.value)) < 400
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jaxprs import walk
 
+from jlora.data import IGNORED
 from jlora.lora import LoraWeight, linear
 from jlora.models.gpt2 import gelu
 from jlora.models.layers import attention
-from jlora.train.loss import IGNORE, cross_entropy, next_tokens
+from jlora.train.loss import cross_entropy, next_tokens
 from jlora.weight import einsum
 
 TOKENS, WIDTH, VOCAB, RANK = 23, 16, 41, 3
@@ -44,7 +45,7 @@ def example(share, dtype):
     hidden = jax.random.normal(jax.random.key(0), (TOKENS, WIDTH)).astype(dtype)
     targets = jax.random.randint(jax.random.key(2), (TOKENS,), 0, VOCAB)
     supervised = jnp.asarray(np.random.default_rng(0).random(TOKENS) < share)
-    return hidden, jnp.where(supervised, targets, IGNORE), supervised
+    return hidden, jnp.where(supervised, targets, IGNORED), supervised
 
 
 def plain_loss(hidden, weight, targets, supervised, *, transpose):
@@ -101,9 +102,9 @@ def test_only_supervised_rows_get_a_gradient():
 
 
 def test_a_label_counts_when_its_predecessor_is_in_its_segment():
-    labels = jnp.array([[5, 6, 7, IGNORE, 9, 3, 4, 8]])
+    labels = jnp.array([[5, 6, 7, IGNORED, 9, 3, 4, 8]])
     targets, supervised = next_tokens(labels, None)
-    assert targets[0].tolist() == [6, 7, IGNORE, 9, 3, 4, 8, IGNORE]
+    assert targets[0].tolist() == [6, 7, IGNORED, 9, 3, 4, 8, IGNORED]
     assert supervised[0].tolist() == [True, True, False, True, True, True, True, False]
     # Two segments, then padding: the 9 starts the second, and the 4 and 8 are padding.
     _, supervised = next_tokens(labels, jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]]))

@@ -7,12 +7,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.few(50)
-@pytest.mark.parametrize(("name", "kind", "dtype"), torture.rows(loops=False))
+@pytest.mark.parametrize(("name", "kind", "dtype"), list(torture.rows(loops=False)))
 def test_torture(name, kind, dtype):
     torture.check(name, kind, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "dtype"), torture.rows(loops=False))
+@pytest.mark.parametrize(("name", "kind", "dtype"), list(torture.rows(loops=False)))
 def test_eagerly_and_again(name, kind, dtype):
     torture.check_eagerly(name, kind, dtype)

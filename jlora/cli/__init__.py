@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.table import Table
 
@@ -24,7 +24,7 @@ _FOREIGN_LENGTH = 400
 """Characters of another library's message; some are pages long."""
 
 
-def _commands() -> Mapping[str, tuple[type, Callable[[Any], Any]]]:
+def _commands() -> Mapping[str, tuple[type, Callable]]:
     """Name -> (dataclass of its flags, what runs it)."""
     from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
     from jlora.runs import FinetuneConfig, finetune
@@ -190,7 +190,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _overview(commands: Mapping[str, tuple[type, Any]]) -> Table:
+def _overview(commands: Mapping[str, tuple[type, Callable]]) -> Table:
     table = Table(box=None, show_header=False, title="jlora: LoRA for JAX", title_justify="left", pad_edge=False)
     for name, (options, _) in commands.items():
         table.add_row(f"jlora {name}", (options.__doc__ or "").strip().splitlines()[0])

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jlora._terminal import console, say
+from jlora._typing import Json, JsonObject
 from jlora.files import find
 from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.files.run_settings import FILE, RunSettings
@@ -50,8 +51,8 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
     data = getattr(options, "data", None) or (run.data if "data" in names else None)
     of_the_run = _is_same(data, run.data)
     known = {"seed": of_the_run, "eval_fraction": of_the_run, "eval_data": of_the_run or _is_same(data, run.eval_data)}
-    taken: dict[str, Any] = {}
-    other: dict[str, tuple[Any, Any]] = {}
+    taken: JsonObject = {}
+    other: dict[str, tuple[Json, Json]] = {}
     for name in (name for name in names if known.get(name, True)):
         given, was = getattr(options, name), getattr(run, name)
         if given is None:
@@ -95,22 +96,23 @@ def _other_base(adapter: Path, model: str) -> str | None:
     return f"says that it was trained on {named!r}, and nothing says that {model!r} is the same"
 
 
-def _refuse_differing(options: Any, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+def _refuse_differing(options: object, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
+    adapter = getattr(options, "adapter")  # noqa: B009
     for name in names:
-        values = {adapter: getattr(run, name) for adapter, run in settings.items()}
+        values = {named: getattr(run, name) for named, run in settings.items()}
         if getattr(options, name) is None and len(set(values.values())) > 1:
-            listed = ", ".join(f"{adapter}: {value}" for adapter, value in values.items())
+            listed = ", ".join(f"{named}: {value}" for named, value in values.items())
             raise ValueError(
-                f"The adapters in {options.adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
+                f"The adapters in {adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
                 f"use, --{name.replace('_', '-')}, or one of the adapters."
             )
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def _listed(settings: Mapping[str, Json]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _differs(other: Mapping[str, tuple[Any, Any]], *, measured: bool, split: bool) -> str:
+def _differs(other: Mapping[str, tuple[Json, Json]], *, measured: bool, split: bool) -> str:
     listed = ", ".join(f"{name} {given} (it was {was})" for name, (given, was) in other.items())
     means = "; the figures do not compare with the run's" if measured else ""
     trained_on = ", and records of this validation split were trained on" if measured and split else ""

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,15 @@ from rich.console import Console
 
 from jlora._numbers import check_seed
 from jlora._terminal import say
+from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import note, note_other_base
-from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, trained_too
+from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, row_length, trained_too
 from jlora.data.tokens import fingerprint
 from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
 from jlora.files.hf import AdapterBeside, add_stops
 from jlora.files.origin import Origin
 from jlora.files.run_settings import RunSettings
-from jlora.models import has_adapted_tie, untie
+from jlora.models import Model, has_adapted_tie, untie
 from jlora.quant import SPECS, FormatName
 
 Split = Literal["validation", "train", "all"]
@@ -54,11 +55,11 @@ def resolve_model(weights: Weights) -> str:
 
 
 class Loaded(NamedTuple):
-    model: Any
+    model: Model
     """Its end of text is all that ends a generation."""
-    params: Any
+    params: PyTree
     """With the adapter on."""
-    tokenizer: Any
+    tokenizer: PretrainedTokenizer
     tokenizer_files: Path
     """The directory that it was read from."""
 
@@ -95,7 +96,7 @@ def written_dtype(weights: Weights) -> str | None:
     return None if weights.dtype == "auto" else weights.dtype
 
 
-def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
+def _tokenizer(base: Path, adapter: str | None, model: Model) -> tuple[PretrainedTokenizer, Path]:
     """(tokenizer, its directory): the base's, unless the adapter's directory has another, with which it was trained."""
     tokenizer = load_tokenizer(base)
     beside = None if adapter is None else Path(adapter)
@@ -113,7 +114,7 @@ def _tokenizer(base: Path, adapter: str | None, model: Any) -> tuple[Any, Path]:
     return own, beside
 
 
-def mergeable(model: Any, params: Any, terminal: Console) -> tuple[Any, Any]:
+def mergeable(model: Model, params: PyTree, terminal: Console) -> tuple[Model, PyTree]:
     """The same model in a form that can be merged: with a head of its own where the adapter changes a tied embedding."""
     if not has_adapted_tie(model, params):
         return model, params
@@ -168,7 +169,7 @@ def require_data(options: EvaluationData) -> str:
 
 @contextmanager
 def open_data(
-    options: EvaluationData, tokenizer: Any, model: Any, run: RunSettings | None = None
+    options: EvaluationData, tokenizer: PretrainedTokenizer, model: Model, run: RunSettings | None = None
 ) -> Iterator[TextDataset | InstructDataset]:
     """The split as a data set; tokenized text lives in a temporary directory meanwhile.
 
@@ -182,7 +183,7 @@ def open_data(
             eval_data=options.eval_data if options.split == "validation" else None,
             eval_fraction=_eval_fraction(options),
             template=options.template or "alpaca",
-            max_length=row_length(options.max_length, model),
+            max_length=row_length(options.max_length, model.config.max_length),
             seed=options.seed or 0,
             directory=directory,
             vocab_size=model.config.vocab_size,
@@ -207,15 +208,3 @@ def _eval_fraction(options: EvaluationData) -> float:
     if options.eval_data is not None or options.split == "all":
         return 0.0  # all of --data is for training, or is looked at
     return EVAL_FRACTION if options.eval_fraction is None else options.eval_fraction
-
-
-def row_length(max_length: int | None, model: Any) -> int:
-    """Tokens in a row: as asked, or 512 or the model's limit.
-
-    Raises:
-        ValueError: when the model has fewer positions.
-    """
-    limit = model.config.max_length
-    if max_length is not None and max_length > limit:
-        raise ValueError(f"`max_length` must be at most the model's {limit} positions; got {max_length}.")
-    return max_length or min(512, limit)

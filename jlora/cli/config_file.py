@@ -7,8 +7,9 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from jlora._typing import Json
 from jlora.storage.structured import read_yaml
 
 _NUMBER = re.compile(r"-[\d.]")
@@ -59,7 +60,7 @@ def flags_of(options: type, path: Path) -> list[str]:
     return [part for parts in flags.values() for part in parts]
 
 
-def _flag(field: dataclasses.Field, hint: Any, value: Any) -> Iterator[str]:
+def _flag(field: dataclasses.Field, hint: object, value: Json) -> Iterator[str]:
     """Nothing where the value is the default for want of another.
 
     Raises:
@@ -89,7 +90,7 @@ def _flag(field: dataclasses.Field, hint: Any, value: Any) -> Iterator[str]:
         yield from (f"{flag}={text}",) if text.startswith("-") else (flag, text)
 
 
-def _text(hint: Any, value: Any) -> str:
+def _text(hint: object, value: Json) -> str:
     """One value as it is written on the command line."""
     scalars = _scalars(hint)
     if isinstance(value, str):
@@ -102,7 +103,7 @@ def _text(hint: Any, value: Any) -> str:
     return str(value)
 
 
-def _scalars(hint: Any) -> set[type]:
+def _scalars(hint: object) -> set[type]:
     """The types of single values that a field takes: {str, int} for `tuple[str, ...] | int | None`."""
     if typing.get_origin(hint) is Literal:
         return {type(value) for value in typing.get_args(hint)}
@@ -110,7 +111,7 @@ def _scalars(hint: Any) -> set[type]:
     return set().union(*map(_scalars, inside)) if inside else {hint}
 
 
-def _is_sequence(hint: Any) -> bool:
+def _is_sequence(hint: object) -> bool:
     return typing.get_origin(hint) in (tuple, list) or any(map(_is_sequence, typing.get_args(hint)))
 
 
@@ -118,6 +119,6 @@ def positional(options: type) -> set[str]:
     """The fields that are given by their place on the command line, without a flag."""
     from tyro.conf import Positional
 
-    (marker,) = Positional[str].__metadata__
+    (marker,) = typing.get_args(Positional[str])[1:]
     hints = typing.get_type_hints(options, include_extras=True)
     return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}

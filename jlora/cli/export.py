@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jlora._terminal import console, say
+from jlora._typing import PyTree
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import Weights, load_weights, mergeable, resolve_model, written_dtype
 from jlora.files import save_adapter, save_gguf, save_gguf_adapter, save_mlx_adapter, save_pretrained, save_torch
@@ -14,6 +15,7 @@ from jlora.files.gguf import DEFAULT_DTYPE, GGUFDtype
 from jlora.files.hf_save import refuse_checkpoint
 from jlora.files.ollama import modelfile
 from jlora.lora import LoraConfig
+from jlora.models import Model
 from jlora.storage.whole import refuse_existing, whole_directory, write_text
 
 
@@ -97,7 +99,7 @@ def _peft(options: Export, model, params, tokenizer) -> str:
 
 _OF_ADAPTERS = ("gguf-adapter", "mlx", "peft")
 
-_WRITERS: Mapping[str, Callable[[Export, Any, Any, Any], str]] = {
+_WRITERS: Mapping[str, Callable[[Export, Model, PyTree, Any], str]] = {
     "transformers": _transformers,
     "torch": _torch,
     "gguf": _gguf,

@@ -1,11 +1,11 @@
 """`jlora generate`."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from jlora._terminal import Part, console, say
+from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import as_trained, note_other_base
 from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
@@ -14,6 +14,7 @@ from jlora.files import base_model_of, load_adapters
 from jlora.files.adapters import adapter_directories
 from jlora.generation import generate
 from jlora.lora import route
+from jlora.models import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def run(options: Generate) -> None:
         say(terminal, *before, (prompt, "dim"), decode_continuation(tokenizer, ids, row) + "\n")
 
 
-def load_choices(weights: Weights) -> tuple[Any, Any, Any, tuple[str, ...]]:
+def load_choices(weights: Weights) -> tuple[Model, PyTree, PretrainedTokenizer, tuple[str, ...]]:
     """(model, parameters, tokenizer, names of the adapters in them to choose from: none where there is one or none).
 
     Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ from jlora.files.peft import PEFT, PREFIX, to_peft
 from jlora.files.run_settings import RunSettings
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
-from jlora.models import abstract_params, model_from_config
+from jlora.models import Model, abstract_params, model_from_config
 from jlora.storage import Checkpoint
 from jlora.tree.modules import linear_kernels
 from jlora.tree.paths import flatten
@@ -98,7 +98,7 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
     )
 
 
-def _trained(adapter: str | None, model: Any) -> set[str]:
+def _trained(adapter: str | None, model: Model) -> set[str]:
     """Which of the embedding and the head an adapter changes, by their paths."""
     if adapter is None:
         return set()

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora._terminal import console, say
-from jlora.cli.base import row_length
+from jlora.data import row_length
 from jlora.files import find, read_config
-from jlora.lora import LoraConfig, split
+from jlora.lora import split
 from jlora.models import model_from_config
 from jlora.quant import SPECS, FormatName
 from jlora.runs import FinetuneConfig
-from jlora.runs.config import targets_of
+from jlora.runs.flags import AdapterFlags
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
 from jlora.train.memory import Memory as Prediction
 from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
@@ -33,29 +33,21 @@ _MEANING = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Predict the memory of a fine-tuning step from config.json alone, before anything is loaded."""
-
+class Subject:
     model: str
     """Hugging Face directory or hub id; of it only config.json is read."""
-    rank: int = FinetuneConfig.rank
-    """Rank of the update."""
-    targets: tuple[str, ...] = FinetuneConfig.targets
-    """Module names to adapt."""
-    bias: Literal["none", "lora_only", "all"] = FinetuneConfig.bias
-    """Biases to train as they are: none, those of the adapted modules, or all."""
-    modules_to_save: tuple[str, ...] = FinetuneConfig.modules_to_save
-    """Modules to train whole, such as lm_head."""
-    use_dora: bool = FinetuneConfig.use_dora
-    """Also train the norm of every column of the updated kernels (DoRA)."""
-    init: Literal["kaiming", "gaussian", "pissa"] = FinetuneConfig.init
-    """Initialization of the factors; pissa keeps a second, frozen pair of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory(AdapterFlags, Subject):
+    """Predict the memory of a fine-tuning step from config.json alone, before anything is loaded."""
+
     batch_size: int = FinetuneConfig.batch_size
     """Rows in a micro-batch."""
     accumulate: int = FinetuneConfig.accumulate
     """Micro-batches in a step."""
-    max_length: int = 512
-    """Tokens in a row."""
+    max_length: int | None = None
+    """Tokens in a row; default: as `jlora finetune`."""
     quantize: FormatName | None = FinetuneConfig.quantize
     """Pack the frozen linear kernels."""
     remat: Literal["none", "layer"] = "none"
@@ -72,26 +64,18 @@ class Memory:
 
 def run(options: Memory) -> None:
     model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
-    row_length(options.max_length, model)
-    lora = LoraConfig(
-        rank=options.rank,
-        targets=targets_of(options.targets),
-        bias=options.bias,
-        modules_to_save=options.modules_to_save,
-        use_dora=options.use_dora,
-        init=options.init,
-    )
+    length = row_length(options.max_length, model.config.max_length)
     params = abstract_tree(
         model,
-        lora,
+        options.lora(),
         dtype=jnp.dtype(options.dtype),
         quantize=SPECS[options.quantize]() if options.quantize else None,
         stack=options.form == "stacked",
     )
     tx = adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
-    sizes = {"batch_size": options.batch_size, "length": options.max_length, "accumulate": options.accumulate}
+    sizes = {"batch_size": options.batch_size, "length": length, "accumulate": options.accumulate}
     predicted = predict(model, params, tx, **sizes)
-    compiled = _compiled(model, params, tx, options) if options.compile else None
+    compiled = _compiled(model, params, tx, options, length) if options.compile else None
     if options.json:
         fields = dataclasses.asdict(predicted) | {"peak": predicted.peak, "compiled_peak": compiled}
         print(json.dumps(fields, indent=2))
@@ -102,15 +86,15 @@ def run(options: Memory) -> None:
         terminal,
         (options.model, "bold"),
         f": {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, "
-        f"{count(adapter):,} trained; {options.batch_size} x {options.max_length} tokens, {options.dtype}, layers {options.form}",
+        f"{count(adapter):,} trained; {options.batch_size} x {length} tokens, {options.dtype}, layers {options.form}",
     )
     terminal.print(table(predicted, compiled))
 
 
-def _compiled(model, params, tx, options: Memory) -> int:
+def _compiled(model, params, tx, options: Memory, length: int) -> int:
     adapter, base = split(params)
     state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
-    batch = abstract_batch(options.batch_size * options.accumulate, options.max_length)
+    batch = abstract_batch(options.batch_size * options.accumulate, length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = make_step(causal_lm_loss(model), tx, accumulate=options.accumulate)
     return planned(step.lower(state, base, batch, key).compile())  # pyright: ignore[reportFunctionMemberAccess]

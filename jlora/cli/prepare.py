@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jlora._terminal import console, say
-from jlora.data import prepare_text
+from jlora.data import EVAL_FRACTION, prepare_text
 from jlora.files import find, load_tokenizer, read_config
 from jlora.models import model_from_config
 from jlora.storage.whole import check_writable
@@ -21,7 +21,7 @@ class Prepare:
     """A .txt file or a folder of them."""
     output: str
     """Directory for the shards."""
-    eval_fraction: float = 0.1
+    eval_fraction: float = EVAL_FRACTION
     """Share at the end that becomes the validation split."""
 
 

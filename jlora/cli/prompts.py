@@ -1,18 +1,20 @@
 """Prompts of the command line: raw text, or instructions in the template that the adapter was trained with."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from jlora._numbers import check_seed
+from jlora._typing import JsonObject, PretrainedTokenizer
 from jlora.cli.as_trained import note
 from jlora.data.prompts import Prompt, check_text, prompts_of, text_ids
 from jlora.data.records import Record
 from jlora.data.templates import prompt_ids
 from jlora.files import find
+from jlora.generation import SAMPLING
 from jlora.storage.stops import GENERATION_CONFIG, generation_config
 
-_SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
-"""Where neither a flag nor the checkpoint says otherwise."""
+_FROM_CHECKPOINT = ("temperature", "top_k", "top_p")
+"""Fields of generation_config.json that hold where no flag says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Prompts:
     template: Literal["none", "alpaca", "chat"] | None = None
     """none: continue the prompt as it is; alpaca, chat: take it as an instruction; default: as the adapter was trained,
     otherwise none."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = SAMPLING.max_new_tokens
     """At most this many new tokens a prompt."""
     temperature: float | None = None
     """0: always the likeliest token; default: as generation_config.json of the model says, otherwise 0.8."""
@@ -58,34 +60,36 @@ def read_prompts(options: Prompts) -> list[Prompt]:
     return found
 
 
-def encode_prompts(found: list[Prompt], options: Prompts, tokenizer: Any) -> list[tuple[str, list[int]]]:
+def encode_prompts(
+    found: list[Prompt], options: Prompts, tokenizer: PretrainedTokenizer
+) -> list[tuple[str, list[int]]]:
     """(text, token ids) of every prompt."""
     if options.template in (None, "none"):
         return [(text, text_ids(tokenizer, _raw(text, record))) for text, record in found]
     return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
 
 
-def _raw(text: str, record: dict[str, Any]) -> str:
+def _raw(text: str, record: JsonObject) -> str:
     if "messages" in record:
         raise ValueError("Prompts of `messages` are rendered by a chat template; give --template chat.")
     return text
 
 
-def sampling(options: Prompts, base: str) -> dict[str, Any]:
+def sampling(options: Prompts, base: str) -> JsonObject:
     """The arguments of `generate` that say how to sample; what the checkpoint says of it, and is taken or not, is said."""
     fields = generation_config(find(base))
     taken = {
         name: fields[name]
-        for name in _SAMPLING
+        for name in _FROM_CHECKPOINT
         if fields.get("do_sample") and getattr(options, name) is None and fields.get(name) is not None
     }
-    given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+    given = {name: value for name in _FROM_CHECKPOINT if (value := getattr(options, name)) is not None}
     if taken:
         note(f"as {GENERATION_CONFIG} says: {', '.join(f'{name} {value}' for name, value in taken.items())}")
     without = {name: fields[name] for name, none in _LEFT_OUT.items() if fields.get(name) not in (None, none)}
     if without:
         note(f"left out of {GENERATION_CONFIG}: {', '.join(f'{name} {value}' for name, value in without.items())}")
-    return {"max_new_tokens": options.max_new_tokens, **_SAMPLING, **taken, **given}
+    return SAMPLING._asdict() | {"max_new_tokens": options.max_new_tokens} | taken | given
 
 
 _LEFT_OUT = {

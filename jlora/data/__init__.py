@@ -16,6 +16,7 @@ from jlora.data.sources import EVAL_FRACTION as EVAL_FRACTION
 from jlora.data.sources import is_hub_data as is_hub_data
 from jlora.data.sources import kind_of as kind_of
 from jlora.data.sources import load_data as load_data
+from jlora.data.sources import row_length as row_length
 from jlora.data.sources import split_records as split_records
 from jlora.data.sources import trained_too as trained_too
 from jlora.data.stats import Stats as Stats

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-IGNORED = -100  # the label of a position that is not supervised, as in transformers and torch.nn.CrossEntropyLoss
+from jlora._numbers import IGNORED as IGNORED
 
 
 class Row(NamedTuple):
@@ -23,11 +23,11 @@ class Row(NamedTuple):
     segment_ids: np.ndarray | None = None
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Rows by index. Either every row has `segment_ids` or none has.
 
     length: the padded width of every batch; no row is longer.
-    largest_token: the largest id in any row.
     pad_id: what `input_ids` is padded with. Padding is told by its labels and segment, never by this id, so the
         end-of-text id is as good as any.
     """
@@ -35,16 +35,26 @@ class Dataset(Protocol):
     length: int
     pad_id: int
 
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row: ...
+
+
+@runtime_checkable
+class CountedDataset(Dataset, Protocol):
+    """A data set that knows what is in it.
+
+    largest_token: the largest id in any row.
+    """
+
+    stats: Stats
+
     @property
     def largest_token(self) -> int: ...
 
     def tokens(self) -> tuple[set[int], set[int]]:
         """The ids in the rows, and those of them that are supervised."""
         ...
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int) -> Row: ...
 
 
 def batch(dataset: Dataset, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:

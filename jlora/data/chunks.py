@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from jlora._typing import PretrainedTokenizer
 from jlora.data.encoding import LEADS
-from jlora.data.tokens import Tokenizer, encode, encode_many
+from jlora.data.tokens import encode, encode_many
 
 # The least and the most characters on each side of a cut on which it is tried. Tokenizers look at a word and the white space
 # around it, or at as much as a token holds.
@@ -74,12 +75,12 @@ def stable_chunks(
         yield Chunk(lead, held)
 
 
-def context_of(tokenizer: Tokenizer) -> int:
+def context_of(tokenizer: PretrainedTokenizer) -> int:
     """Characters on which a cut is to be tried: a few times the longest token."""
     return min(_MOST_CONTEXT, max(CONTEXT, 2 * max(map(len, tokenizer.get_vocab()))))
 
 
-def encode_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> Iterator[list[int]]:
+def encode_chunks(tokenizer: PretrainedTokenizer, chunks: Sequence[Chunk]) -> Iterator[list[int]]:
     """The ids of each chunk."""
     leads = {lead: len(encode(tokenizer, lead)) if lead else 0 for lead, _ in chunks}
     for chunk, ids in zip(chunks, encode_many(tokenizer, [lead + text for lead, text in chunks]), strict=True):

@@ -1,9 +1,9 @@
 """The columns of a record and the keys of its turns: each means something that is kept, or is refused, or is named."""
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
+from jlora._typing import Json, JsonObject
 from jlora.data.tokens import require_text
 from jlora.storage.structured import decode_json
 
@@ -35,13 +35,13 @@ _REFUSED_KEYS = {
 _WEIGHTS = ("weight", "sample_weight", "loss_weight", "train")
 
 
-class Record(dict[str, Any]):
+class Record(JsonObject):
     """A record by its columns, and the names of those that were left out."""
 
     left_out: tuple[str, ...] = ()
 
 
-def normalized(value: Any) -> Record:
+def normalized(value: Json) -> Record:
     """A record with columns of known names and types.
 
     Either {"instruction", "input", "output"} (strings; a missing or null `input` is ""), with `system` and `history` (pairs
@@ -101,7 +101,7 @@ def normalized(value: Any) -> Record:
     return record
 
 
-def has_empty_answer(record: dict[str, Any]) -> bool:
+def has_empty_answer(record: Mapping[str, Json]) -> bool:
     """Whether an answer that is learned has nothing but white space, no reasoning and no call of a tool either."""
     if "messages" not in record:
         return not record.get("output", "x").strip()
@@ -114,11 +114,11 @@ def has_empty_answer(record: dict[str, Any]) -> bool:
     )
 
 
-def _says_nothing(value: Any) -> bool:
+def _says_nothing(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def _instruction(value: dict[str, Any]) -> Record:
+def _instruction(value: JsonObject) -> Record:
     missing = [name for name in ("instruction", "output") if name not in value]
     if missing:
         raise ValueError(
@@ -145,7 +145,7 @@ def _put_system(record: Record, name: str, text: str) -> None:
         raise ValueError(f"a record has one system prompt; got {name!r} and a turn of the {first['role']}. Remove one")
 
 
-def _history(value: Any) -> list[list[str]]:
+def _history(value: Json) -> list[list[str]]:
     pairs = value if isinstance(value, list) else []
     if not pairs or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
@@ -155,21 +155,21 @@ def _history(value: Any) -> list[list[str]]:
     return [list(pair) for pair in pairs]
 
 
-def _tools(value: Any) -> list[dict[str, Any]]:
+def _tools(value: Json) -> list[JsonObject]:
     tools = _parsed(value)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"`tools` must be a list of objects (JSON schemas); got {cut(repr(value))}")
     return tools
 
 
-def _object(name: str, value: Any) -> dict[str, Any]:
+def _object(name: str, value: Json) -> JsonObject:
     parsed = _parsed(value)
     if not isinstance(parsed, dict):
         raise ValueError(f"{name!r} must be an object; got {cut(repr(value))}")
     return parsed
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Json) -> Json:
     """JSON inside JSON, as columns of tables hold it."""
     if not isinstance(value, str):
         return value
@@ -179,7 +179,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _messages(turns: Any, *, role: str, content: str) -> list[dict[str, Any]]:
+def _messages(turns: Json, *, role: str, content: str) -> list[JsonObject]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"messages must be a list with at least one turn; got {kind(turns)}: {cut(repr(turns))}")
     messages = [_turn(index, turn, role, content) for index, turn in enumerate(turns)]
@@ -197,7 +197,7 @@ def _messages(turns: Any, *, role: str, content: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _turn(index: int, turn: Any, role: str, content: str) -> dict[str, Any]:
+def _turn(index: int, turn: Json, role: str, content: str) -> JsonObject:
     if not isinstance(turn, dict):
         raise ValueError(f"turn {index} must be an object with strings {role!r} and {content!r}; got {cut(repr(turn))}")
     keys = {key: value for key, value in turn.items() if not _says_nothing(value)}
@@ -213,7 +213,7 @@ def _turn(index: int, turn: Any, role: str, content: str) -> dict[str, Any]:
     for key, edit in _REFUSED_KEYS.items():
         if key in keys and keys[key] is not False:
             raise ValueError(f"turn {index} must be text that is said; got {key!r}: {cut(repr(keys[key]))}. {edit}")
-    message: dict[str, Any] = {"role": name}
+    message: JsonObject = {"role": name}
     if text is not None:
         message["content"] = text
     if calls:
@@ -231,7 +231,7 @@ def _turn(index: int, turn: Any, role: str, content: str) -> dict[str, Any]:
     return message | {key: value for key, value in keys.items() if key not in skipped and key not in message}
 
 
-def _text(index: int, value: Any) -> str | None:
+def _text(index: int, value: Json) -> str | None:
     """Content: a string, or a list of parts that are text."""
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
@@ -243,7 +243,7 @@ def _text(index: int, value: Any) -> str | None:
     return "".join(part for part in parts if part is not None)
 
 
-def _trained(index: int, turn: dict[str, Any], role: str) -> bool:
+def _trained(index: int, turn: JsonObject, role: str) -> bool:
     said = {key: turn[key] for key in _TRAIN if turn.get(key) is not None}
     for key, flag in said.items():
         if flag not in (0, 1) or isinstance(flag, str):
@@ -257,7 +257,7 @@ def _trained(index: int, turn: dict[str, Any], role: str) -> bool:
     return all(said.values())
 
 
-def _tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
+def _tool_calls(index: int, calls: Json) -> list[JsonObject]:
     """Calls with their arguments as objects: OpenAI writes these as JSON, chat templates expect what it says."""
     if calls is None:
         return []
@@ -277,7 +277,7 @@ def _tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Json) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -289,7 +289,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
         type(value), type(value).__name__
     )

@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from jlora.data.records import Record
+from jlora._typing import Json, JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 
 # transformers' names for it, of which the first one found fills "reasoning_content" and "thinking".
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -26,11 +26,11 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     trained: list[bool]
-    tools: list[dict[str, Any]] | None
-    variables: dict[str, Any]
+    tools: list[JsonObject] | None
+    variables: JsonObject
 
 
-def conversation_of(record: Record) -> Conversation:
+def conversation_of(record: Mapping[str, Json]) -> Conversation:
     """Of a record as from `read_records`; instruction columns become turns.
 
     Raises:
@@ -89,7 +89,7 @@ def left_out_of(conversation: Conversation, whole: str, source: str) -> tuple[st
     return tuple(left_out)
 
 
-def _of_columns(record: Record) -> list[Message]:
+def _of_columns(record: Mapping[str, Json]) -> list[Message]:
     if "instruction" not in record:
         raise ValueError(
             f"the chat template needs `messages`, or `instruction` and `output`; got {', '.join(map(repr, record))}. "
@@ -131,12 +131,12 @@ def _labels(message: Message, whole: str, source: str) -> Iterator[str]:
             yield "messages.tool_calls.id"
 
 
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
+def _function(tool: JsonObject) -> JsonObject:
     inner = tool.get("function")
     return inner if isinstance(inner, dict) else tool
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Json) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -14,7 +14,8 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
-from jlora.data.tokens import Tokenizer, encode, encode_many
+from jlora._typing import Tokenizer
+from jlora.data.tokens import encode, encode_many
 from jlora.storage.pre_tokenizers import WORDS_APART, steps_of
 
 Piece = tuple[str, bool]  # text, and whether the loss is taken on it
@@ -247,7 +248,7 @@ def _cuts(tokenizer: Tokenizer) -> _Cuts:
     itself. Not so slow tokenizers, tokens that take the white space beside them, and ones matched as single words only.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.split_special_tokens:
+    if backend is None or getattr(tokenizer, "split_special_tokens", False):
         return _Cuts(None, frozenset(), False)
     added = [token for token in backend.get_added_tokens_decoder().values() if token.content]
     plain = not any(token.lstrip or token.rstrip or token.single_word or " " in token.content for token in added)

@@ -2,19 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from jlora._typing import Json, PretrainedTokenizer
 from jlora.data.batches import IGNORED, Row, supervised_tokens
 from jlora.data.columns import has_empty_answer
 from jlora.data.encoding import Encoded, encode_pieces
 from jlora.data.packing import first_fit_decreasing, packed
-from jlora.data.records import Record
 from jlora.data.stats import Stats
 from jlora.data.templates import Rendering, rendering
-from jlora.data.tokens import Tokenizer, added_bos, pad_id
+from jlora.data.tokens import added_bos, pad_id
 
 _MULTIPLE = 8  # of which the width of a batch is one: matrix units want it, and lengths that nearly agree then share it
 _RECORDS_AT_ONCE = 1024  # encoded in one call, so that a fast tokenizer can use the cores
@@ -43,8 +43,8 @@ class InstructDataset:
 
     def __init__(
         self,
-        records: Iterable[tuple[str, Record]],
-        tokenizer: Tokenizer,
+        records: Iterable[tuple[str, Mapping[str, Json]]],
+        tokenizer: PretrainedTokenizer,
         *,
         template: str,
         max_length: int,
@@ -147,7 +147,7 @@ class InstructDataset:
 
 
 def _tokenized(
-    records: Sequence[tuple[str, Record]], tokenizer: Tokenizer, template: str
+    records: Sequence[tuple[str, Mapping[str, Json]]], tokenizer: PretrainedTokenizer, template: str
 ) -> Iterator[tuple[str, tuple[str, ...], Encoded]]:
     """Of each record its place, the names of what its text leaves out, and its ids."""
     bos = added_bos(tokenizer)
@@ -163,7 +163,7 @@ def _tokenized(
             yield where, text.left_out, row
 
 
-def _rendering(where: str, record: Record, tokenizer: Tokenizer, template: str) -> Rendering:
+def _rendering(where: str, record: Mapping[str, Json], tokenizer: PretrainedTokenizer, template: str) -> Rendering:
     try:
         return rendering(record, tokenizer, template=template)
     except ValueError as error:
@@ -171,7 +171,10 @@ def _rendering(where: str, record: Record, tokenizer: Tokenizer, template: str) 
 
 
 def _blame(
-    group: Sequence[tuple[str, Record]], texts: Sequence[Rendering], tokenizer: Tokenizer, bos: int | None
+    group: Sequence[tuple[str, Mapping[str, Json]]],
+    texts: Sequence[Rendering],
+    tokenizer: PretrainedTokenizer,
+    bos: int | None,
 ) -> None:
     """Name the first record that cannot be encoded, found one by one."""
     for (where, _), text in zip(group, texts, strict=True):

@@ -3,11 +3,12 @@
 from functools import partial
 from itertools import groupby
 
-from jlora.data.batches import IGNORED, Dataset
-from jlora.data.tokens import Tokenizer, continuation
+from jlora._typing import PretrainedTokenizer
+from jlora.data.batches import IGNORED, CountedDataset, Dataset
+from jlora.data.tokens import continuation
 
 
-def preview(dataset: Dataset, tokenizer: Tokenizer, *, rows: int) -> list[list[tuple[str, bool]]]:
+def preview(dataset: Dataset, tokenizer: PretrainedTokenizer, *, rows: int) -> list[list[tuple[str, bool]]]:
     """The first rows as (text, supervised) runs, decoded from the very tokens that are trained on.
 
     Special tokens are shown. A packed row starts a new run at each record.
@@ -24,7 +25,7 @@ def preview(dataset: Dataset, tokenizer: Tokenizer, *, rows: int) -> list[list[t
     return [_runs(dataset, tokenizer, index) for index in range(min(rows, len(dataset)))]
 
 
-def _runs(dataset: Dataset, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
+def _runs(dataset: Dataset, tokenizer: PretrainedTokenizer, index: int) -> list[tuple[str, bool]]:
     show = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     row = dataset.row(index)
     supervised = (row.labels != IGNORED).tolist()
@@ -39,8 +40,8 @@ def _runs(dataset: Dataset, tokenizer: Tokenizer, index: int) -> list[tuple[str,
     return runs
 
 
-def summary(dataset: Dataset) -> dict[str, int | float | tuple[str, ...]]:
-    """The counts of a data set that has `stats`, by name, in the order to show them; shares are in 0..1."""
+def summary(dataset: CountedDataset) -> dict[str, int | float | tuple[str, ...]]:
+    """The counts of a data set by name, in the order to show them; shares are in 0..1."""
     stats = dataset.stats
     return {
         "records": stats.records,

@@ -1,12 +1,14 @@
 """Prompts read and encoded as training data is."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jlora._typing import Json, PretrainedTokenizer
 from jlora.data.records import Record, read_records
 from jlora.data.sources import kind_of
-from jlora.data.tokens import Tokenizer, added_bos, encode, require_text, with_bos
+from jlora.data.tokens import added_bos, encode, require_text, with_bos
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -40,7 +42,7 @@ def prompts_of(path: str | Path) -> list[Prompt]:
     return found
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def text_ids(tokenizer: PretrainedTokenizer, text: str) -> list[int]:
     """The tokens of raw text to continue: as at the start of a document, which the text need not end.
 
     Raises:
@@ -81,7 +83,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _answered(value: Any) -> Any:
+def _answered(value: Json) -> Json:
     """A record as it would be with an answer, so that one rule reads both."""
     if not isinstance(value, dict):
         return value
@@ -97,7 +99,7 @@ def _answered(value: Any) -> Any:
     return value if value.get("output") is not None else {**value, "output": ""}
 
 
-def _shown(record: Record) -> str:
+def _shown(record: Mapping[str, Json]) -> str:
     if "messages" not in record:
         return "\n".join(filter(None, (record["instruction"], record.get("input"))))
     turns = record["messages"]

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from jlora._typing import Json
 from jlora.data.columns import Record as Record
 from jlora.data.columns import cut, kind, normalized
 from jlora.storage.structured import beyond_bounds, decode_json
@@ -13,7 +13,7 @@ _LISTED = 10  # bad records named in one error
 
 
 def read_records(
-    source: str | Path, *, prepare: Callable[[Any], Any] = lambda value: value
+    source: str | Path, *, prepare: Callable[[Json], Json] = lambda value: value
 ) -> list[tuple[str, Record]]:
     """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
 
@@ -52,9 +52,10 @@ def read_records(
     return records
 
 
-def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(source: str | Path) -> Iterator[tuple[str, Json]]:
     with Path(source).open("rb") as lines:  # bytes: a line that is not UTF-8 is then one bad line, not the end
         for number, raw in enumerate(lines, 1):
+            line = ""
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 value, _ = decode_json(line) if line else (None, 0)
@@ -72,7 +73,7 @@ def _json_lines(source: str | Path) -> Iterator[tuple[str, Any]]:
             yield f"{source}:{number}", value
 
 
-def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
+def _json_list(source: str | Path) -> Iterator[tuple[str, Json]]:
     raw = Path(source).read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -99,7 +100,7 @@ def _json_list(source: str | Path) -> Iterator[tuple[str, Any]]:
         yield f"{source}:{line}", value
 
 
-def _elements(text: str) -> Iterator[tuple[int, Any]]:
+def _elements(text: str) -> Iterator[tuple[int, Json]]:
     """Each element of a valid JSON list, or what is wrong with it, and the line on which it starts."""
     plain, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
@@ -117,7 +118,7 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
         yield line, value
 
 
-def _hub(source: str | Path) -> Iterator[tuple[str, Any]]:
+def _hub(source: str | Path) -> Iterator[tuple[str, Json]]:
     try:
         import datasets
     except ImportError as error:

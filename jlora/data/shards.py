@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.storage.lock import LOCK
 from jlora.storage.structured import read_json
 from jlora.storage.whole import is_partial, whole_file
@@ -54,7 +54,7 @@ def _write_array(file: Path, array: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def publish(building: Path, directory: Path, meta: dict[str, Any]) -> None:
+def publish(building: Path, directory: Path, meta: JsonObject) -> None:
     """Swap the shards in. `meta.json` goes first and comes last, so a crash in between leaves "not prepared"."""
     (directory / META).unlink(missing_ok=True)
     for stale in [file for file in directory.iterdir() if _SHARD.fullmatch(file.name)]:
@@ -77,7 +77,7 @@ def holds_only_shards(directory: Path) -> bool:
     )
 
 
-def read_meta(directory: Path) -> dict[str, Any] | None:
+def read_meta(directory: Path) -> JsonObject | None:
     """`meta.json` as `prepare_text` wrote it; None where there is none or it is damaged.
 
     Raises:
@@ -97,7 +97,7 @@ def read_meta(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_meta(meta: Mapping[str, Any]) -> bool:
+def _is_meta(meta: Mapping[str, Json]) -> bool:
     try:
         return isinstance(meta["request"], dict) and all(
             isinstance(meta["tokens"][split], int)
@@ -111,7 +111,7 @@ def _is_meta(meta: Mapping[str, Any]) -> bool:
         return False
 
 
-def reusable(directory: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+def reusable(directory: Path, request: JsonObject) -> JsonObject | None:
     """`meta.json`, if it is that of the request and the shards are what it says."""
     meta = read_meta(directory)
     if meta is None or meta["request"] != request or _damaged_shard(directory, meta) is not None:
@@ -119,7 +119,7 @@ def reusable(directory: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     return meta
 
 
-def damage(directory: Path, request: dict[str, Any]) -> str | None:
+def damage(directory: Path, request: JsonObject) -> str | None:
     """What is wrong with a folder that was made for this request, in words."""
     meta = read_meta(directory)
     if meta is None:
@@ -129,7 +129,7 @@ def damage(directory: Path, request: dict[str, Any]) -> str | None:
     return None
 
 
-def _damaged_shard(directory: Path, meta: Mapping[str, Any]) -> Path | None:
+def _damaged_shard(directory: Path, meta: Mapping[str, Json]) -> Path | None:
     for split, digests in meta["sha256"].items():
         for index, digest in enumerate(digests):
             file = directory / shard_name(split, index)

@@ -4,17 +4,20 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from jlora._typing import PretrainedTokenizer
 from jlora.data.instruct import InstructDataset
 from jlora.data.records import Record, read_records
 from jlora.data.shards import EVALUATION
 from jlora.data.text import TextDataset, prepare_text
-from jlora.data.tokens import Tokenizer, pad_id
+from jlora.data.tokens import pad_id
 from jlora.data.vocabulary import check_vocabulary
 
 EVAL_FRACTION = 0.1  # the share to evaluate on where nothing is said
+MAX_LENGTH = 512  # tokens in a row where nothing is said, if the model has as many positions
 
 Source = str | Path | Sequence[str | Path]
 
@@ -24,9 +27,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FOREIGN = (".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".yaml", ".yml", ".xml")
 
 
+_Item = TypeVar("_Item")
+
+
 def load_data(
     data: Source,
-    tokenizer: Tokenizer,
+    tokenizer: PretrainedTokenizer,
     *,
     eval_data: Source | None = None,
     eval_fraction: float | None = None,
@@ -147,9 +153,7 @@ def is_hub_data(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and suffix not in (*_KINDS, *_FOREIGN) and not Path(name).exists()
 
 
-def split_records(
-    records: list[tuple[str, Record]], *, eval_fraction: float, seed: int
-) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:
+def split_records(records: Sequence[_Item], *, eval_fraction: float, seed: int) -> tuple[list[_Item], list[_Item]]:
     """Hold out a share of the records, drawn with `seed`; both parts keep the order of the file.
 
     A share above 0 holds out at least one record.
@@ -160,7 +164,7 @@ def split_records(
     if seed < 0:
         raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
     if eval_fraction == 0:
-        return records, []
+        return list(records), []
     n_held_out = max(1, round(len(records) * eval_fraction))
     if n_held_out >= len(records):
         raise ValueError(
@@ -174,3 +178,14 @@ def split_records(
         [record for i, record in enumerate(records) if i not in held_out],
         [record for i, record in enumerate(records) if i in held_out],
     )
+
+
+def row_length(max_length: int | None, positions: int) -> int:
+    """Tokens in a row: as asked, or `MAX_LENGTH`, or the model's limit if that is less.
+
+    Raises:
+        ValueError: when the model has fewer positions.
+    """
+    if max_length is not None and max_length > positions:
+        raise ValueError(f"`max_length` must be at most the model's {positions} positions; got {max_length}.")
+    return max_length or min(MAX_LENGTH, positions)

@@ -1,13 +1,13 @@
 """A record as text: what the model is given, and what it is to say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from typing import NamedTuple
 
+from jlora._typing import Json, PretrainedTokenizer
 from jlora.data.conversations import Conversation, Message, conversation_of, left_out_of, turn_content
 from jlora.data.encoding import Piece, encode_pieces
-from jlora.data.records import Record
-from jlora.data.tokens import Tokenizer, added_bos
+from jlora.data.tokens import added_bos
 
 # https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py, PROMPT_DICT: nothing follows "### Response:".
 ALPACA_WITH_INPUT = (
@@ -37,7 +37,7 @@ class Rendering(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
-def render(record: Record, tokenizer: Tokenizer, *, template: str) -> list[Piece]:
+def render(record: Mapping[str, Json], tokenizer: PretrainedTokenizer, *, template: str) -> list[Piece]:
     """The text of a record in pieces, each of them supervised or not; joined they are the whole text.
 
     `alpaca`: the Stanford Alpaca prompt with or without input, then the response closed by one end-of-text token.
@@ -58,12 +58,12 @@ def render(record: Record, tokenizer: Tokenizer, *, template: str) -> list[Piece
     return rendering(record, tokenizer, template=template).pieces
 
 
-def rendering(record: Record, tokenizer: Tokenizer, *, template: str) -> Rendering:
+def rendering(record: Mapping[str, Json], tokenizer: PretrainedTokenizer, *, template: str) -> Rendering:
     """`render`, with what the text leaves out."""
     return _template(template).render(record, tokenizer)
 
 
-def prompt_ids(record: Record, tokenizer: Tokenizer, *, template: str) -> list[int]:
+def prompt_ids(record: Mapping[str, Json], tokenizer: PretrainedTokenizer, *, template: str) -> list[int]:
     """The tokens to generate a response from: exactly those in front of the (last) response in training.
 
     Args:
@@ -78,8 +78,8 @@ def prompt_ids(record: Record, tokenizer: Tokenizer, *, template: str) -> list[i
 
 
 class _Template(NamedTuple):
-    render: Callable[[Record, Tokenizer], Rendering]
-    prompt: Callable[[Record, Tokenizer], Rendering]
+    render: Callable[[Mapping[str, Json], PretrainedTokenizer], Rendering]
+    prompt: Callable[[Mapping[str, Json], PretrainedTokenizer], Rendering]
 
 
 def _template(name: str) -> _Template:
@@ -88,7 +88,7 @@ def _template(name: str) -> _Template:
     return TEMPLATES[name]
 
 
-def _alpaca_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
+def _alpaca_prompt(record: Mapping[str, Json], tokenizer: PretrainedTokenizer) -> Rendering:
     if "instruction" not in record:
         raise ValueError(
             f"the alpaca template needs the columns `instruction` and `output`; got {', '.join(map(repr, record))}. "
@@ -104,7 +104,7 @@ def _alpaca_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
     return Rendering([(form.format(instruction=record["instruction"], input=record.get("input")), False)])
 
 
-def _alpaca(record: Record, tokenizer: Tokenizer) -> Rendering:
+def _alpaca(record: Mapping[str, Json], tokenizer: PretrainedTokenizer) -> Rendering:
     prompt, eos = _alpaca_prompt(record, tokenizer).pieces, tokenizer.eos_token
     if "output" not in record:
         raise ValueError(f"training needs the column `output`; got {', '.join(map(repr, record))}. Add the column.")
@@ -116,14 +116,14 @@ def _alpaca(record: Record, tokenizer: Tokenizer) -> Rendering:
     return Rendering([*prompt, (record["output"].removesuffix(eos) + eos, True)])
 
 
-def _chat(record: Record, tokenizer: Tokenizer) -> Rendering:
+def _chat(record: Mapping[str, Json], tokenizer: PretrainedTokenizer) -> Rendering:
     conversation = conversation_of(record)
     if all(message["role"] != "assistant" for message in conversation.messages):
         raise ValueError("training needs a turn of the assistant; got none. Add the column `output`, or the turn.")
     return _chat_rendering(conversation, tokenizer, prompt=False)
 
 
-def _chat_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
+def _chat_prompt(record: Mapping[str, Json], tokenizer: PretrainedTokenizer) -> Rendering:
     conversation = conversation_of(record)
     messages = conversation.messages
     if messages[-1]["role"] == "assistant":
@@ -134,7 +134,7 @@ def _chat_prompt(record: Record, tokenizer: Tokenizer) -> Rendering:
 TEMPLATES = {"alpaca": _Template(_alpaca, _alpaca_prompt), "chat": _Template(_chat, _chat_prompt)}
 
 
-def _chat_rendering(conversation: Conversation, tokenizer: Tokenizer, *, prompt: bool) -> Rendering:
+def _chat_rendering(conversation: Conversation, tokenizer: PretrainedTokenizer, *, prompt: bool) -> Rendering:
     """The whole conversation, or (`prompt`) what is in front of the next answer."""
     messages, trained, _, _ = conversation
     whole = _rendered(conversation, len(messages), tokenizer, add_generation_prompt=prompt)
@@ -171,7 +171,9 @@ def _chat_rendering(conversation: Conversation, tokenizer: Tokenizer, *, prompt:
     return Rendering([piece for piece in (*pieces, (whole[done:], False)) if piece[0]], left_out)
 
 
-def _rendered(conversation: Conversation, turns: int, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
+def _rendered(
+    conversation: Conversation, turns: int, tokenizer: PretrainedTokenizer, *, add_generation_prompt: bool
+) -> str:
     """Its first turns."""
     from jlora.storage.jinja import render_template  # jinja2 is imported where it is used, as transformers does
 
@@ -213,7 +215,7 @@ def _tail(response: str, message: Message) -> str:
     return response
 
 
-def _closed(text: str, tokenizer: Tokenizer) -> bool:
+def _closed(text: str, tokenizer: PretrainedTokenizer) -> bool:
     """Whether the text ends in a token of its own, such as <|im_end|>."""
     return text.endswith((*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()))
 

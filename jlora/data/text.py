@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jlora._typing import JsonObject, PretrainedTokenizer
 from jlora.data.batches import IGNORED, Row
 from jlora.data.chunks import context_of, encode_chunks, stable_chunks
 from jlora.data.shards import (
@@ -32,7 +32,7 @@ from jlora.data.shards import (
     write_shards,
 )
 from jlora.data.stats import Stats
-from jlora.data.tokens import Tokenizer, added_bos, encode, fingerprint, largest_id, with_bos
+from jlora.data.tokens import added_bos, encode, fingerprint, largest_id, with_bos
 from jlora.data.vocabulary import beyond
 from jlora.storage.lock import LOCK, only_writer
 from jlora.storage.whole import full_disk_said, remove_all_partial
@@ -46,13 +46,13 @@ _LISTED = 10
 
 def prepare_text(
     path: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
+    tokenizer: PretrainedTokenizer,
     *,
     directory: str | Path,
     eval_fraction: float,
     shard_tokens: int = 1 << 26,
     vocab_size: int | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Tokenize text files into `directory`, unless it already holds exactly this.
 
     Each file is a document: its text as it is (UTF-8; a byte order mark is left out), behind one beginning-of-text
@@ -111,13 +111,13 @@ def prepare_text(
 
 def _prepare(
     directory: Path,
-    request: dict[str, Any],
+    request: JsonObject,
     files: list[Path],
-    tokenizer: Tokenizer,
+    tokenizer: PretrainedTokenizer,
     eval_fraction: float,
     shard_tokens: int,
     vocab_size: int | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=directory))
     try:
         stream, dtype = building / "tokens.bin", _dtype(tokenizer)
@@ -304,7 +304,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
+def _dtype(tokenizer: PretrainedTokenizer) -> np.dtype:
     return np.dtype(np.uint16 if largest_id(tokenizer) < 1 << 16 else np.uint32)
 
 
@@ -346,7 +346,7 @@ def _read_blocks(file: Path) -> Iterator[str]:
                 return
 
 
-def _write_stream(files: list[Path], tokenizer: Tokenizer, stream: Path, dtype: np.dtype) -> None:
+def _write_stream(files: list[Path], tokenizer: PretrainedTokenizer, stream: Path, dtype: np.dtype) -> None:
     """All documents' tokens, one after the other, as raw bytes."""
     bos, eos, context = added_bos(tokenizer), tokenizer.eos_token_id, context_of(tokenizer)
     with stream.open("wb") as out:

@@ -4,9 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
-from typing import Any
 
-Tokenizer = Any  # a transformers.PreTrainedTokenizerBase; not imported, to keep `import jlora` light
+from jlora._typing import PretrainedTokenizer, Tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -32,7 +31,7 @@ def encode_many(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         # What the last call of somebody else left behind.
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
+        backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
         # "fast": without the characters that each token stands for, which nobody here asks for.
         return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     except TypeError:
@@ -107,12 +106,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
-def largest_id(tokenizer: Tokenizer) -> int:
+def largest_id(tokenizer: PretrainedTokenizer) -> int:
     """The largest id in the vocabulary; `len(tokenizer) - 1` where ids have no holes."""
     return max(tokenizer.get_vocab().values())
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def fingerprint(tokenizer: PretrainedTokenizer) -> str:
     """SHA-256 of everything that decides how the tokenizer encodes a text; the same for equal tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -1,10 +1,10 @@
 """Whether a data set's tokens are a model's."""
 
-from jlora.data.batches import Dataset
-from jlora.data.tokens import Tokenizer
+from jlora._typing import PretrainedTokenizer
+from jlora.data.batches import CountedDataset
 
 
-def check_vocabulary(dataset: Dataset, tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(dataset: CountedDataset, tokenizer: PretrainedTokenizer, vocab_size: int) -> None:
     """Refuses a data set with an id that the model's embedding has no row for; what the tokenizer could give, and no text
     holds, does not matter. Pads with id 0 where the tokenizer's own padding is such an id.
 
@@ -20,7 +20,7 @@ def check_vocabulary(dataset: Dataset, tokenizer: Tokenizer, vocab_size: int) ->
         dataset.pad_id = 0
 
 
-def beyond(token_id: int, tokenizer: Tokenizer, vocab_size: int) -> str:
+def beyond(token_id: int, tokenizer: PretrainedTokenizer, vocab_size: int) -> str:
     """Says that an id has no row in the embedding, and what to do."""
     token = tokenizer.convert_ids_to_tokens(token_id)
     return (

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jlora._typing import Params
+from jlora._typing import Json, Params, PyTree
 from jlora.lora import LoraConfig, stack_adapters
 from jlora.lora.config import reads_configs
 from jlora.storage.checkpoint_files import holds_checkpoint
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """Fields of its config that no other layout has."""
     base: str
     """The field of its config that names the base model."""
-    read: Callable[["AdapterDirectory", Params], dict[str, Any]]
+    read: Callable[["AdapterDirectory", Params], PyTree]
     """Unadapted parameters with the adapter of a directory on them."""
     config: Callable[["AdapterDirectory"], LoraConfig]
     """What its `adapter_config.json` means."""
@@ -60,7 +60,7 @@ def layouts() -> list[Layout]:
 class AdapterDirectory(NamedTuple):
     path: Path
     layout: Layout
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Json]
     """Of `adapter_config.json`."""
 
     @property
@@ -155,7 +155,7 @@ def load_config(directory: str | os.PathLike) -> LoraConfig:
     return found.layout.config(found)
 
 
-def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]:
+def load_adapter(directory: str | os.PathLike, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of a directory on them, PEFT's or mlx-lm's.
 
     Args:
@@ -172,7 +172,7 @@ def load_adapter(directory: str | os.PathLike, params: Params) -> dict[str, Any]
     return found.layout.read(found, params)
 
 
-def load_adapters(directory: str | os.PathLike, params: Params) -> Any:
+def load_adapters(directory: str | os.PathLike, params: Params) -> PyTree:
     """Unadapted parameters with all adapters of a directory on them, side by side: choose with `route(params, name)`.
 
     Args:

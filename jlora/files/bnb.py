@@ -6,11 +6,11 @@ Reference: bitsandbytes `QuantState.as_dict(packed=True)`.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.quant import NF4, NF4Tensor
 from jlora.quant.codes import DYNAMIC_CODE, NF4_CODE
 from jlora.quant.formats import BLOCK_SIZES
@@ -121,7 +121,7 @@ class QuantState:
         return NF4Tensor(codes, scales, kernel_shape, self.spec, self.dtype)
 
 
-def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Any]:
+def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Json]:
     if checkpoint.dtypes[tensor] != "U8":
         raise ValueError(f"{where} must be stored as U8; got {checkpoint.dtypes[tensor]}.")
     try:
@@ -138,7 +138,7 @@ def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[st
 def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     """Everything a checkpoint stores for the weight called `name`."""
     d_in, d_out = q.kernel_shape
-    state: dict[str, Any] = {
+    state: JsonObject = {
         "quant_type": "nf4",
         "blocksize": q.block_size,
         "dtype": q.logical_dtype,
@@ -156,12 +156,12 @@ def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     return tensors
 
 
-def is_declared(quantization: Mapping[str, Any]) -> bool:
+def is_declared(quantization: Mapping[str, Json]) -> bool:
     """Whether a `quantization_config` says that the checkpoint is bitsandbytes' in 4 bits."""
     return quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit") is True
 
 
-def quantization_config(spec: NF4, dtype: str, skipped: list[str]) -> Mapping[str, Any]:
+def quantization_config(spec: NF4, dtype: str, skipped: list[str]) -> Mapping[str, Json]:
     """The field of config.json by which transformers knows that the checkpoint is quantized."""
     return {
         "_load_in_4bit": True,

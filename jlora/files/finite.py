@@ -4,13 +4,12 @@ Those of a checkpoint are looked at while they are in memory anyway, at a few pe
 """
 
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array
+from jlora._typing import Array, PyTree
 
 _SMALL = 1 << 16
 """Elements below which compiling for a shape costs more than NumPy."""
@@ -20,9 +19,9 @@ class FiniteCheck:
     """Collects arrays by the name of their tensor; nothing waits for an accelerator before the end."""
 
     def __init__(self):
-        self._found: dict[str, Any] = {}
+        self._found: dict[str, Array | np.bool] = {}
 
-    def see(self, name: str, value: Any) -> None:
+    def see(self, name: str, value: PyTree) -> None:
         """`value`: an array, or a quantized weight with float leaves among its own."""
         for leaf in jax.tree.leaves(value):
             if jnp.issubdtype(leaf.dtype, jnp.floating):

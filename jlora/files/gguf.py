@@ -1,36 +1,40 @@
 """GGUF: models and LoRA adapters for llama.cpp and what is built on it.
 
 Kernels [in, out] are stored as numpy [out, in] (GGUF counts the axes the other way round). llama.cpp rotates neighbouring
-pairs in the "llama" architecture where Hugging Face's checkpoints rotate halves, so the rows of its query and key
-projections are permuted; "qwen2" rotates halves.
+pairs in some architectures, such as "llama", where Hugging Face's checkpoints rotate halves, so the rows of their query and
+key projections are permuted. Which do, and what else differs between families, is in their rows: `jlora.models.families`.
 
 Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/` (`convert_hf_to_gguf.py`) and
 `src/llama-adapter.cpp`.
 """
 
+import functools
 import math
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import mismatches
 from jlora.files.updates import check_config, check_shapes, kernel_shapes, more_than_updates, without_residuals
 from jlora.files.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
-from jlora.models import GPT2Config, LlamaConfig, Model, abstract_params, refuse_adapted_tie
-from jlora.models.layers import rope_frequencies
+from jlora.models import Model, abstract_params, family_of, refuse_adapted_tie
 from jlora.storage.whole import check_size, refuse_existing, whole_file
 from jlora.tree.modules import module_path
 from jlora.tree.paths import flatten, is_weight, per_layer_paths
 from jlora.weight import materialize
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 GGUFDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 DEFAULT_DTYPE: GGUFDtype = "q8_0"
@@ -43,40 +47,6 @@ FILE_TYPES: Mapping[str, str] = {
 }
 """dtype -> name in `gguf.LlamaFileType`. The tensors' own type has the dtype's name in capitals."""
 
-ARCHITECTURES: Mapping[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
-"""`model_type` -> `general.architecture`."""
-
-_PERMUTED_ARCHITECTURE = "llama"
-
-TENSORS: Mapping[str, str] = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
-}
-"""Module outside the layers -> tensor name without ".weight" or ".bias"."""
-
-LAYER_TENSORS: Mapping[str, str] = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-"""Module inside a layer -> tensor name after "blk.N."."""
-
 _ALWAYS_F32 = ("position_embd.weight",)  # llama.cpp adds it to the embeddings in float32; its converter keeps it, too
 
 _LARGEST: Mapping[str, float] = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895e38, "Q8_0": 127 * 65504.0}
@@ -84,7 +54,12 @@ _LARGEST: Mapping[str, float] = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895
 
 
 def save_gguf(
-    path: str | os.PathLike, model: Model, params: Params, *, tokenizer: Any, dtype: GGUFDtype = DEFAULT_DTYPE
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer: PretrainedTokenizer,
+    dtype: GGUFDtype = DEFAULT_DTYPE,
 ) -> None:
     """A model for llama.cpp: one GGUF file with weights, hyperparameters and vocabulary.
 
@@ -114,8 +89,16 @@ def save_gguf(
             "llama.cpp's llama-quantize on it."
         )
     path = refuse_existing(path)
+    refuse_unknown_to_llama_cpp(model)
     _check_params(model, params)
     refuse_adapted_tie(model, params)
+    said = family_of(model.config).gguf.fields(model.config)["context_length"]
+    if said < model.config.max_length:
+        warnings.warn(
+            f"llama.cpp runs this model ({model.config.model_type}) without its sliding window: it computes the same for "
+            f"{said} tokens, which the file gives as its context (the model has {model.config.max_length}).",
+            stacklevel=2,
+        )
     vocabulary = Vocabulary.of(tokenizer, model.config)
     wanted = gguf.GGMLQuantizationType[dtype.upper()]
     stored = {}
@@ -155,6 +138,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     """
     gguf = _import_gguf()
     path = refuse_existing(path)
+    refuse_unknown_to_llama_cpp(model)
     check_config(params, config, format="GGUF", writer="save_gguf_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
@@ -163,7 +147,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     tensors = {}
     for module, weight in modules.items():
         b = np.asarray(weight.lora_B, np.float32).T * (weight.scaling * weight.rank / config.alpha)
-        name = f"{tensor_name(module)}.weight"
+        name = f"{tensor_name(module, model)}.weight"
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(weight.lora_A, np.float32).T)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
     for name, array in tensors.items():
@@ -181,14 +165,45 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     _write(gguf, path, model, describe, stored, tensors.values())
 
 
-def tensor_name(module: str) -> str:
-    """The GGUF name of a module, without ".weight" or ".bias".
+def tensor_name(module: str, model: Model) -> str:
+    """The GGUF name of a module, without ".weight" or ".bias": "blk.3.attn_q" of "model.layers.3.self_attn.q_proj".
 
-    >>> tensor_name("model.layers.3.self_attn.q_proj"), tensor_name("transformer.wte")
-    ('blk.3.attn_q', 'token_embd')
+    Raises:
+        ValueError: when the package gguf has none.
     """
-    layer = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
-    return f"blk.{layer[1]}.{LAYER_TENSORS[layer[2]]}" if layer else TENSORS[module]
+    name = _names(family_of(model.config).gguf.architecture, model.config.depth).get_name(module)
+    if name is None:
+        raise ValueError(
+            f"GGUF has no name for {module!r} in the architecture {family_of(model.config).gguf.architecture!r}. Export with "
+            "`save_pretrained`."
+        )
+    return name
+
+
+@functools.cache
+def _names(architecture: str, depth: int) -> Any:
+    """The package's table of tensor names."""
+    gguf = _import_gguf()
+    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise ValueError(
+            f"The installed package gguf does not know the architecture {architecture!r}: pip install --upgrade gguf"
+        )
+    return gguf.get_tensor_name_map(known[architecture], depth)
+
+
+def refuse_unknown_to_llama_cpp(model: Model) -> None:
+    """
+    Raises:
+        ValueError: for what llama.cpp's graph of the model's family does not compute.
+    """
+    layout = family_of(model.config).gguf
+    lacking = list(layout.lacks(model.config))
+    if lacking:
+        raise ValueError(
+            f"llama.cpp's graph {layout.architecture!r} does not compute what this model ({model.config.model_type}) has: "
+            f"{'; '.join(lacking)}. It would give other outputs; export with `save_pretrained`."
+        )
 
 
 def _import_gguf() -> Any:
@@ -202,11 +217,11 @@ def _import_gguf() -> Any:
 
 
 def _write(
-    gguf: Any,
+    gguf: ModuleType,
     path: Path,
     model: Model,
-    describe: Callable[[Any], None],
-    stored: Mapping[str, tuple[tuple[int, ...], Any]],
+    describe: Callable[["GGUFWriter"], None],
+    stored: Mapping[str, tuple[tuple[int, ...], "GGMLQuantizationType"]],
     arrays: Iterable[np.ndarray],
 ) -> None:
     """One file, whole or not at all.
@@ -221,7 +236,7 @@ def _write(
     """
     sizes = [math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind)) for shape, kind in stored.values()]
     with whole_file(path, new=True, needed=sum(sizes)) as partial:
-        writer = gguf.GGUFWriter(partial, ARCHITECTURES[model.config.model_type])
+        writer = gguf.GGUFWriter(partial, family_of(model.config).gguf.architecture)
         try:
             describe(writer)
             for (name, (shape, kind)), size in zip(stored.items(), sizes, strict=True):
@@ -271,44 +286,41 @@ def _check_adapter(model: Model, params: Params, modules: Mapping[str, LoraWeigh
     check_shapes(modules, kernels)
 
 
-def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, Any]]:
+def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, PyTree]]:
     """(name in the file, path in the tree, leaf) of every tensor, layer by layer, in the same order every time."""
-    config = model.config
     for path, leaf in layer_rows(model, params):
-        name = tensor_name(module_path(path))
+        name = tensor_name(module_path(path), model)
         yield f"{name}.{'bias' if path.endswith('/bias') else 'weight'}", path, leaf
-    if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
-        plain, scaled = (
-            rope_frequencies(config.head_dim, config.rope_theta, scaling) for scaling in (None, config.rope_scaling)
-        )
-        yield "rope_freqs.weight", "", plain / scaled  # llama.cpp divides the frequencies by it
+    for name, array in family_of(model.config).gguf.tensors(model.config).items():
+        yield name, "", array
 
 
-def _tensor_type(gguf: Any, name: str, shape: tuple[int, ...], wanted: Any) -> Any:
+def _tensor_type(
+    gguf: ModuleType, name: str, shape: tuple[int, ...], wanted: "GGMLQuantizationType"
+) -> "GGMLQuantizationType":
     if len(shape) < 2 or name in _ALWAYS_F32:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _float32(model: Model, path: str, leaf: Any) -> np.ndarray:
+def _float32(model: Model, path: str, leaf: PyTree) -> np.ndarray:
     """The dense tensor as the file orders it: kernels as [out, in]."""
     array = np.asarray(materialize(leaf, jnp.dtype(jnp.float32)) if is_weight(leaf) else leaf).astype(np.float32)
+    if path.endswith("/scale"):
+        array = array + np.float32(family_of(model.config).gguf.scale_offset)
     return _permuted(model, module_path(path), array.T if path.endswith("/kernel") else array)
 
 
 def _permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
     """Rows of a query or key projection in llama.cpp's order: (half, pair) of each head becomes (pair, half)."""
-    config = model.config
-    if isinstance(config, GPT2Config) or ARCHITECTURES[config.model_type] != _PERMUTED_ARCHITECTURE:
+    if not family_of(model.config).gguf.rotates_pairs or not module.endswith((".q_proj", ".k_proj")):
         return rows
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
-    if heads is None:
-        return rows
+    heads = len(rows) // model.config.kv_shape[1]
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
+def _stored(gguf: ModuleType, name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> np.ndarray:
     refuse_not_finite(name, array)
     largest = float(np.abs(array).max())
     if largest > _LARGEST[kind.name]:
@@ -319,6 +331,15 @@ def _stored(gguf: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(array), kind)
 
 
+_ADD: Mapping[type, Callable[[Any, str, Any], None]] = {
+    int: lambda writer, key, value: writer.add_uint32(key, value),
+    float: lambda writer, key, value: writer.add_float32(key, value),
+    str: lambda writer, key, value: writer.add_string(key, value),
+    list: lambda writer, key, value: writer.add_array(key, value),
+}
+"""How a hyperparameter is written, by its type."""
+
+
 def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: Any) -> None:
     count = sum(math.prod(leaf.shape) for leaf in flatten(abstract_params(model)).values())
     writer.add_type(gguf.GGUFType.MODEL)
@@ -326,42 +347,11 @@ def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: 
     writer.add_size_label(gguf.size_label(count, count, 0, 0))
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    fields = _gpt2_fields(model.config) if isinstance(model.config, GPT2Config) else _llama_fields(model.config)
-    for key, value in fields.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{writer.arch}.{key}", value)
+    for key, value in family_of(model.config).gguf.fields(model.config).items():
+        _ADD[type(value)](writer, f"{writer.arch}.{key}", value)
 
 
-def _gpt2_fields(config: GPT2Config) -> dict[str, int | float]:
-    return {
-        "block_count": config.n_layer,
-        "context_length": config.n_positions,
-        "embedding_length": config.n_embd,
-        "feed_forward_length": config.n_inner,
-        "attention.head_count": config.n_head,
-        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _llama_fields(config: LlamaConfig) -> dict[str, int | float]:
-    return {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": config.rope_theta,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+def _write_vocabulary(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model("gpt2")  # byte-level BPE, whichever the family
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._typing import Array, DTypeLike, Int, JsonObject, NamedTokens, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.finite import FiniteCheck
 from jlora.files.names import HEAD, checkpoint_names, is_ignorable, is_transposed, mismatches, wrong_dtypes
@@ -34,11 +34,11 @@ class AdapterBeside(UserWarning):
 def load(
     name: str | os.PathLike,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     quantize: QuantSpec | None = None,
     stack: bool = False,
     remat: str = "none",
-) -> tuple[Model, dict[str, Any]]:
+) -> tuple[Model, dict[str, PyTree]]:
     """A pretrained model and its parameters, from a Hugging Face directory or hub id.
 
     Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
@@ -98,7 +98,7 @@ def load(
             f"{str(directory)!r} is quantized already, as {next(iter(packed))}; it cannot be loaded as {quantize}. "
             "Leave `quantize` out, or load the dense original."
         )
-    flat: dict[str, Any] = {}
+    flat: dict[str, PyTree] = {}
     finite = FiniteCheck()
     # Largest first: its copies are made while there is little else.
     for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
@@ -128,7 +128,7 @@ def _with_stops(model: Model, directory: Path) -> Model:
     return add_stops(model, tokens, declared)
 
 
-def add_stops(model: Model, tokenizer: Any, declared: Iterable[int] = ()) -> Model:
+def add_stops(model: Model, tokenizer: NamedTokens | None, declared: Iterable[int] = ()) -> Model:
     """The model whose end of text is also those `declared`, which go first, and the tokenizer's: see `stop_ids`."""
     own = token_ids(model.config.eos_token_id, where="config.json")
     stops = stop_ids((*declared, *own), tokenizer, vocab_size=model.config.vocab_size)
@@ -142,7 +142,7 @@ def _read(
     checkpoint: Checkpoint,
     name: str,
     weight: PackedWeight | DenseWeight,
-    dtype: Any,
+    dtype: jnp.dtype,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,
@@ -159,12 +159,12 @@ def _read(
     return quantize_rows(stored if transposed else stored.T, spec)
 
 
-def _zeros(depth: int, row: Any) -> Any:
+def _zeros(depth: int, row: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), row)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_row(stacked: Any, row: Any, index: int) -> Any:
+def _set_row(stacked: PyTree, row: PyTree, index: Int[Array, ""] | int) -> PyTree:
     return jax.tree.map(lambda s, r: jax.lax.dynamic_update_index_in_dim(s, r, index, 0), stacked, row)
 
 
@@ -228,7 +228,7 @@ def find(name: str | os.PathLike) -> Path:
         ) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> JsonObject:
     """The fields of `config.json`."""
     path = directory / "config.json"
     if not path.is_file():

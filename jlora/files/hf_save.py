@@ -5,18 +5,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import DTypeLike, Json, Params, PretrainedTokenizer, PyTree
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
 from jlora.files.packing import PACKINGS, Packing, packing_of, writable
 from jlora.lora import merge
-from jlora.models import Model, refuse_adapted_tie
+from jlora.models import Model, family_of, refuse_adapted_tie
 from jlora.quant import QuantizedTensor, QuantSpec
 from jlora.storage import save_sharded
 from jlora.storage.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
@@ -30,9 +29,9 @@ def save_pretrained(
     model: Model,
     params: Params,
     *,
-    tokenizer: Any = None,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """A dense transformers checkpoint: safetensors (sharded above `max_shard_bytes`), config.json, tokenizer files.
@@ -62,7 +61,7 @@ def save_pretrained(
 
 
 def merged_tensors(
-    model: Model, params: Params, *, origin: Origin | None = None, dtype: Any = None
+    model: Model, params: Params, *, origin: Origin | None = None, dtype: DTypeLike | None = None
 ) -> dict[str, np.ndarray]:
     """The tensors of a dense checkpoint, under transformers' names and in its layout, adapters merged.
 
@@ -96,9 +95,9 @@ def save_quantized(
     model: Model,
     params: Params,
     *,
-    tokenizer: Any = None,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """A checkpoint whose kernels stay packed (NF4: bitsandbytes' format, which transformers loads); the bytes are written as
@@ -160,7 +159,7 @@ def save_quantized(
     _write(directory, tensors, files, tokenizer, max_shard_bytes)
 
 
-def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, Any]]:
+def layer_rows(model: Model, params: Params) -> Iterator[tuple[str, PyTree]]:
     """Per-layer paths and their leaves; the layers of a stacked tree one after the other."""
     depth = model.config.depth
     for path, leaf in flatten(params).items():
@@ -189,7 +188,12 @@ def refuse_checkpoint(directory: str | os.PathLike) -> None:
 
 
 def _companions(
-    model: Model, origin: Origin | None, tokenizer: Any, dtype: str, *, quantization: Mapping[str, Any] | None
+    model: Model,
+    origin: Origin | None,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None,
+    dtype: str,
+    *,
+    quantization: Mapping[str, Json] | None,
 ) -> dict[str, Content]:
     """Name -> content of the files beside the weights; those of a tokenizer only where they are copied."""
     stops = stop_ids(
@@ -203,7 +207,7 @@ def _companions(
     elif tokenizer is None and origin is not None:
         copied = matching(origin.directory, TOKENIZER)
     if origin is None:
-        fields = {**model.config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+        fields = {**family_of(model.config).write(model.config), "dtype": dtype, "torch_dtype": dtype}
         if quantization is not None:
             fields["quantization_config"] = quantization
         special = {k: fields[k] for k in ("bos_token_id", "eos_token_id") if fields.get(k) is not None}
@@ -216,7 +220,7 @@ def _companions(
     }
 
 
-def _json(fields: Mapping[str, Any]) -> bytes:
+def _json(fields: Mapping[str, Json]) -> bytes:
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -224,7 +228,7 @@ def _write(
     directory: Path,
     tensors: Mapping[str, np.ndarray],
     files: Mapping[str, Content],
-    tokenizer: Any,
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None,
     max_shard_bytes: int,
 ) -> None:
     """Weights, the `files` beside them, and those of a tokenizer that is not copied."""

@@ -13,12 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Json, JsonObject, Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.finite import refuse_not_finite
 from jlora.files.stored import StoredAdapter, misfit
@@ -97,7 +96,7 @@ class MlxConfig:
     """Paths inside a block, or whole paths from the model's root; None: every linear layer of the blocks."""
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "MlxConfig":
+    def from_json(cls, fields: Mapping[str, Json]) -> "MlxConfig":
         """Reads the fields of an `adapter_config.json`; those of the training run (data, iterations, …) are left alone.
 
         Raises:
@@ -119,7 +118,7 @@ class MlxConfig:
             keys=None if keys is None else tuple(keys),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The fields, as mlx-lm's loader reads them."""
         return {
             "fine_tune_type": next(kind for kind, is_dora in _KINDS.items() if is_dora == self.use_dora),
@@ -184,7 +183,7 @@ class MlxConfig:
         return depth, tuple(sorted(modules))
 
 
-def _problems(fields: Mapping[str, Any]):
+def _problems(fields: Mapping[str, Json]):
     kind = fields.get("fine_tune_type", "lora")
     if not isinstance(kind, str) or kind not in _KINDS:
         yield (
@@ -311,7 +310,7 @@ def _embedding_problems(embeddings: list[str], *, dora: bool, tied: bool) -> Ite
             yield f"{module}: an embedding that is also the output head (mlx-lm adapts the head with it; PEFT and jlora do not)"
 
 
-def read_mlx_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
+def read_mlx_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of an mlx-lm directory on them; see `jlora.load_adapter`."""
     config, file = MlxConfig.from_json(found.fields), Checkpoint(found.weights)
     embeddings = embedding_tables(params)
@@ -350,7 +349,7 @@ class _MlxAdapter(StoredAdapter):
         return {field: name for field, name in names.items() if getattr(weight, field) is not None}
 
 
-def from_mlx(fields: Mapping[str, Any], tensors: Iterable[str]) -> LoraConfig:
+def from_mlx(fields: Mapping[str, Json], tensors: Iterable[str]) -> LoraConfig:
     """The config that the fields of an mlx-lm `adapter_config.json` and the names of the adapter's tensors mean.
 
     The fields name modules by the number of blocks from the end, so what they mean is read from the names.

@@ -5,8 +5,8 @@ Reference: ollama, docs/modelfile.md and docs/template.md (templates are Go's te
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from jlora._typing import PretrainedTokenizer
 from jlora.files.vocabulary import Vocabulary
 from jlora.models import ModelConfig
 from jlora.storage.stops import stop_ids, token_ids
@@ -16,7 +16,7 @@ _S, _U, _A = ({"role": role, "content": f"<{role}>"} for role in ROLES)
 _PROBES = ([_U], [_S, _U], [_U, _A, _U], [_S, _U, _A, _U, _A, _U])
 
 
-def modelfile(gguf_name: str, tokenizer: Any, config: ModelConfig) -> str:
+def modelfile(gguf_name: str, tokenizer: PretrainedTokenizer, config: ModelConfig) -> str:
     """The text of a Modelfile for the GGUF file of that name in the same directory.
 
     FROM; TEMPLATE when the tokenizer's chat template can be said in Ollama's language (see `ChatTemplate`), otherwise
@@ -44,7 +44,7 @@ class ChatTemplate:
     """After everything: what the model's answer begins with."""
 
     @classmethod
-    def of(cls, tokenizer: Any, add_bos: bool) -> "ChatTemplate | None":
+    def of(cls, tokenizer: PretrainedTokenizer, add_bos: bool) -> "ChatTemplate | None":
         """The tokenizer's chat template in this form; None when it has none, or one that does more.
 
         Found by rendering conversations, and kept only when it renders them all alike. With `add_bos` a bos token at the
@@ -114,7 +114,7 @@ class ChatTemplate:
         return f"{self.start}{default}{{{{ range .Messages }}}}{{{{ {turns}{{{{ end }}}}{{{{ end }}}}{self.generation}"
 
 
-def _stops(tokenizer: Any, config: ModelConfig) -> list[str]:
+def _stops(tokenizer: PretrainedTokenizer, config: ModelConfig) -> list[str]:
     """The texts of the tokens that end a generation, in the order of their ids' sources."""
     declared = token_ids(config.eos_token_id, where="the model's config")
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

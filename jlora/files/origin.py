@@ -5,13 +5,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
+from jlora._typing import Json
 from jlora.files.hf import find, read_config
 from jlora.files.names import FLOATS
-from jlora.models import Model, model_from_config
+from jlora.models import Model, family_of, model_from_config
 from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.stops import GENERATION_CONFIG, generation_config, with_stops
@@ -26,7 +26,7 @@ class Origin:
     """A base checkpoint: its files, and the dtypes of its tensors."""
 
     directory: Path
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Json]
     """Of config.json."""
     dtypes: Mapping[str, str]
     """Tensor -> dtype, such as "bfloat16", of those that are stored dense."""
@@ -44,7 +44,7 @@ class Origin:
         return cls(directory, read_config(directory), dense)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """Of its weights as a whole: what config.json says, or what most of the tensors have."""
         said = self.fields.get("dtype") or self.fields.get("torch_dtype")
         if isinstance(said, str) and said.removeprefix("torch.") in _JAX_NAMES.values():
@@ -52,20 +52,20 @@ class Origin:
         names = list(self.dtypes.values())
         return jnp.dtype(max(names, key=names.count, default="float32"))
 
-    def dtype_of(self, name: str) -> Any:
+    def dtype_of(self, name: str) -> jnp.dtype:
         """Of one tensor; that of the whole where it is packed there, or not there: a head that was tied."""
         # The hub's GPT-2 files lack the prefix.
         stored = self.dtypes.get(name) or self.dtypes.get(name.removeprefix("transformer."))
         return jnp.dtype(stored or self.dtype)
 
-    def config_of(self, model: Model, dtype: str, quantization: Mapping[str, Any] | None) -> bytes:
+    def config_of(self, model: Model, dtype: str, quantization: Mapping[str, Json] | None) -> bytes:
         """config.json of the model: the bytes that are there, or with the fields changed that are no longer true.
 
         Raises:
             ValueError: when this is not the checkpoint of the model.
         """
         own = model_from_config({**self.fields}, dtype=model.dtype).config
-        before, now = own.to_hf(), model.config.to_hf()
+        before, now = (family_of(config).write(config) for config in (own, model.config))
         changed = {key: value for key, value in now.items() if before.get(key, value) != value}
         foreign = [key for key in changed if key not in _MAY_DIFFER]
         if type(own) is not type(model.config) or foreign:
@@ -94,7 +94,7 @@ class Origin:
         fields = {f"{name}_token_id": value for name, value in special.items() if value is not None}
         return self._file(GENERATION_CONFIG, {}, with_stops(fields, stops))
 
-    def _file(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bytes:
+    def _file(self, name: str, before: Mapping[str, Json], now: Mapping[str, Json]) -> bytes:
         if before == now and (self.directory / name).is_file():
             return (self.directory / name).read_bytes()
         return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()

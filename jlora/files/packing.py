@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array
+from jlora._typing import Array, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
 from jlora.quant import NF4, QuantizedTensor, QuantSpec
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
 
     name: str
     """In words."""
-    declared: Callable[[Mapping[str, Any]], bool]
+    declared: Callable[[Mapping[str, Json]], bool]
     """Whether the `quantization_config` of a config.json means this."""
     find: Callable[[Checkpoint, str], PackedWeight | None]
     """Of the kernel called so; None: it is not packed this way. Raises a ValueError for what is packed in a near way that is
@@ -54,7 +54,7 @@ class Packing(NamedTuple):
     """What it holds."""
     tensors: Callable[[str, Any], dict[str, np.ndarray]]
     """All that is stored for a kernel, by its name and the `QuantizedTensor` [in, out]."""
-    declaration: Callable[[Any, str, list[str]], Mapping[str, Any]]
+    declaration: Callable[[Any, str, list[str]], Mapping[str, Json]]
     """The `quantization_config` that says so: of the spec, the dtype of what is dense, and the modules that are not packed."""
 
 
@@ -80,7 +80,7 @@ def writable() -> str:
     return ", ".join(f"{packing.format.name} ({packing.name})" for packing in PACKINGS)
 
 
-def check_declared(quantization: Any, *, where: str) -> None:
+def check_declared(quantization: Json, *, where: str) -> None:
     """Raises a ValueError when the `quantization_config` of a config.json means no packing that is read."""
     says = quantization if isinstance(quantization, Mapping) else {}
     if not any(packing.declared(says) for packing in PACKINGS):
@@ -101,7 +101,7 @@ class DenseWeight:
     def tensors(self, name: str) -> TensorTypes:
         return {name: (self.shape, FLOATS)}
 
-    def read(self, checkpoint: Checkpoint, name: str, dtype: Any) -> Array:
+    def read(self, checkpoint: Checkpoint, name: str, dtype: jnp.dtype) -> Array:
         return jnp.array(checkpoint.read(name)).astype(dtype)
 
 

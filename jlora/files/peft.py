@@ -6,12 +6,11 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Json, JsonObject, Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.stored import StoredAdapter, lora_modules
 from jlora.files.updates import check_config, trained_half, without_residuals
@@ -116,7 +115,7 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str,
     return {field: name for field, name in names.items() if getattr(weight, field) is not None}
 
 
-def read_peft_adapter(found: AdapterDirectory, params: Params) -> dict[str, Any]:
+def read_peft_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
     config, file = from_peft(found.fields), Checkpoint(found.weights)
     living, idle = without_idle(params, config)
@@ -163,7 +162,7 @@ class _PeftAdapter(StoredAdapter):
         return lines
 
 
-def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
+def from_peft(fields: Mapping[str, Json]) -> LoraConfig:
     """The config that the fields of a PEFT `adapter_config.json` mean; absent fields have PEFT's defaults."""
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
@@ -207,7 +206,7 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
     )
 
 
-def to_peft(config: LoraConfig) -> dict[str, Any]:
+def to_peft(config: LoraConfig) -> JsonObject:
     """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
     the tree replaces "all-linear" by the names it stood for."""
     return {

@@ -5,8 +5,8 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+from jlora._typing import Json
 from jlora.quant import SPECS
 from jlora.storage.structured import read_json
 from jlora.storage.whole import whole_file
@@ -77,15 +77,15 @@ class RunSettings:
         return cls(**given)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_int(value: Any, least: int) -> bool:
+def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+_CHECKS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "template": ("'alpaca', 'chat' or null", lambda v: v in (None, "alpaca", "chat")),
     "data": ("a name or null", _is_text),
     "eval_data": ("a name or null", _is_text),

@@ -3,12 +3,11 @@
 import abc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.files.names import FLOATS, mismatches, wrong_dtypes
 from jlora.lora import AdaptedWeight, LoraWeight
 from jlora.storage import Checkpoint
@@ -16,7 +15,7 @@ from jlora.tree.modules import layer_paths, module_path
 from jlora.tree.paths import flatten, map_with_path
 
 
-def lora_modules(paths: Mapping[str, Any]) -> set[str]:
+def lora_modules(paths: Mapping[str, PyTree]) -> set[str]:
     """Modules with a low-rank update, among adapted leaves by per-layer path."""
     return {module_path(path) for path, weight in paths.items() if isinstance(weight, LoraWeight)}
 
@@ -62,7 +61,7 @@ class StoredAdapter(abc.ABC):
         ignorable: Iterable[str] = (),
         also: Iterable[str] = (),
         hints: Iterable[str] = (),
-    ) -> dict[str, Any]:
+    ) -> PyTree:
         """The tree with its trained children from the file.
 
         Args:
@@ -81,7 +80,7 @@ class StoredAdapter(abc.ABC):
             raise misfit(directory, [*problems, *hints])
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
-    def _leaf(self, file: Checkpoint, path: str, leaf: Any) -> Any:
+    def _leaf(self, file: Checkpoint, path: str, leaf: PyTree) -> PyTree:
         if not isinstance(leaf, AdaptedWeight):
             return leaf
         rows = layer_paths(path, leaf.lead)

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from jlora._typing import Json, JsonObject, PretrainedTokenizer
 from jlora.files.hf import find, read_config
 from jlora.models import FAMILIES
 from jlora.storage.fields import (
@@ -32,9 +32,6 @@ from jlora.storage.structured import read_json
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Family -> transformers' class of tokenizers, where a checkpoint names none."""
 
 _FLAGS = mapping_of(either(text(), flag()))
 _ENTRY = Kind(
@@ -77,7 +74,7 @@ _MAX_GROWTH = 10_000
 the process where it cannot; real ones replace a character by at most a few."""
 
 
-def load_tokenizer(name: str | os.PathLike) -> Any:
+def load_tokenizer(name: str | os.PathLike) -> PretrainedTokenizer:
     """The checkpoint's tokenizer, as a transformers object.
 
     Where there is a tokenizer.json, the ids are that file's: transformers' AutoTokenizer picks a class by the model's
@@ -103,7 +100,7 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
     return tokenizer
 
 
-def _settings(directory: Path) -> Mapping[str, Any]:
+def _settings(directory: Path) -> Mapping[str, Json]:
     """The fields of tokenizer_config.json, which may be absent, over those of special_tokens_map.json."""
     found = {}
     for file, table in ((SPECIAL, _FIELDS), (SETTINGS, _SETTINGS)):
@@ -114,7 +111,7 @@ def _settings(directory: Path) -> Mapping[str, Any]:
     return found
 
 
-def _from_file(directory: Path, settings: Mapping[str, Any]) -> Any:
+def _from_file(directory: Path, settings: Mapping[str, Json]) -> PretrainedTokenizer:
     from transformers import PreTrainedTokenizerFast
 
     state = read_json(directory / FILE)
@@ -144,7 +141,7 @@ def _from_file(directory: Path, settings: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def _from_vocabulary(directory: Path) -> Any:
+def _from_vocabulary(directory: Path) -> PretrainedTokenizer:
     """What transformers makes of the older files: vocab.json with merges.txt, or a SentencePiece model."""
     from transformers import AutoTokenizer
 
@@ -168,7 +165,7 @@ def _check_family(directory: Path) -> None:
             )
 
 
-def _vocabulary(state: Mapping[str, Any]) -> set[str]:
+def _vocabulary(state: Mapping[str, Json]) -> set[str]:
     entries = state["model"].get("vocab")
     added = [token.get("content") for token in state.get("added_tokens") or ()]
     if isinstance(entries, list):  # of pairs, in Unigram
@@ -177,14 +174,15 @@ def _vocabulary(state: Mapping[str, Any]) -> set[str]:
     return {word for word in (*words, *added) if isinstance(word, str)}
 
 
-def _class_defaults(directory: Path, settings: Mapping[str, Any], vocabulary: set[str]) -> dict[str, Any]:
+def _class_defaults(directory: Path, settings: Mapping[str, Json], vocabulary: set[str]) -> JsonObject:
     """Special tokens that only the checkpoint's tokenizer class names, where they are in the vocabulary: GPT-2 as published has its
     <|endoftext|> from there."""
     import transformers
 
     name = settings.get("tokenizer_class")
     if name is None and (directory / "config.json").is_file():
-        name = _CLASS_OF.get(read_json(directory / "config.json").get("model_type", ""))
+        family = FAMILIES.get(read_json(directory / "config.json").get("model_type", ""))
+        name = None if family is None else family.tokenizer
     name = str(name).removesuffix("Fast")
     made_by = getattr(transformers, f"{name}Fast", None) or getattr(transformers, name, None)
     if not (inspect.isclass(made_by) and issubclass(made_by, transformers.PreTrainedTokenizerBase)):
@@ -209,14 +207,14 @@ def _one_error(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _try(tokenizer: Any, directory: Path) -> None:
+def _try(tokenizer: PretrainedTokenizer, directory: Path) -> None:
     """Some faults of a file show when it is used."""
     with _one_error(directory / FILE):
         for sample in ("a", " a b\n"):
             tokenizer.decode(tokenizer(sample, verbose=False)["input_ids"])
 
 
-def _hazards(state: Mapping[str, Any]) -> Iterator[str]:
+def _hazards(state: Mapping[str, Json]) -> Iterator[str]:
     """What the native library would end the process at, or encode differently every time."""
     model = state["model"]
     if model.get("dropout"):
@@ -240,7 +238,7 @@ def _hazards(state: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _parts(step: Any) -> Iterator[Mapping[str, Any]]:
+def _parts(step: Json) -> Iterator[Mapping[str, Json]]:
     """A step and those inside it."""
     waiting = [step]
     while waiting:
@@ -252,7 +250,7 @@ def _parts(step: Any) -> Iterator[Mapping[str, Any]]:
             waiting += part
 
 
-def _undefined(template: Mapping[str, Any]) -> Iterator[str]:
+def _undefined(template: Mapping[str, Json]) -> Iterator[str]:
     """Special tokens of a template that it does not define."""
     defined = template.get("special_tokens")
     defined = defined if isinstance(defined, Mapping) else {}
@@ -263,7 +261,7 @@ def _undefined(template: Mapping[str, Any]) -> Iterator[str]:
                 yield f"its template has {shown(token.get('id'))}, which its special_tokens do not define."
 
 
-def _is_charsmap(encoded: Any) -> bool:
+def _is_charsmap(encoded: Json) -> bool:
     """Whether a SentencePiece character map begins with the size of its trie, which the native library trusts.
 
     Reference: sentencepiece, `normalizer.cc`, `Normalizer::DecodePrecompiledCharsMap`.

@@ -1,16 +1,20 @@
 """PyTorch state dicts."""
 
 import os
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jlora._typing import Params
+from jlora._typing import DTypeLike, Params
 from jlora.files.hf_save import merged_tensors
 from jlora.files.names import HEAD, hf_name
 from jlora.files.origin import Origin
 from jlora.models import Model
 from jlora.storage.whole import refuse_existing, whole_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 def save_torch(
@@ -19,7 +23,7 @@ def save_torch(
     params: Params,
     *,
     base: str | os.PathLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """A state dict as `torch.save` writes it, adapters merged as `save_pretrained` merges them.
 
@@ -54,7 +58,7 @@ def save_torch(
             torch.save(state, file)
 
 
-def _tensor(torch: Any, array: np.ndarray) -> Any:
+def _tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
     """A copy; NumPy's bfloat16 is not torch's, so its bits are carried over."""
     array = np.array(array, order="C")
     if array.dtype.name == "bfloat16":

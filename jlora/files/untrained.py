@@ -7,10 +7,10 @@ means, and when it is to be said, is not learned.
 
 from collections.abc import Collection, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jlora._typing import PretrainedTokenizer
 from jlora.files.names import checkpoint_names
 from jlora.models import Model
 from jlora.storage import Checkpoint
@@ -29,7 +29,7 @@ _COMPARED = 4096  # rows of special tokens, which some vocabularies have by the 
 def untrained_tokens(
     directory: Path,
     model: Model,
-    tokenizer: Any,
+    tokenizer: PretrainedTokenizer,
     *,
     used: Set[int],
     learned: Set[int],
@@ -71,7 +71,7 @@ def untrained_tokens(
     )
 
 
-def _untrained_rows(table: np.ndarray, tokenizer: Any, ids: Set[int]) -> dict[str, str]:
+def _untrained_rows(table: np.ndarray, tokenizer: PretrainedTokenizer, ids: Set[int]) -> dict[str, str]:
     """Token -> why its row cannot have been trained, for the special and added tokens among `ids`.
 
     Args:

@@ -3,11 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.files.names import mismatches
 from jlora.lora import (
     AdaptedWeight,
@@ -65,7 +64,7 @@ def check_shapes(modules: Mapping[str, LoraWeight], shapes: Mapping[str, tuple[i
         raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
 
 
-def trained_half(params: Params) -> Any:
+def trained_half(params: Params) -> PyTree:
     """Adapted leaves with nothing but what is trained; None elsewhere."""
     return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
 
@@ -117,7 +116,7 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         )
 
 
-def without_residuals(params: Params, config: LoraConfig) -> tuple[Any, LoraConfig]:
+def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraConfig]:
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
     def one(weight):

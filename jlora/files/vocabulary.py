@@ -10,8 +10,8 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
+from jlora._typing import Json, PretrainedTokenizer
 from jlora.models import ModelConfig
 from jlora.storage.pre_tokenizers import PRE_TOKENIZERS, steps_of
 from jlora.storage.stops import stop_ids, token_ids, turn_end_ids
@@ -38,7 +38,7 @@ class Vocabulary:
     chat_template: str | list[dict[str, str]] | None
 
     @classmethod
-    def of(cls, tokenizer: Any, config: ModelConfig) -> "Vocabulary":
+    def of(cls, tokenizer: PretrainedTokenizer, config: ModelConfig) -> "Vocabulary":
         """The vocabulary of a transformers tokenizer.
 
         Rows of the embedding beyond the tokenizer's tokens are padded with tokens of type UNUSED; special tokens added
@@ -75,7 +75,7 @@ class Vocabulary:
         )
 
 
-def pre_tokenizer_name(fields: Mapping[str, Any]) -> str:
+def pre_tokenizer_name(fields: Mapping[str, Json]) -> str:
     """`tokenizer.ggml.pre` for the fields of a tokenizer.json.
 
     Raises:
@@ -105,7 +105,7 @@ def pre_tokenizer_name(fields: Mapping[str, Any]) -> str:
     return PRE_TOKENIZERS[steps, whole_words]
 
 
-def _tokens(tokenizer: Any, fields: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PretrainedTokenizer, fields: Mapping[str, Json], rows: int) -> tuple[list[str], list[int]]:
     """(tokens, their types), by id."""
     by_id = {i: (token, NORMAL) for token, i in fields["model"]["vocab"].items()}
     for added in fields["added_tokens"]:
@@ -132,7 +132,7 @@ def _tokens(tokenizer: Any, fields: Mapping[str, Any], rows: int) -> tuple[list[
     return tokens, types
 
 
-def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
+def _special_ids(tokenizer: PretrainedTokenizer, config: ModelConfig) -> dict[str, int]:
     ids: dict[str, int] = {}
     for kind in ("bos", "pad", "unk"):
         value = getattr(tokenizer, f"{kind}_token_id", None)
@@ -144,7 +144,7 @@ def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
     return ids
 
 
-def _stops(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
+def _stops(tokenizer: PretrainedTokenizer, config: ModelConfig) -> tuple[int, ...]:
     """Every id that ends a generation, the tokenizer's end of text first, then its template's end of a turn."""
     declared = token_ids(config.eos_token_id, where="the model's config")
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -165,7 +165,7 @@ def _stops(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
     return stops
 
 
-def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
+def _added_ends(tokenizer: PretrainedTokenizer) -> tuple[bool, bool]:
     """Whether encoding puts (the bos, the eos) token around a text."""
     bare, whole = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
     for add_bos in (False, True):
@@ -178,7 +178,7 @@ def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
     )
 
 
-def _chat_template(tokenizer: Any) -> str | list[dict[str, str]] | None:
+def _chat_template(tokenizer: PretrainedTokenizer) -> str | list[dict[str, str]] | None:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
         return [{"name": name, "template": text} for name, text in template.items()]

@@ -5,8 +5,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
+from jlora._typing import Json
 from jlora.storage.fields import (
     MAX_SIZE,
     anything,
@@ -23,8 +24,9 @@ from jlora.storage.fields import (
 )
 from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
-INITS = ("kaiming", "gaussian", "pissa")
-BIASES = ("none", "lora_only", "all")
+Init: TypeAlias = Literal["kaiming", "gaussian", "pissa"]
+Bias: TypeAlias = Literal["none", "lora_only", "all"]
+INITS, BIASES = get_args(Init), get_args(Bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class LoraConfig:
     """Scale by `alpha / sqrt(rank)`."""
     use_dora: bool = False
     """DoRA: also train the norm of every column of the updated kernel (Liu et al. 2024, arXiv:2402.09353)."""
-    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    init: Init = "kaiming"
     """lora_A from U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/rank); lora_B is zero (in embeddings always: lora_A zero, lora_B from
     N(0, 1)). "pissa": the largest singular values of the kernel, which is trained from their rest (dense kernels only;
     Meng et al. 2024, arXiv:2404.02948); written to files as a plain update of twice the rank."""
@@ -68,7 +70,7 @@ class LoraConfig:
     """Alpha by module path, as `rank_pattern`."""
     exclude: str | Sequence[str] = ()
     """Modules not to adapt, by the rules of `targets`."""
-    bias: Literal["none", "lora_only", "all"] = "none"
+    bias: Bias = "none"
     """Biases to train as they are: none, those of the adapted modules, or all there are."""
     modules_to_save: Sequence[str] = ()
     """Modules to train whole, such as "lm_head" or "embed_tokens" (an embedding that is also the output head is trained as
@@ -179,13 +181,14 @@ def reads_configs(reader: ConfigReader) -> ConfigReader:
     return reader
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: object) -> Any:
     """Names and numbers in a tuple; text, and what is neither, as it is."""
-    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
-    return tuple(value) if is_list else () if value is None else value
+    if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return tuple(value)
+    return () if value is None else value
 
 
-def _dict(value: Any) -> Any:
+def _dict(value: object) -> Any:
     return dict(value) if isinstance(value, Mapping) else {} if value is None else value
 
 
@@ -202,7 +205,7 @@ _CONTAINERS = {
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default):
+def _first_match(pattern: Mapping[str, Json], module: str, default):
     for key, value in pattern.items():
         if pattern_matches(key, module):
             return value

@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jlora._typing import Array, Float, Int, Params
+from jlora._typing import Array, Float, Int, PyTree
 from jlora.lora.seam import embed, linear
 from jlora.lora.weight import AdaptedWeight, LoraWeight
 from jlora.tree.modules import nearest
 from jlora.tree.paths import flatten, is_weight, map_with_path
-from jlora.weight import Weight, as_dense, einsum
+from jlora.weight import Weight, as_dense, einsum, register_node
 from jlora.weight.roles import LINEAR
 
 Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
@@ -22,7 +23,7 @@ Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("base", "lora_A", "lora_B", "ids"),
     meta_fields=("names", "ranks", "scalings", "dropouts"),
 )
@@ -58,7 +59,7 @@ class RoutedWeight(AdaptedWeight):
     """The choice, put there by `route`: int32, -1 for the base alone. None: not chosen yet."""
 
     @property
-    def lead(self):
+    def lead(self) -> Array | jax.ShapeDtypeStruct:
         a = self.lora_A
         return jax.ShapeDtypeStruct((*a.shape[:-3], *a.shape[-2:]), a.dtype)
 
@@ -130,7 +131,7 @@ class RoutedWeight(AdaptedWeight):
         return f"RoutedWeight(base={self.base!r}, adapters={dict(zip(self.names, self.ranks, strict=True))})"
 
 
-def stack_adapters(trees: Mapping[str, Params]) -> Any:
+def stack_adapters(trees: Mapping[str, PyTree]) -> PyTree:
     """One tree that holds several adapters of one base, by name; choose among them with `route`.
 
     Args:
@@ -161,7 +162,7 @@ def stack_adapters(trees: Mapping[str, Params]) -> Any:
     return map_with_path(one, trees[first[0]])
 
 
-def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
+def _side_by_side(path: str, leaves: Mapping[str, Any]) -> PyTree:
     for name, leaf in leaves.items():
         kind = _other_kind(leaf)
         if kind:
@@ -194,7 +195,7 @@ def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
     )
 
 
-def _other_kind(leaf: Any) -> str:
+def _other_kind(leaf: object) -> str:
     """What a leaf is beside a dense or quantized weight or its low-rank update, or ""."""
     if not isinstance(leaf, AdaptedWeight):
         return ""
@@ -209,7 +210,7 @@ def _is_residual(w: Any) -> bool:
     return isinstance(w, LoraWeight) and isinstance(w.base, LoraWeight)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: PyTree, b: PyTree) -> bool:
     """Whether two leaves have the same values. The same arrays are not compared."""
     ours, theirs = jax.tree.flatten(a), jax.tree.flatten(b)
     pairs = zip(ours[0], theirs[0], strict=False)
@@ -228,7 +229,7 @@ def _widened(factor: Array, axis: int, size: int) -> Array:
     return jnp.pad(factor, widths)
 
 
-def unstack_adapters(params: Params) -> dict[str, Any]:
+def unstack_adapters(params: PyTree) -> dict[str, PyTree]:
     """The inverse of `stack_adapters`: name -> the tree with that adapter alone, as `save_adapter` takes it."""
 
     def only(name):
@@ -237,7 +238,7 @@ def unstack_adapters(params: Params) -> dict[str, Any]:
     return {name: jax.tree.map(only(name), params, is_leaf=is_weight) for name in adapter_names(params)}
 
 
-def adapter_names(params: Params) -> tuple[str, ...]:
+def adapter_names(params: PyTree) -> tuple[str, ...]:
     """Names of the adapters that stand side by side in `params`.
 
     Raises:
@@ -251,7 +252,7 @@ def adapter_names(params: Params) -> tuple[str, ...]:
     )
 
 
-def route(params: Params, adapter_ids: Choice) -> Any:
+def route(params: PyTree, adapter_ids: Choice) -> PyTree:
     """The parameters with a choice among their adapters. Under `jit`, or passed to it, other choices compile nothing anew.
 
     Args:
@@ -289,7 +290,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
                 f"`adapter_ids` must be integers, [batch] or one; got {choice.dtype} {tuple(choice.shape)}. Pass int32 numbers in "
                 f"the order of {names}, or the names themselves."
             )
-        if isinstance(choice, jax.core.Tracer):
+        if isinstance(choice, Tracer):
             return jnp.clip(choice, -1, len(names) - 1).astype(jnp.int32)
         wrong = [i for i in np.ravel(choice).tolist() if not -1 <= i < len(names)]
         if wrong:
@@ -302,7 +303,7 @@ def _as_ids(choice: Choice, names: tuple[str, ...]) -> Int[Array, "*batch"]:
     return jnp.asarray([_index(name, names) for name in choice], jnp.int32)
 
 
-def _index(name: Any, names: tuple[str, ...]) -> int:
+def _index(name: object, names: tuple[str, ...]) -> int:
     if name is None:
         return -1
     if isinstance(name, int) and -1 <= name < len(names):

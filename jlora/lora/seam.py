@@ -5,12 +5,16 @@ Model code never learns what kind of weight it holds.
 
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int
+from jlora._typing import AnyArray, Array, DTypeLike, Float, Int
 from jlora.weight import Weight, dense_matmul
 
 
 def linear(
-    x: Float[Array, "*batch d_in"], w: Array | Weight, *, transpose: bool = False, out_dtype: jnp.dtype | None = None
+    x: Float[AnyArray, "*batch d_in"],
+    w: AnyArray | Weight,
+    *,
+    transpose: bool = False,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """`x @ w` for a kernel `w [d_in, d_out]` of any kind; `x @ w.T` with `transpose`.
 
@@ -36,6 +40,6 @@ def linear(
     return product(x, transpose=transpose, out_dtype=out_dtype)
 
 
-def embed(ids: Int[Array, "*batch"], w: Array | Weight) -> Float[Array, "*batch d_model"]:
+def embed(ids: Int[AnyArray, "*batch"], w: AnyArray | Weight) -> Float[Array, "*batch d_model"]:
     """Rows `w[ids]` of an embedding [vocab, d_model] of any kind. Ids outside the vocabulary are clipped to it."""
     return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0, mode="clip")

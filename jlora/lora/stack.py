@@ -5,16 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Params
+from jlora._typing import PyTree
 from jlora.tree.paths import LAYER_CONTAINERS, flatten, layer_path, nest, per_layer_paths, split_layer_path
 
 
-def is_stacked(params: Params) -> bool:
+def is_stacked(params: PyTree) -> bool:
     """Whether the layers are stacked: "model/layers/mlp/…" rather than "model/layers/0/mlp/…"."""
     return any(layer_path(path, 0) is not None for path in flatten(params))
 
 
-def stack_layers(params: Params) -> dict[str, Any]:
+def stack_layers(params: PyTree) -> dict[str, PyTree]:
     """The stacked form: "model/layers/3/mlp/up_proj/kernel" [in, out] becomes the fourth row of
     "model/layers/mlp/up_proj/kernel" [layers, in, out]; every child array of every value gains the leading axis.
 
@@ -55,18 +55,18 @@ def stack_layers(params: Params) -> dict[str, Any]:
     return nest(flat)
 
 
-def _kind(leaf: Any) -> tuple:
+def _kind(leaf: object) -> tuple:
     """What must agree for two leaves to be rows of one stack."""
     leaves, treedef = jax.tree.flatten(leaf)
     return [(x.shape, str(x.dtype)) for x in leaves], treedef
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: object) -> str:
     """A leaf for a message: its kind and shapes, without its values."""
     return repr(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf))
 
 
-def unstack_layers(params: Params) -> dict[str, Any]:
+def unstack_layers(params: PyTree) -> dict[str, PyTree]:
     """The per-layer form of a stacked tree: the inverse of `stack_layers`.
 
     Raises:

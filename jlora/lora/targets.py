@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from jlora._typing import PyTree
 from jlora.lora.config import LoraConfig
 from jlora.tree.modules import (
     ALL_LINEAR,
@@ -32,7 +33,7 @@ def layer_index(module: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None) -> dict[str, str]:
+def select(params: PyTree, config: LoraConfig, roles: Mapping[str, str] | None = None) -> dict[str, str]:
     """Module path -> leaf path of the kernels and embeddings to adapt. `roles`: those stated, by leaf path.
 
     Raises:
@@ -52,7 +53,7 @@ def select(params: Any, config: LoraConfig, roles: Mapping[str, str] | None = No
 
 
 def selection(
-    params: Any, config: LoraConfig, roles: Mapping[str, str] | None = None
+    params: PyTree, config: LoraConfig, roles: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """(What `select` gives, what it would raise): a line for each pattern that means nothing."""
     # "all-linear" means kernels alone, as in PEFT; embeddings are adapted by name.
@@ -117,7 +118,7 @@ def selection(
     return {module: kernels[module] for module in chosen}, problems
 
 
-def without_idle(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
+def without_idle(params: PyTree, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """A config that says no more than what there is in these parameters, and a line for each name in it that means nothing.
 
     For adapters that exist: PEFT passes over such names, and which tensors there must be follows from the others. Modules are
@@ -149,7 +150,7 @@ def without_idle(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[str]
     return living, problems
 
 
-def _problems_of_roles(params: Any, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
+def _problems_of_roles(params: PyTree, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
     """What speaks against adapting targets with more axes than two, whose purpose nobody has stated."""
     leaves = flatten(params)
     for module, path in unclear.items():
@@ -176,7 +177,7 @@ def _warn_of_unclear(unclear: Mapping[str, str], config: LoraConfig) -> None:
         )
 
 
-def select_whole(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+def select_whole(params: PyTree, config: LoraConfig, modules: Iterable[str]) -> set[str]:
     """Per-layer paths of the leaves to train whole: the biases that `bias` means, and all of `modules_to_save`.
 
     Args:
@@ -224,13 +225,13 @@ def _problems_of_saving(name: str, rows: set[str], leaves: dict[str, Any], modul
         )
 
 
-def select_biases(params: Any, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+def select_biases(params: PyTree, config: LoraConfig, modules: Iterable[str]) -> set[str]:
     """Per-layer paths of the biases that `bias` means; `modules` are those with a low-rank update."""
     wanted = {"none": lambda _: False, "all": lambda _: True, "lora_only": set(modules).__contains__}[config.bias]
     return {row for row in _rows(params) if row.rpartition("/")[2] == "bias" and wanted(module_path(row))}
 
 
-def _rows(params: Any) -> dict[str, Any]:
+def _rows(params: PyTree) -> dict[str, Any]:
     """Leaves by per-layer path: a stacked leaf once for each layer."""
     return {row: leaf for path, leaf in flatten(params).items() for row in layer_paths(path, leaf)}
 

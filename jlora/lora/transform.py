@@ -5,12 +5,11 @@ import functools
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Key, Params
+from jlora._typing import Array, Key, PyTree
 from jlora.lora.config import LoraConfig
 from jlora.lora.routing import RoutedWeight
 from jlora.lora.targets import select, select_biases, select_whole
@@ -28,8 +27,8 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
 
 
 def add_lora(
-    params: Params, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+    params: PyTree, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
+) -> PyTree:
     """Adapts what the config targets; every other leaf is the same object as before.
 
     Args:
@@ -86,7 +85,7 @@ def add_lora(
     return map_with_path(adapt, params)
 
 
-def _roles_of(params: Params, patterns: Mapping[str, str]) -> dict[str, str]:
+def _roles_of(params: PyTree, patterns: Mapping[str, str]) -> dict[str, str]:
     """Leaf path -> roles, where they are stated: by `add_lora`, or before it by `quantize_params`."""
     packed = {
         path: leaf.roles
@@ -137,7 +136,8 @@ def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConf
     else:
         init = _init_embedding if is_embedding(path) else functools.partial(_init_kernel, init=config.init)
         one = functools.partial(_init_axes, init, roles, leaf.shape[leaf.ndim - len(roles) :], rank)
-        factors = [init(path_key(key, p), *leaf.shape[-2:], rank) if plain else one(path_key(key, p)) for p in paths]
+        d_in, d_out = leaf.shape[-2:]
+        factors = [init(path_key(key, p), d_in, d_out, rank) if plain else one(path_key(key, p)) for p in paths]
         a, b = jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if stacked else factors[0]
     return LoraWeight(
         base=base,
@@ -204,7 +204,7 @@ def _map_adapted(fn, params, other=lambda leaf: leaf):
     return jax.tree.map(lambda w: fn(w) if isinstance(w, AdaptedWeight) else other(w), params, is_leaf=is_weight)
 
 
-def split(params: Params) -> tuple[Any, Any]:
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """(adapter, base): two trees of the shape of `params`, None where the leaf went to the other.
 
     `adapter` holds what is trained (lora_A, lora_B and magnitude of `LoraWeight`, value of `FullWeight`), float32, and
@@ -223,7 +223,7 @@ def split(params: Params) -> tuple[Any, Any]:
     return adapter, _map_adapted(lambda w: w.base_half(), params)
 
 
-def combine(adapter: Any, base: Any) -> Any:
+def combine(adapter: PyTree, base: PyTree) -> PyTree:
     """The inverse of `split`. `base=None`: everything is in `adapter` (full fine-tuning).
 
     Raises:
@@ -248,12 +248,12 @@ def combine(adapter: Any, base: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, adapter, base, is_leaf=lambda x: x is None)
 
 
-def remove_lora(params: Params) -> Any:
+def remove_lora(params: PyTree) -> PyTree:
     """The base as it was: every adapted weight replaced by its original."""
     return _map_adapted(lambda w: w.origin(), params)
 
 
-def merge(params: Params) -> Any:
+def merge(params: PyTree) -> PyTree:
     """Dense parameters with the adapter's effect: `base + scaling * lora_A @ lora_B` (with DoRA, its columns at their
     magnitudes), in float32 on the dequantized base, then cast to the base's dtype. Unadapted quantized leaves are
     dequantized too. A head that is tied to an adapted embedding goes on using the original until they are merged:
@@ -261,7 +261,7 @@ def merge(params: Params) -> Any:
     return jax.tree.map(lambda w: materialize(w) if is_weight(w) else w, params, is_leaf=is_weight)
 
 
-def adapter_mask(params: Params) -> Any:
+def adapter_mask(params: PyTree) -> PyTree:
     """Booleans in the structure of `params`: True for what `split` puts into the adapter.
 
     For optax over the whole tree: `optax.partition({True: tx, False: optax.set_to_zero()}, adapter_mask(params))`. Not
@@ -270,7 +270,7 @@ def adapter_mask(params: Params) -> Any:
     return _map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
 
 
-def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
+def with_dropout(params: PyTree, key: Key[Array, ""]) -> PyTree:
     """Puts this step's dropout key into every adapted weight with a dropout rate. Call it inside the loss.
 
     Each weight's key is `fold_in(key, crc32(path))` of its per-layer path, so a mask depends on the key and the path
@@ -294,7 +294,7 @@ def with_dropout(params: Params, key: Key[Array, ""]) -> Any:
     return map_with_path(one, params)
 
 
-def adapted_leaves(params: Params) -> dict[str, AdaptedWeight]:
+def adapted_leaves(params: PyTree) -> dict[str, AdaptedWeight]:
     """Per-layer path -> adapted weight: the layers of a stacked tree are taken apart."""
     found = {}
     for path, leaf in flatten(params).items():
@@ -304,6 +304,6 @@ def adapted_leaves(params: Params) -> dict[str, AdaptedWeight]:
     return found
 
 
-def adapted_modules(params: Params) -> dict[str, LoraWeight]:
+def adapted_modules(params: PyTree) -> dict[str, LoraWeight]:
     """Module path -> weight with a low-rank update, per layer: the layers of a stacked tree are taken apart."""
     return {module_path(path): w for path, w in adapted_leaves(params).items() if isinstance(w, LoraWeight)}

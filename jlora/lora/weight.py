@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jlora._typing import Array, Float, Key
 from jlora.lora.seam import embed, linear
 from jlora.quant.tensor import unfold
-from jlora.weight import Weight, as_dense, dense_matmul
+from jlora.weight import Weight, as_dense, dense_matmul, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
 _TINY = 1e-30
@@ -52,12 +52,12 @@ class AdaptedWeight(Weight):
 
     @property
     @abc.abstractmethod
-    def lead(self) -> Array:
+    def lead(self) -> Array | jax.ShapeDtypeStruct:
         """A trained child that every such value has: its leading axes are the stack's, in the adapter half too."""
 
     def with_children(self, **children: Any) -> "AdaptedWeight":
         """The same value with these children in place of its own."""
-        return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]: every subclass is a dataclass
+        return rebuilt(self, **children)
 
     def adapter_half(self) -> "AdaptedWeight":
         return self.with_children(**dict.fromkeys(self.FROZEN))
@@ -82,7 +82,7 @@ class AdaptedWeight(Weight):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_node,
     data_fields=("base", "lora_A", "lora_B", "magnitude", "base_norm", "key"),
     meta_fields=("scaling", "dropout", "roles"),
 )
@@ -104,13 +104,15 @@ class LoraWeight(AdaptedWeight):
     FROZEN = ("base", "base_norm", "key")
     OPTIONAL = ("magnitude", "base_norm", "key")
 
-    base: Float[Array, "*stack d_in d_out"] | Weight
-    """The frozen weight: a dense array or another `Weight` (a quantized base makes this QLoRA). With PiSSA the residual, a
-    `LoraWeight` that takes the initial update away from the original."""
-    lora_A: Float[Array, "*stack d_in rank"]
-    """Trained; float32 whatever the base."""
-    lora_B: Float[Array, "*stack rank d_out"]
-    """Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base model."""
+    base: Float[Array, "*stack_and_axes"] | Weight
+    """The frozen weight: a dense array [*stack, d_in, d_out] or another `Weight` (a quantized base makes this QLoRA). With
+    PiSSA the residual, a `LoraWeight` that takes the initial update away from the original. None in the adapter half of
+    `split`, as the trained children are in the other half: what trees are made of need not be what values are made of."""
+    lora_A: Float[Array, "*stack_and_in rank"]
+    """[*stack, d_in, rank]. Trained; float32 whatever the base."""
+    lora_B: Float[Array, "*stack_rank_and_out"]
+    """[*stack, rank, d_out]. Trained; float32, zero at first (lora_A in an embedding), so that training starts at the base
+    model."""
     scaling: float
     """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
     dropout: float = 0.0
@@ -258,7 +260,7 @@ class LoraWeight(AdaptedWeight):
         return f"LoraWeight(base={self.base!r}, rank={rank}, scaling={self.scaling}, dropout={self.dropout}{kind})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
+@functools.partial(register_node, data_fields=("base", "value"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class FullWeight(AdaptedWeight):
     """A dense leaf that is trained as a whole, its frozen original beside it: PEFT's `bias` and `modules_to_save`.

@@ -1,4 +1,4 @@
-"""The model graphs, and the table of the checkpoint families that they run."""
+"""The model graphs, and the table of the checkpoint families that they run (`families`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jlora.models.config import ConfigReader
+from jlora.models.causal import CausalLM as CausalLM
+from jlora.models.config import ModelConfig as ModelConfig
+from jlora.models.families import FAMILIES as FAMILIES
+from jlora.models.family import Family as Family
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
 from jlora.models.layers import KVCache as KVCache
@@ -19,16 +22,12 @@ from jlora.models.tied import untie as untie
 from jlora.storage.fields import shown
 from jlora.tree.paths import flatten, nest, per_layer_paths, split_layer_path
 
-Model: TypeAlias = GPT2 | Llama
-ModelConfig: TypeAlias = GPT2Config | LlamaConfig
+Model: TypeAlias = CausalLM
 
-FAMILIES: Mapping[str, tuple[type, type]] = {
-    "gpt2": (GPT2, GPT2Config),
-    "llama": (Llama, LlamaConfig),
-    "qwen2": (Llama, LlamaConfig),
-    "mistral": (Llama, LlamaConfig),
-}
-"""`model_type` of a config.json -> (module, config)."""
+
+def family_of(config: ModelConfig) -> Family:
+    """The row of a model's family."""
+    return FAMILIES[config.model_type]
 
 
 def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "none") -> Model:
@@ -45,8 +44,8 @@ def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "no
         )
     if remat not in ("none", "layer"):
         raise ValueError(f"`remat` must be 'none' or 'layer'; got {remat!r}.")
-    module, config = FAMILIES[family]
-    return module(config=config.from_hf(ConfigReader(fields)), dtype=jnp.dtype(dtype), remat=remat)
+    row = FAMILIES[family]
+    return row.module(config=row.read(fields), dtype=jnp.dtype(dtype), remat=remat)
 
 
 def abstract_params(model: Model) -> Any:

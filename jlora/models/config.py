@@ -1,8 +1,9 @@
-"""Reading a Hugging Face `config.json` strictly: a field that would change the numbers is used or refused, never ignored."""
+"""What every model's configuration says, and reading a Hugging Face `config.json` strictly: a field that would change the
+numbers is used or refused, never ignored."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from jlora.storage.fields import MAX_SIZE, Kind, either, flag, integer, list_of, positive, shown
 
@@ -11,6 +12,58 @@ MAX_LAYERS = 1024
 MAX_HEADS = 1 << 14
 """Of heads, and of the numbers in one."""
 _TOKEN_ID = integer(0, (1 << 31) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Of one model. Field names are those of Hugging Face's `config.json`."""
+
+    model_type: str
+    """The family's name."""
+    vocab_size: int
+    tie_word_embeddings: bool
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    # Of the graph.
+    trunk: ClassVar[str]
+    """Node of the tree that holds all but an output head."""
+    embedding_path: ClassVar[str]
+    depth_field: ClassVar[str]
+    transposed_kernels: ClassVar[bool]
+    """Whether checkpoints store kernels as [out, in], as torch's Linear does."""
+    learned_positions: ClassVar[bool]
+    """Whether positions are rows of an embedding, which has none beyond `max_length`."""
+
+    @property
+    def depth(self) -> int:
+        return getattr(self, self.depth_field)
+
+    @property
+    def width(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def max_length(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(kv_heads, head_dim)"""
+        raise NotImplementedError
+
+    @property
+    def logit_cap(self) -> float | None:
+        """What bounds the logits: they are cap * tanh(logits / cap)."""
+        return None
+
+
+class ConfigFormat(Protocol):
+    """A family's config.json, both ways."""
+
+    def read(self, reader: "ConfigReader") -> ModelConfig: ...
+
+    def write(self, config: Any) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +82,14 @@ class ConfigReader:
             raise ValueError(f"`{name}` in config.json must be {kind.says}; got {shown(value)}.")
         return value
 
-    def integer(self, name: str, default: int, *, most: int = MAX_SIZE) -> int:
-        return self._get(name, default, integer(1, most))
+    def integer(self, name: str, default: int, *, least: int = 1, most: int = MAX_SIZE) -> int:
+        return self._get(name, default, integer(least, most))
+
+    def optional_integer(self, name: str, default: int | None) -> int | None:
+        """None where it is null, which is not the same as absent."""
+        if self.fields.get(name, default) is None:
+            return None
+        return self._get(name, default, integer())
 
     def divisor(self, name: str, default: int, *, of: int, of_name: str) -> int:
         value = self.integer(name, default, most=of)
@@ -64,11 +123,14 @@ class ConfigReader:
                 f"{' or '.join(map(repr, accepted))} only, and other outputs would come of ignoring it."
             )
 
-    def require_each(self, name: str, accepted: str) -> None:
-        """Refuses a list, one item a layer, with others than the accepted one."""
+    def each(self, name: str, count: int, accepted: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A list with an item for each layer; None: absent."""
         value = self.fields.get(name)
-        if value is not None and not (isinstance(value, list) and all(item == accepted for item in value)):
+        if value is None:
+            return None
+        if not (isinstance(value, list) and len(value) >= count and all(item in accepted for item in value)):
             raise ValueError(
-                f"config.json has `{name}` = {shown(value)}; jlora's {self.fields.get('model_type')} computes {accepted!r} in "
-                "every layer, and other outputs would come of ignoring it."
+                f"config.json has `{name}` = {shown(value)}; jlora's {self.fields.get('model_type')} computes "
+                f"{' or '.join(map(repr, accepted))} in each of its {count} layers, and other outputs would come of ignoring it."
             )
+        return tuple(value[:count])

@@ -2,15 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from jlora._typing import Array, Bool, Float, Int
+from jlora._typing import AnyArray, Array, Bool, Float, Int
 from jlora.lora import AdaptedWeight, embed, linear
 from jlora.weight import Weight, as_dense
 
@@ -26,16 +27,36 @@ class KVCache(NamedTuple):
     v: Float[Array, "batch kv_len kv_heads head_dim"]
 
 
-class Context(NamedTuple):
-    """What every layer of one call shares."""
+class Rope(NamedTuple):
+    """A rotation of queries and keys by their positions."""
+
+    theta: float
+    scaling: "Llama3Scaling | LinearScaling | None"
+
+
+class LayerKind(NamedTuple):
+    """What may differ between the layers of one graph, as data."""
+
+    window: int | None = None
+    """How many keys a query sees, its own the last; None: all up to its own."""
+    rope: Rope | None = None
+    """None: queries and keys are not rotated."""
+
+
+class Context(struct.PyTreeNode):
+    """What a layer is told of a call. The layers of one `LayerKind` share it."""
 
     positions: Int[Array, "batch seq"]
-    mask: Bool[Array, "batch seq kv_len"] | None
+    index: Int[Array, "#batch seq"]
+    """Of each query among the keys."""
+    mask: Bool[Array, "#batch seq kv_len"] | None
     """Which keys each query sees; None: plain causal, which has faster kernels."""
-    rope: tuple[Float[Array, "batch seq head_dim"], Float[Array, "batch seq head_dim"]] | None
-    """cos and sin of the rotary angles, float32."""
+    rope: tuple[Float[Array, "batch seq head_dim"], Float[Array, "batch seq head_dim"]] | None = None
+    """cos and sin of the rotary angles, float32; None: no rotation."""
     blind: Bool[Array, "batch seq"] | None = None
     """Queries that see no key at all, such as those of padding on the left; None: there is none."""
+    window: int | None = struct.field(pytree_node=False, default=None)
+    """Of a plain causal mask; any other has it among its zeros."""
 
 
 def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
@@ -91,15 +112,19 @@ class Head(nn.Module):
         return stored(self, "kernel", nn.initializers.normal(INIT_STD), self.shape)
 
 
+def normed(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """Divided by the root of the mean square, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
     def __call__(self, x):
         scale = vector(self, "scale", nn.initializers.ones, x.shape[-1], x.dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return scale * normed.astype(x.dtype)
+        return scale * normed(x, self.eps).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -111,8 +136,17 @@ class LayerNorm(nn.Module):
         bias = vector(self, "bias", nn.initializers.zeros, x.shape[-1], jnp.float32)
         x32 = x.astype(jnp.float32)
         centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
-        return (normed * scale + bias).astype(x.dtype)
+        return (normed(centered, self.eps) * scale + bias).astype(x.dtype)
+
+
+@jax.checkpoint
+def gelu(x: Float[Array, "*batch d_ff"]) -> Float[Array, "*batch d_ff"]:
+    """The tanh form, computed in float32.
+
+    Its backward pass starts from `x` again. Autodiff would keep three arrays like it, 8.6 MB a layer with 512 bfloat16
+    tokens, whose writing costs more than a second tanh: 48 against 54 ms of CPU time a layer, float32 118 against 121.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 class Llama3Scaling(NamedTuple):
@@ -123,23 +157,34 @@ class Llama3Scaling(NamedTuple):
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def scaled(self, inv: np.ndarray) -> np.ndarray:
+        turns = (
+            self.original_max_position_embeddings * inv / (2 * math.pi)
+        )  # full rotations within the original context
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return smooth * inv + (1.0 - smooth) * inv / self.factor
 
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:
+
+class LinearScaling(NamedTuple):
+    """`rope_type: linear`: every wavelength is slowed by `factor`."""
+
+    factor: float
+
+    def scaled(self, inv: np.ndarray) -> np.ndarray:
+        return inv / self.factor
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | LinearScaling | None) -> np.ndarray:
     """Inverse frequencies, float32 [head_dim / 2].
 
-    Reference: Su et al. 2021, arXiv:2104.09864; `llama3` scaling as in transformers' `modeling_rope_utils`.
+    Reference: Su et al. 2021, arXiv:2104.09864; scaling as in transformers' `modeling_rope_utils`.
     """
     inv = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        original = scaling.original_max_position_embeddings
-        turns = original * inv / (2 * math.pi)  # full rotations within the original context
-        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        inv = smooth * inv + (1.0 - smooth) * inv / scaling.factor
-    return inv.astype(np.float32)
+    return (inv if scaling is None else scaling.scaled(inv)).astype(np.float32)
 
 
-def rope_angles(positions: Int[Array, "batch seq"], frequencies: np.ndarray):
+def rope_angles(positions: Int[AnyArray, "batch seq"], frequencies: np.ndarray):
     """(cos, sin), each float32 [batch, seq, head_dim], halves repeated."""
     # float32: bfloat16 rounds position 257 to 256, a whole radian off in the first pair.
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -148,7 +193,9 @@ def rope_angles(positions: Int[Array, "batch seq"], frequencies: np.ndarray):
 
 
 def rotate(x: Float[Array, "batch seq heads head_dim"], rope) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates pairs (i, i + head_dim/2): Hugging Face's half-split convention."""
+    """Rotates pairs (i, i + head_dim/2): Hugging Face's half-split convention. `rope` None: not at all."""
+    if rope is None:
+        return x
     cos, sin = (a[:, :, None, :] for a in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
@@ -170,22 +217,35 @@ def attention(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch kv_len kv_heads head_dim"],
     v: Float[Array, "batch kv_len kv_heads head_dim"],
-    mask: Bool[Array, "batch seq kv_len"] | None,
+    mask: Bool[Array, "#batch seq kv_len"] | None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Grouped-query attention, scaled by 1/sqrt(head_dim), softmax in float32. `mask` None: causal, kv_len = seq.
+    """Grouped-query attention, softmax in float32.
 
     Where kv_len = seq a query must not be allowed a later key, which cuDNN leaves out whatever the mask says.
+
+    Args:
+        mask: which keys each query sees; None: those up to its own, kv_len = seq.
+        window: without a mask, how many of these; None: all.
+        scale: of the scores; None: 1/sqrt(head_dim).
     """
     batch, seq, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    window = None if window is None or window >= seq else window
     kv_heads = k.shape[2]
     kernel = attention_kernel(
         dtype=q.dtype, head_dim=head_dim, seq=seq, kv_len=k.shape[1], masked=mask is not None, backend=jax.default_backend()
     )  # fmt: skip
     if kernel == "cudnn":
         heads_alike = None if mask is None else mask[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=heads_alike, is_causal=True, implementation="cudnn")
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=heads_alike, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
+        )
     if mask is None:
-        mask = jnp.tril(jnp.ones((seq, seq), bool))[None]
+        mask = within(window, causal(seq), jnp.arange(seq)[None])
     groups = heads // kv_heads
     # The query heads that share a key head are more rows of it, so that everything below has four axes: with the group
     # as a fifth, XLA:CPU took twice as long (a layer of GPT-2 forward and backward, 512 tokens, CPU time: float32 27
@@ -195,38 +255,38 @@ def attention(
     if q.dtype == jnp.float32:
         # Heads first suits float32 (13 against 19 ms), but XLA:CPU runs bfloat16 dots of transposed operands in
         # float32 (16 against 8 ms).
-        out = _attend("bhsd", *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)
+        out = _attend("bhsd", scale, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)
     else:
-        out = _attend("bshd", rows, k, v, mask)
+        out = _attend("bshd", scale, rows, k, v, mask)
     return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(axes: str, q: Array, k: Array, v: Array, mask: Bool[Array, "#batch 1 seq kv_len"]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(axes: str, scale: float, q: Array, k: Array, v: Array, mask: Bool[Array, "#batch 1 seq kv_len"]) -> Array:
     """Attention of operands whose axes are `axes`, "bshd" or "bhsd"; as many key heads as query heads."""
-    return _attend_fwd(axes, q, k, v, mask)[0]
+    return _attend_fwd(axes, scale, q, k, v, mask)[0]
 
 
 def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _attend_fwd(axes, q, k, v, mask):
+def _attend_fwd(axes, scale, q, k, v, mask):
     keys = axes.replace("s", "t")
-    scores = _product(f"{axes},{keys}->bhst", q, k, jnp.float32) * q.shape[-1] ** -0.5
+    scores = _product(f"{axes},{keys}->bhst", q, k, jnp.float32) * scale
     # A finite floor: a row that sees no key gives a mean of the values, not NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return _product(f"bhst,{keys}->{axes}", weights, v, v.dtype), (q, k, v, mask, weights)
 
 
-def _attend_bwd(axes, residuals, dy):
+def _attend_bwd(axes, scale, residuals, dy):
     # By hand, for the residuals: autodiff keeps float32 scores and exponentials beside the weights.
     q, k, v, mask, weights = residuals
     keys = axes.replace("s", "t")
     dweights = _product(f"{axes},{keys}->bhst", dy, v, jnp.float32)
     centered = dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)
-    dscores = jnp.where(mask, weights * centered * q.shape[-1] ** -0.5, 0.0).astype(q.dtype)
+    dscores = jnp.where(mask, weights * centered * scale, 0.0).astype(q.dtype)
     # The scores go first: XLA:CPU 0.10 compiles some of the swapped products to a bfloat16 dot that it cannot run.
     dq = _product(f"bhst,{keys}->{axes}", dscores, k, q.dtype)
     dk = _product(f"bhst,{axes}->{keys}", dscores, q, k.dtype)
@@ -237,7 +297,19 @@ def _attend_bwd(axes, residuals, dy):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def attend(q, k, v, context: Context, cache: KVCache | None):
+def causal(seq: int) -> Bool[Array, "1 seq seq"]:
+    return jnp.tril(jnp.ones((seq, seq), bool))[None]
+
+
+def within(
+    window: int | None, mask: Bool[Array, "#batch seq kv_len"], index: Int[Array, "#batch seq"]
+) -> Bool[Array, "#batch seq kv_len"]:
+    """The mask without the keys that lie `window` or more before their query, whose index among them is `index`."""
+    keys = mask.shape[-1]
+    return mask if window is None or window >= keys else mask & (jnp.arange(keys) > index[..., None] - window)
+
+
+def attend(q, k, v, context: Context, cache: KVCache | None, *, scale: float | None = None):
     """Attention over this call's keys, or over the cache after writing them into it at their positions."""
     if cache is not None:
         rows = jnp.arange(q.shape[0])[:, None]
@@ -246,14 +318,14 @@ def attend(q, k, v, context: Context, cache: KVCache | None):
             cache.v.at[rows, context.positions].set(v.astype(cache.v.dtype), mode="drop"),
         )
         k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-    y = attention(q, k, v, context.mask)
+    y = attention(q, k, v, context.mask, window=context.window, scale=scale)
     if context.blind is not None:
         # As torch's `scaled_dot_product_attention` has it.
         y = jnp.where(context.blind[:, :, None, None], jnp.zeros((), y.dtype), y)
     return y, cache
 
 
-def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def segment_positions(segment_ids: Int[AnyArray, "batch seq"]) -> Int[Array, "batch seq"]:
     """Positions that restart at 0 in every segment."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -262,13 +334,15 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
 
 
 def make_context(
-    input_ids: Int[Array, "batch seq"],
-    positions: Int[Array, "batch seq"] | None,
-    segment_ids: Int[Array, "batch seq"] | None,
-    attention_mask: Bool[Array, "batch seq"] | None,
+    input_ids: Int[AnyArray, "batch seq"],
+    positions: Int[AnyArray, "batch seq"] | None,
+    segment_ids: Int[AnyArray, "batch seq"] | None,
+    attention_mask: Int[AnyArray, "batch seq"] | Bool[AnyArray, "batch seq"] | None,
     cache: Any,
 ) -> Context:
-    """Positions and mask of one call (without rope). With a cache, a query at position p sees the keys at 0..p.
+    """Positions and mask of one call, of layers that see all and rotate nothing; see `contexts_of`.
+
+    With a cache, whose slots are positions, a query at position p sees the keys at 0..p.
 
     Raises:
         ValueError: for both kinds of mask at once, one of them with a cache, or a mask that is not [batch, seq].
@@ -286,64 +360,112 @@ def make_context(
             raise ValueError(
                 f"`{name}` must be integers {list(shape)} like the ids; got {mask.dtype} {list(mask.shape)}."
             )
+    index = jnp.arange(shape[1])[None]
     if positions is None:
-        index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-        positions = index if segment_ids is None else segment_positions(segment_ids)
+        positions = jnp.broadcast_to(index, shape) if segment_ids is None else segment_positions(segment_ids)
     if cache is not None:
         length = jax.tree.leaves(cache)[0].shape[-3]
-        return Context(positions, jnp.arange(length) <= positions[..., None], None)
+        return Context(positions, positions, jnp.arange(length) <= positions[..., None])
     if not given:
-        return Context(positions, None, None)
-    causal = jnp.tril(jnp.ones((shape[1], shape[1]), bool))
+        return Context(positions, index, None)
     if segment_ids is not None:
-        return Context(positions, causal & (segment_ids[:, :, None] == segment_ids[:, None, :]), None)
+        return Context(positions, index, causal(shape[1]) & (segment_ids[:, :, None] == segment_ids[:, None, :]))
     seen = jnp.asarray(attention_mask, bool)
-    return Context(positions, causal & seen[:, None, :], None, jnp.cumsum(seen, axis=1) == 0)
+    return Context(positions, index, causal(shape[1]) & seen[:, None, :], blind=jnp.cumsum(seen, axis=1) == 0)
+
+
+def contexts_of(context: Context, kinds: Sequence[LayerKind], head_dim: int) -> tuple[list[Context], list[int]]:
+    """(the context of each kind of layer that there is, which of these each layer has)."""
+    distinct = list(dict.fromkeys(kinds))
+    ropes: dict[Rope | None, Any] = {None: None}
+    for rope in dict.fromkeys(kind.rope for kind in distinct):
+        if rope is not None:
+            ropes[rope] = rope_angles(context.positions, rope_frequencies(head_dim, *rope))
+    base = context.mask
+    masks = {kind.window: None if base is None else within(kind.window, base, context.index) for kind in distinct}
+    found = [
+        context.replace(mask=masks[window], window=window if base is None else None, rope=ropes[rope])
+        for window, rope in distinct
+    ]
+    return found, [distinct.index(kind) for kind in kinds]
+
+
+def _alternatives(contexts: Sequence[Context]) -> dict[str, Any]:
+    """The fields in which contexts differ, as arrays with a leading axis over them. For a scan, whose layers are one program:
+    windows become masks, and what is not rotated is rotated by nothing."""
+    differing: dict[str, Any] = {}
+    if len({context.window for context in contexts}) > 1 or len({id(context.mask) for context in contexts}) > 1:
+        masks = [causal(c.index.shape[1]) if c.mask is None else c.mask for c in contexts]
+        differing["mask"] = jnp.stack([within(c.window, m, c.index) for c, m in zip(contexts, masks, strict=True)])
+        differing["window"] = None
+    ropes = [context.rope for context in contexts]
+    rotated = next((rope for rope in ropes if rope is not None), None)
+    if rotated is not None and len({id(rope) for rope in ropes}) > 1:
+        still = jnp.ones_like(rotated[0]), jnp.zeros_like(rotated[1])
+        differing["rope"] = jax.tree.map(lambda *x: jnp.stack(x), *(still if rope is None else rope for rope in ropes))
+    return differing
 
 
 class Layers(nn.Module):
     """Layers one after the other, each with its own subtree "0", "1", …"""
 
     block: Callable[..., nn.Module]
-    depth: int
+    kinds: Sequence[int]
 
     @nn.compact
-    def __call__(self, x, cache, context):
+    def __call__(self, x, cache, contexts):
         caches = []
-        for i in range(self.depth):
-            x, cache_i = self.block(name=str(i))(x, None if cache is None else cache[i], context)
+        for i, kind in enumerate(self.kinds):
+            x, cache_i = self.block(name=str(i))(x, None if cache is None else cache[i], contexts[kind])
             caches.append(cache_i)
         return x, None if cache is None else caches
 
 
 def run_layers(
-    parent: nn.Module, name: str, block: type[nn.Module], depth: int, remat: Remat, x, cache, context, **kwargs
+    parent: nn.Module,
+    name: str,
+    block: type[nn.Module],
+    remat: Remat,
+    x,
+    cache,
+    contexts: Sequence[Context],
+    kinds: Sequence[int],
+    **kwargs,
 ):
-    """Runs `depth` blocks in the form that the parameters have: unrolled per layer, or one `nn.scan` over a stack.
+    """Runs a block a layer in the form that the parameters have: unrolled per layer, or one `nn.scan` over a stack.
 
     Args:
         parent: the module whose compact method calls this; holds the layers' parameters under `name`.
         block: module class; called as `block(**kwargs)(x, cache, context) -> (x, cache)`.
         remat: "layer": nothing but each layer's input is kept for the backward pass.
         cache: None, a list of `KVCache`, or one stacked `KVCache`.
+        contexts, kinds: of `contexts_of`.
 
     Returns:
         (x, updated cache)
     """
     stacked = not parent.is_initializing() and "0" not in parent.variables["params"][name]
-    if remat == "layer":
-        block = nn.remat(block, prevent_cse=not stacked)
     if not stacked:
-        return Layers(lambda name: block(**kwargs, name=name), depth, name=name)(x, cache, context)
+        block = nn.remat(block) if remat == "layer" else block
+        return Layers(lambda name: block(**kwargs, name=name), tuple(kinds), name=name)(x, cache, contexts)
+    differing = _alternatives(contexts) if len(contexts) > 1 else {}
+
+    def layer(block, x, own, context, differing):
+        cache, kind = own
+        chosen = jax.tree.map(lambda alternatives: alternatives[kind], differing)
+        return block(x, cache, context.replace(**chosen))
+
     scanned = nn.scan(
-        block,
+        # The choice is rematerialized with the layer, or every layer would keep its mask.
+        nn.remat(layer, prevent_cse=False) if remat == "layer" else layer,
         variable_axes={"params": 0},
         split_rngs={"params": False},
-        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         out_axes=0,
-        length=depth,
+        length=len(kinds),
     )
-    return scanned(**kwargs, name=name)(x, cache, context)
+    own = cache, jnp.asarray(kinds) if differing else None
+    return scanned(block(**kwargs, name=name), x, own, contexts[0], differing)
 
 
 def frozen_base(w: Any) -> Array | Weight:

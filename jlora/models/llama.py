@@ -1,55 +1,43 @@
-"""Llama: RMSNorm before, rotary grouped-query attention, SwiGLU. Llama 3.x, Qwen2/Qwen2.5 and Mistral are rows of it.
+"""Llama: RMSNorm before, rotary grouped-query attention, SwiGLU. Which families are rows of it: `jlora.models.families`.
 
 References: Touvron et al. 2023, arXiv:2302.13971; Llama 3, arXiv:2407.21783; Qwen2.5, arXiv:2412.15115; names as in
 Hugging Face's checkpoints.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int, Params
-from jlora.lora import linear
-from jlora.models.config import MAX_HEADS, MAX_LAYERS, ConfigReader
+from jlora.models.causal import CausalLM
+from jlora.models.config import MAX_HEADS, MAX_LAYERS, ConfigReader, ModelConfig
 from jlora.models.layers import (
     Embed,
-    Head,
     KVCache,
+    LayerKind,
     Linear,
+    LinearScaling,
     Llama3Scaling,
     Remat,
     RMSNorm,
+    Rope,
     attend,
-    frozen_base,
-    make_context,
-    rope_angles,
-    rope_frequencies,
+    contexts_of,
     rotate,
     run_layers,
 )
 from jlora.storage.fields import shown
-from jlora.weight import Weight
 
-_DEFAULTS: Mapping[str, Mapping[str, int]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
-    "mistral": {
-        "vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8,
-    },
-}  # fmt: skip
-"""What transformers' config classes have for an absent field, where the families differ."""
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """Field names are those of Hugging Face's `config.json`; the biases say per projection what families differ in."""
+class LlamaConfig(ModelConfig):
+    """The biases and norms say per projection what families differ in. What differs between layers is one item a layer, or
+    one for all."""
 
-    model_type: str
-    vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -59,100 +47,63 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
-    tie_word_embeddings: bool
+    rope_scaling: Llama3Scaling | LinearScaling | None
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    qk_norm: bool
+    """Whether queries and keys are normed, each head by itself, before they are rotated."""
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = (FULL,)
+    """Whether a layer has the window: `FULL` or `SLIDING`."""
+    no_rope_layers: tuple[int, ...] = (1,)
+    """Whether a layer rotates queries and keys: 1, or else 0."""
 
-    depth_field = "num_hidden_layers"
-    layers_path = "model/layers"
-    learned_positions = False  # angles, which any position has
+    trunk = "model"
     embedding_path = "model/embed_tokens/embedding"
-    transposed_kernels = True  # torch's Linear stores [out, in]
+    depth_field = "num_hidden_layers"
+    transposed_kernels = True
+    learned_positions = False  # angles, which any position has
 
-    @classmethod
-    def from_hf(cls, reader: ConfigReader) -> "LlamaConfig":
-        family = reader.fields["model_type"]
-        reader.require("hidden_act", "silu", ("silu",))
-        # Qwen2 has a window size in its config that is off; Mistral's is on unless null.
-        if family == "qwen2":
-            reader.require("use_sliding_window", False, (False,))
-        if family == "mistral":
-            reader.require("sliding_window", 4096, (None,))
-        reader.require("pretraining_tp", 1, (1,))
-        reader.require_each("layer_types", "full_attention")
-        absent = _DEFAULTS[family]
-        width = reader.integer("hidden_size", 4096)
-        heads = reader.integer("num_attention_heads", 32, most=MAX_HEADS)
-        null = "num_key_value_heads" in reader.fields  # transformers: null is one a head, absence the family's default
-        kv_heads = heads if null else absent.get("num_key_value_heads", heads)
-        bias = family == "qwen2" or reader.flag("attention_bias", False)
-        head_dim = reader.integer("head_dim", width // heads, most=MAX_HEADS)
-        if head_dim % 2:
-            raise ValueError(f"`head_dim` in config.json must be even, for its rotation by pairs; got {head_dim}.")
-        theta, scaling = _rope(reader)
-        return cls(
-            model_type=family,
-            vocab_size=reader.integer("vocab_size", absent["vocab_size"]),
-            hidden_size=width,
-            intermediate_size=reader.integer("intermediate_size", absent["intermediate_size"]),
-            num_hidden_layers=reader.integer("num_hidden_layers", 32, most=MAX_LAYERS),
-            num_attention_heads=heads,
-            num_key_value_heads=reader.divisor(
-                "num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"
-            ),
-            head_dim=head_dim,
-            max_position_embeddings=reader.integer("max_position_embeddings", absent["max_position_embeddings"]),
-            rms_norm_eps=reader.number("rms_norm_eps", 1e-6, most=1.0),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-            qkv_bias=bias,
-            o_bias=bias and family != "qwen2",
-            mlp_bias=reader.flag("mlp_bias", False),
-            bos_token_id=reader.token_id("bos_token_id"),
-            eos_token_id=reader.token_ids("eos_token_id"),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
-        for ours in ("qkv_bias", "o_bias", "rope_scaling"):
-            del fields[ours]
-        rope = {"rope_type": "default"}
-        if self.rope_scaling is not None:
-            rope = {"rope_type": "llama3", **self.rope_scaling._asdict()}
-            fields["rope_scaling"] = rope
-        names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-        if self.model_type == "llama":
-            fields["attention_bias"] = self.qkv_bias
-        else:
-            del fields["mlp_bias"]
-        if self.model_type == "mistral":
-            fields["sliding_window"] = None
-        return {
-            **fields,
-            "architectures": [names[self.model_type]],
-            "hidden_act": "silu",
-            # transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling.
-            "rope_parameters": {"rope_theta": self.rope_theta, **rope},
-        }
+    @property
+    def width(self) -> int:
+        return self.hidden_size
 
     @property
     def max_length(self) -> int:
         return self.max_position_embeddings
 
     @property
-    def depth(self) -> int:
-        return self.num_hidden_layers
-
-    @property
     def kv_shape(self) -> tuple[int, int]:
-        """(kv_heads, head_dim)"""
         return self.num_key_value_heads, self.head_dim
 
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of each layer."""
+        types, rotated = (each(items, self.depth) for items in (self.layer_types, self.no_rope_layers))
+        return tuple(
+            LayerKind(self.sliding_window if name == SLIDING else None, self.rope_of(name) if turns else None)
+            for name, turns in zip(types, rotated, strict=True)
+        )
+
+    def rope_of(self, layer_type: str) -> Rope:
+        """The rotation in layers of that type."""
+        return Rope(self.rope_theta, self.rope_scaling)
+
+
+def each(items: Sequence[Any], depth: int) -> tuple[Any, ...]:
+    """One item a layer, of one a layer or one for all."""
+    return tuple(items[i % len(items)] for i in range(depth))
+
+
+# config.json
+
+_SCALINGS: Mapping[str, type[Llama3Scaling] | type[LinearScaling]] = {"llama3": Llama3Scaling, "linear": LinearScaling}
+"""`rope_type` -> what it says."""
 
 _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Fields of the rotation that may stand outside its object; transformers 4 has the first two there."""
@@ -174,7 +125,7 @@ def _rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             where = f"`{place}.{name}`" if place else f"`{name}`"
             if isinstance(value, Mapping):
                 raise ValueError(
-                    f"{where} in config.json is an object: a rotation for each type of layer. jlora computes one for all."
+                    f"{where} in config.json is an object: a rotation for each type of layer. This family has one for all."
                 )
             name = "rope_type" if name == "type" else name
             if value is not None and said.setdefault(name, (value, where))[0] != value:
@@ -186,35 +137,219 @@ def _rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, (value, _) in said.items()}
 
 
-def _rope(reader: ConfigReader) -> tuple[float, Llama3Scaling | None]:
-    """theta and scaling."""
+def read_rope(reader: ConfigReader, theta: float) -> tuple[float, Llama3Scaling | LinearScaling | None]:
+    """theta, that given when it is absent, and scaling."""
     fields = _rope_fields(reader.fields)
     rope = ConfigReader({"model_type": reader.fields.get("model_type"), **fields})
-    theta = rope.number("rope_theta", 10000.0)
+    theta = rope.number("rope_theta", theta)
     rope.require("partial_rotary_factor", None, (None, 1.0))
     kind = fields.get("rope_type", "default")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
-            f"config.json asks for rope type {shown(kind)}; jlora computes 'default' and 'llama3'. Its positions would be wrong "
-            "beyond the original context with any other, so it is refused."
+            f"config.json asks for rope type {shown(kind)}; jlora computes 'default', {', '.join(map(repr, _SCALINGS))}. Its "
+            "positions would be wrong beyond the original context with any other, so it is refused."
         )
-    missing = [name for name in Llama3Scaling._fields if name not in fields]
+    made = _SCALINGS[kind]
+    missing = [name for name in made._fields if name not in fields]
     if missing:
-        raise ValueError(f"The llama3 rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
-    *factors, original = Llama3Scaling._fields
-    scaling = Llama3Scaling(*(rope.number(name, 1.0) for name in factors), rope.integer(original, 1))
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ValueError(f"The {kind} rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
+    integers = ("original_max_position_embeddings",)
+    values: dict[str, Any] = {
+        name: rope.integer(name, 1) if name in integers else rope.number(name, 1.0) for name in made._fields
+    }
+    scaling = made(**values)
+    low, high = (getattr(scaling, f"{end}_freq_factor", None) for end in ("low", "high"))
+    if low is not None and high is not None and high <= low:
         raise ValueError(
-            "`high_freq_factor` in config.json must be greater than `low_freq_factor`; got "
-            f"{scaling.high_freq_factor} and {scaling.low_freq_factor}."
+            f"`high_freq_factor` in config.json must be greater than `low_freq_factor`; got {high} and {low}."
         )
     return theta, scaling
 
 
+def write_rope(theta: float, scaling: Llama3Scaling | LinearScaling | None) -> dict[str, Any]:
+    """As in transformers 5's `rope_parameters`."""
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    (kind,) = [name for name, made in _SCALINGS.items() if type(scaling) is made]
+    return {"rope_type": kind, **scaling._asdict(), "rope_theta": theta}
+
+
+class LayerFields(NamedTuple):
+    """What a family's config.json says of its layers, both ways, of `LlamaConfig`'s last three fields."""
+
+    read: Callable[[ConfigReader, int], dict[str, Any]]
+    """(config.json, number of layers) -> those that are not as by default."""
+    write: Callable[[LlamaConfig], dict[str, Any]]
+
+
+def layers_of(
+    reader: ConfigReader, window: int | None, types: Sequence[str], rotated: Sequence[int] = (1,)
+) -> dict[str, Any]:
+    """`LlamaConfig`'s fields. A window that no layer has is none, and what all layers share is said once."""
+    if SLIDING in types and window is None:
+        raise ValueError(
+            f"config.json of a {reader.fields['model_type']} has {SLIDING!r} in `layer_types` and no `sliding_window` that is "
+            "used. Say how wide it is, or make the layers 'full_attention'."
+        )
+    return {
+        "sliding_window": window if SLIDING in types else None,
+        "layer_types": tuple(types[: 1 if len(set(types)) == 1 else None]),
+        "no_rope_layers": tuple(rotated[: 1 if len(set(rotated)) == 1 else None]),
+    }
+
+
+def _read_alike(reader: ConfigReader, depth: int) -> dict[str, Any]:
+    reader.each("layer_types", depth, (FULL,))
+    return {}
+
+
+ALIKE = LayerFields(_read_alike, lambda config: {})
+"""All layers see everything."""
+
+
+def _read_window(reader: ConfigReader, depth: int) -> dict[str, Any]:
+    window = reader.optional_integer("sliding_window", 4096)
+    kind = FULL if window is None else SLIDING
+    reader.each("layer_types", depth, (kind,))
+    return layers_of(reader, window, [kind])
+
+
+WINDOW = LayerFields(_read_window, lambda config: {"sliding_window": config.sliding_window})
+"""One window in all layers, unless it is null."""
+
+
+def _read_switched(reader: ConfigReader, depth: int) -> dict[str, Any]:
+    window = reader.optional_integer("sliding_window", 4096) if reader.flag("use_sliding_window", False) else None
+    first = reader.integer("max_window_layers", 28, least=0)
+    types = [FULL if window is None or i < first else SLIDING for i in range(depth)]
+    return layers_of(reader, window, reader.each("layer_types", depth, (FULL, SLIDING)) or types)
+
+
+def write_types(config: LlamaConfig) -> dict[str, Any]:
+    """The window and which layers have it."""
+    types = each(config.layer_types, config.depth)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(types),
+        "max_window_layers": types.index(SLIDING),  # which transformers 4 reads
+    }
+
+
+SWITCHED = LayerFields(_read_switched, lambda config: {} if config.sliding_window is None else write_types(config))
+"""A window that is off by default, and then of the layers from the `max_window_layers`th on, or of those listed."""
+
+
+def _read_no_rope(reader: ConfigReader, depth: int) -> dict[str, Any]:
+    interval = reader.integer("no_rope_layer_interval", 4)
+    rotated = reader.each("no_rope_layers", depth, (0, 1)) or [int((i + 1) % interval != 0) for i in range(depth)]
+    window = reader.optional_integer("sliding_window", None) if reader.flag("use_sliding_window", False) else None
+    types = [SLIDING if window is not None and not turns else FULL for turns in rotated]
+    return layers_of(reader, window, reader.each("layer_types", depth, (FULL, SLIDING)) or types, rotated)
+
+
+def _write_no_rope(config: LlamaConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"no_rope_layers": list(each(config.no_rope_layers, config.depth))}
+    return fields if config.sliding_window is None else fields | write_types(config)
+
+
+NO_ROPE = LayerFields(_read_no_rope, _write_no_rope)
+"""Layers without rotation, every so many-th or as listed; a window in those, where one is switched on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaFields:
+    """A family's config.json: what differs from Llama's."""
+
+    defaults: Mapping[str, Any]
+    """What transformers' config class has for an absent field, where it is not Llama's."""
+    attention_bias: tuple[bool, bool] | None = None
+    """Whether (queries, keys and values; the output) have biases; None: the field `attention_bias` says it of all four."""
+    mlp_bias: bool = False
+    """Whether the field `mlp_bias` says that the MLP has biases; without it there are none."""
+    qk_norm: bool = False
+    layers: LayerFields = ALIKE
+
+    @property
+    def absent(self) -> dict[str, Any]:
+        return {**_LLAMA, **self.defaults}
+
+    def read(self, reader: ConfigReader) -> LlamaConfig:
+        return LlamaConfig(**self.fields(reader))
+
+    def fields(self, reader: ConfigReader) -> dict[str, Any]:
+        reader.require("hidden_act", "silu", ("silu",))
+        reader.require("pretraining_tp", 1, (1,))
+        theta, scaling = read_rope(reader, self.absent["rope_theta"])
+        return self.sizes(reader) | {"rope_theta": theta, "rope_scaling": scaling}
+
+    def sizes(self, reader: ConfigReader) -> dict[str, Any]:
+        """All but the rotation."""
+        absent = self.absent
+        width = reader.integer("hidden_size", absent["hidden_size"])
+        heads = reader.integer("num_attention_heads", absent["num_attention_heads"], most=MAX_HEADS)
+        null = "num_key_value_heads" in reader.fields  # transformers: null is one a head, absence the family's default
+        kv_heads = heads if null else absent.get("num_key_value_heads", heads)
+        head_dim = reader.integer("head_dim", absent.get("head_dim", width // heads), most=MAX_HEADS)
+        if head_dim % 2:
+            raise ValueError(f"`head_dim` in config.json must be even, for its rotation by pairs; got {head_dim}.")
+        depth = reader.integer("num_hidden_layers", absent["num_hidden_layers"], most=MAX_LAYERS)
+        qkv_bias, o_bias = self.attention_bias or 2 * (reader.flag("attention_bias", False),)
+        return {
+            "model_type": reader.fields["model_type"],
+            "vocab_size": reader.integer("vocab_size", absent["vocab_size"]),
+            "hidden_size": width,
+            "intermediate_size": reader.integer("intermediate_size", absent["intermediate_size"]),
+            "num_hidden_layers": depth,
+            "num_attention_heads": heads,
+            "num_key_value_heads": reader.divisor(
+                "num_key_value_heads", kv_heads, of=heads, of_name="num_attention_heads"
+            ),
+            "head_dim": head_dim,
+            "max_position_embeddings": reader.integer("max_position_embeddings", absent["max_position_embeddings"]),
+            "rms_norm_eps": reader.number("rms_norm_eps", 1e-6, most=1.0),
+            "tie_word_embeddings": reader.flag("tie_word_embeddings", absent["tie_word_embeddings"]),
+            "qkv_bias": qkv_bias,
+            "o_bias": o_bias,
+            "mlp_bias": self.mlp_bias and reader.flag("mlp_bias", False),
+            "qk_norm": self.qk_norm,
+            "bos_token_id": reader.token_id("bos_token_id"),
+            "eos_token_id": reader.token_ids("eos_token_id"),
+            **self.layers.read(reader, depth),
+        }
+
+    def write(self, config: LlamaConfig) -> dict[str, Any]:
+        fields = dataclasses.asdict(config)
+        for ours in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling", "sliding_window", "layer_types"):
+            del fields[ours]
+        del fields["no_rope_layers"]
+        rope = write_rope(config.rope_theta, config.rope_scaling)
+        if self.attention_bias is None:
+            fields["attention_bias"] = config.qkv_bias
+        if self.mlp_bias:
+            fields["mlp_bias"] = config.mlp_bias
+        if config.rope_scaling is not None:
+            fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        # transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling.
+        return fields | {"hidden_act": "silu", "rope_parameters": rope} | self.layers.write(config)
+
+
+_LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+"""What transformers' LlamaConfig has for an absent field. One head of keys a head where nothing else is said."""
+
+
+# The graph
+
+
 class SelfAttention(nn.Module):
     config: LlamaConfig
+    norm: Callable[..., nn.Module] = RMSNorm
+    """Of queries and keys, where the config asks for it."""
 
     @nn.compact
     def __call__(self, x, cache, context):
@@ -224,23 +359,27 @@ class SelfAttention(nn.Module):
             y = Linear(n * config.head_dim, use_bias=config.qkv_bias, name=name)(x)
             return y.reshape(*x.shape[:-1], n, config.head_dim)
 
-        q = rotate(heads("q_proj", config.num_attention_heads), context.rope)
-        k = rotate(heads("k_proj", config.num_key_value_heads), context.rope)
+        q = heads("q_proj", config.num_attention_heads)
+        k = heads("k_proj", config.num_key_value_heads)
         v = heads("v_proj", config.num_key_value_heads)
-        y, cache = attend(q, k, v, context, cache)
+        if config.qk_norm:
+            q, k = (self.norm(config.rms_norm_eps, name=name)(y) for name, y in (("q_norm", q), ("k_norm", k)))
+        q, k = rotate(q, context.rope), rotate(k, context.rope)
+        y, cache = attend(q, k, v, context, cache, scale=config.attention_scale)
         y = y.reshape(*x.shape[:-1], config.num_attention_heads * config.head_dim)
         return Linear(config.hidden_size, use_bias=config.o_bias, name="o_proj")(y), cache
 
 
 class MLP(nn.Module):
     config: LlamaConfig
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
 
     @nn.compact
     def __call__(self, x):
         config = self.config
         gate = Linear(config.intermediate_size, use_bias=config.mlp_bias, name="gate_proj")(x)
         up = Linear(config.intermediate_size, use_bias=config.mlp_bias, name="up_proj")(x)
-        return Linear(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(jax.nn.silu(gate) * up)
+        return Linear(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(self.activation(gate) * up)
 
 
 class Block(nn.Module):
@@ -263,48 +402,10 @@ class Model(nn.Module):
     def __call__(self, input_ids, context, cache):
         config = self.config
         x = Embed(config.vocab_size, config.hidden_size, self.dtype, name="embed_tokens")(input_ids)
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        context = context._replace(rope=rope_angles(context.positions, frequencies))
-        depth = config.num_hidden_layers
-        x, cache = run_layers(self, "layers", Block, depth, self.remat, x, cache, context, config=config)
+        contexts, kinds = contexts_of(context, config.kinds, config.head_dim)
+        x, cache = run_layers(self, "layers", Block, self.remat, x, cache, contexts, kinds, config=config)
         return RMSNorm(config.rms_norm_eps, name="norm")(x), cache
 
 
-class Llama(nn.Module):
-    """`model.apply({"params": params}, input_ids) -> float32 logits [batch, seq, vocab]`."""
-
-    config: LlamaConfig
-    dtype: Any = jnp.float32
-    """Dtype of the activations: float32 or bfloat16."""
-    remat: Remat = "none"
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch seq"],
-        *,
-        positions: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Int[Array, "batch seq"] | None = None,
-        cache: list[KVCache] | KVCache | None = None,
-        head: bool = True,
-    ) -> Any:
-        """Logits; `head=False`: the final hidden states. With a cache: (that, the updated cache).
-
-        `attention_mask` as in transformers: 1 for tokens, 0 for padding on either side; positions count from the row's start.
-        """
-        config = self.config
-        context = make_context(input_ids, positions, segment_ids, attention_mask, cache)
-        out, new_cache = Model(config, self.dtype, self.remat, name="model")(input_ids, context, cache)
-        if head:
-            if not config.tie_word_embeddings:
-                Head((config.hidden_size, config.vocab_size), name="lm_head")()
-            weight, transpose = self.output_head(self.variables["params"])
-            out = linear(out, weight, transpose=transpose, out_dtype=jnp.float32)
-        return out if cache is None else (out, new_cache)
-
-    def output_head(self, params: Params) -> tuple[Float[Array, "..."] | Weight, bool]:
-        """(weight, transpose) of the product that makes logits of hidden states."""
-        if self.config.tie_word_embeddings:
-            return frozen_base(params["model"]["embed_tokens"]["embedding"]), True
-        return params["lm_head"]["kernel"], False
+class Llama(CausalLM):
+    graph = Model

@@ -5,13 +5,13 @@ from typing import Any
 
 from jlora._typing import Params
 from jlora.lora import AdaptedWeight
-from jlora.models.gpt2 import GPT2
+from jlora.models.causal import CausalLM
 from jlora.models.layers import frozen_base
-from jlora.models.llama import Llama
 from jlora.tree.paths import flatten
+from jlora.weight import as_dense
 
 
-def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:
+def has_adapted_tie(model: CausalLM, params: Params) -> bool:
     """Whether an adapter changes an embedding that is the output head too.
 
     The head goes on using the original, as in PEFT, so merging makes two tensors of one: see `untie`.
@@ -19,7 +19,7 @@ def has_adapted_tie(model: GPT2 | Llama, params: Params) -> bool:
     return model.config.tie_word_embeddings and isinstance(_embedding(model, params), AdaptedWeight)
 
 
-def refuse_adapted_tie(model: GPT2 | Llama, params: Params) -> None:
+def refuse_adapted_tie(model: CausalLM, params: Params) -> None:
     """
     Raises:
         ValueError: see `has_adapted_tie`.
@@ -32,7 +32,7 @@ def refuse_adapted_tie(model: GPT2 | Llama, params: Params) -> None:
         )
 
 
-def untie(model: GPT2 | Llama, params: Params) -> tuple[Any, Params]:
+def untie(model: CausalLM, params: Params) -> tuple[Any, Params]:
     """The model with an output head of its own, which computes the same: (model, params).
 
     The head is the embedding's original [vocab, d_model], transposed to a kernel [d_model, vocab] of the same dtype under
@@ -65,8 +65,9 @@ def untie(model: GPT2 | Llama, params: Params) -> tuple[Any, Params]:
             "`combine(adapter, base)`."
         )
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": head.T}}
+    kernel = as_dense(head, head.dtype).T
+    return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": kernel}}
 
 
-def _embedding(model: GPT2 | Llama, params: Params) -> Any:
+def _embedding(model: CausalLM, params: Params) -> Any:
     return flatten(params).get(model.config.embedding_path)

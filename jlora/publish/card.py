@@ -8,11 +8,12 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from jlora._terminal import visible
+from jlora._typing import Json
 from jlora.data import is_hub_data
 from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
@@ -36,7 +37,7 @@ class Kind(NamedTuple):
     """In words."""
     patterns: tuple[str, ...]
     """The files that go up, where they are there; no others do."""
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Json]
     """Of the card."""
     usage: Callable[["Publication", str], Iterator[str]]
     """Lines that say how a repository of this kind is used."""
@@ -47,9 +48,9 @@ class RunRecord:
     """What a run directory says about how its adapter came to be."""
 
     directory: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Json]
     """config.yaml."""
-    history: Sequence[Mapping[str, Any]]
+    history: Sequence[Mapping[str, Json]]
     """metrics.jsonl."""
 
     @classmethod
@@ -92,7 +93,7 @@ class RunRecord:
         return name if is_hub_data(name) and not self.is_text else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -258,7 +259,7 @@ def _hyperparameters(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "steps", str(run.losses[-1][0])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A value in a cell of a table."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if isinstance(value, bool) or _is_number(value) else _code(text).replace("|", "\\|")
@@ -287,7 +288,7 @@ def _settings(publication: Publication) -> Iterator[str]:
     yield from ("## Adapter", "", *_table(("", ""), rows))
 
 
-def _table(header: Sequence[str], rows: Any) -> Iterator[str]:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield from (f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}")
     yield from (f"| {' | '.join(row)} |" for row in rows)
     yield ""

@@ -2,10 +2,13 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jlora.storage.hub_id import check_name
 from jlora.storage.whole import Content, size_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _ADVICE: Mapping[int, str] = {
     401: "the token was refused. Log in with a valid one (`hf auth login`, or HF_TOKEN in the environment).",
@@ -96,10 +99,10 @@ def push_files(
     return Pushed(str(url), kept)
 
 
-def _sizes(api: Any, repo: str, revision: str | None) -> dict[str, int]:
+def _sizes(api: "HfApi", repo: str, revision: str | None) -> dict[str, int]:
     """Path -> bytes of the files of a repository."""
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    return {entry.path: size for entry in entries if (size := getattr(entry, "size", None)) is not None}
 
 
 @contextmanager

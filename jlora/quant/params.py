@@ -1,12 +1,12 @@
 """`quantize`, `dequantize`, and `quantize_params` for the kernels of a tree."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from jlora._typing import Array, Float, Params
+from jlora._typing import AnyArray, Array, DTypeLike, Float, PyTree
 from jlora.quant.formats import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
 from jlora.tree.modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest, stated_roles
@@ -16,7 +16,7 @@ from jlora.weight.roles import check_roles
 
 
 def quantize(
-    w: Float[Array, "*stack d_in d_out"] | Float[Array, " n"], spec: QuantSpec, *, roles: str | None = None
+    w: Float[AnyArray, "*stack d_in d_out"] | Float[AnyArray, " n"], spec: QuantSpec, *, roles: str | None = None
 ) -> QuantizedTensor:
     """Packs a weight; stacked weights are packed layer by layer.
 
@@ -50,7 +50,7 @@ def quantize(
         raise TypeError(f"`quantize` takes a floating point array; got {w.dtype}.")
     if w.ndim == 0 or w.size == 0:
         raise ValueError(f"`quantize` needs at least one axis and one element; got shape {w.shape}.")
-    if not isinstance(w, jax.core.Tracer):
+    if not isinstance(w, Tracer):
         check_finite(w, "w")
     if roles is None:
         return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
@@ -74,13 +74,13 @@ def _count_finite(w: Array) -> Array:
     return jnp.sum(jnp.isfinite(w))
 
 
-def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "*stack d_in d_out"]:
+def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Float[Array, "*shape"]:
     """The dense weight, decoded in float32 and cast to `dtype` (default: that of the weight that was quantized)."""
     return materialize(q, dtype)
 
 
 def quantizable(
-    params: Params, targets: str | Sequence[str] = ALL_LINEAR, roles: Mapping[str, str] | None = None
+    params: PyTree, targets: str | Sequence[str] = ALL_LINEAR, roles: Mapping[str, str] | None = None
 ) -> set[str]:
     """Leaf paths of the kernels that `targets` names, by the rules of `LoraConfig.targets`; `roles`: by leaf path.
 
@@ -108,12 +108,12 @@ def quantizable(
 
 
 def quantize_params(
-    params: Params,
+    params: PyTree,
     spec: QuantSpec,
     *,
     targets: str | Sequence[str] = ALL_LINEAR,
     roles: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> PyTree:
     """The tree with its linear kernels quantized; embeddings, norms, biases and the output head stay as they are.
 
     Args:

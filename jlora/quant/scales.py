@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora._typing import Array, Float, UInt8
 from jlora.quant.blockwise import absolute_maximum, in_blocks, scale_to_unit
 from jlora.quant.codes import DYNAMIC_CODE, look_up, nearest_code
+from jlora.weight import register_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Scales(abc.ABC):
         """What the value of a code is multiplied by, float32, of scales whose `blocks` has no axis of rows."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks",), meta_fields=())
+@functools.partial(register_node, data_fields=("blocks",), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Absmax(Scales):
     """The absmax as it is, float32."""
@@ -54,7 +55,7 @@ class Absmax(Scales):
 NESTED_BLOCK = 256  # blocks of absmax that share a scale in double quantization, as bitsandbytes fixes it
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks", "nested", "offset"), meta_fields=())
+@functools.partial(register_node, data_fields=("blocks", "nested", "offset"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class NestedAbsmax(Scales):
     """Double quantization: the absmax less its mean, as 8-bit codes in blocks of 256. Codes are found by the exact absmax.
@@ -83,7 +84,7 @@ class NestedAbsmax(Scales):
         return (product + self.offset[..., None]) / unit
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks",), meta_fields=())
+@functools.partial(register_node, data_fields=("blocks",), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class BFloat16(Scales):
     """`absmax / unit` in bfloat16, which has float32's range. Codes are found by the rounded scale."""
@@ -99,7 +100,7 @@ class BFloat16(Scales):
         return self.blocks.astype(jnp.float32)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks",), meta_fields=())
+@functools.partial(register_node, data_fields=("blocks",), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class E8M0(Scales):
     """A power of two as its exponent in 8 bits, with bias 127; 255 is NaN. Codes are found by it.

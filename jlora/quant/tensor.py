@@ -7,19 +7,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, UInt8
+from jlora._typing import Array, DTypeLike, Float, UInt8
 from jlora.quant.blockwise import absolute_maximum, in_blocks, pack, scale_to_unit, unpack
 from jlora.quant.formats import NF4, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
 from jlora.quant.scales import Scales
-from jlora.weight import Weight
+from jlora.weight import Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
 _DATA = ("codes", "scales")
 _META = ("kernel_shape", "spec", "logical_dtype", "roles", "axes")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedTensor(Weight):
     """Stands for a dense weight [*stack, in, out] (or [n]) that is stored as blockwise codes.
@@ -89,7 +89,7 @@ class QuantizedTensor(Weight):
         flat = stored.reshape(*stored.shape[: -2 if self._has_rows else -1], -1)
         return dataclasses.replace(self.scales, blocks=flat).decode(self.spec.unit)
 
-    def rows(self, dtype: jnp.dtype) -> Array:
+    def rows(self, dtype: DTypeLike) -> Array:
         """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
@@ -105,7 +105,7 @@ class QuantizedTensor(Weight):
         flat = x.reshape(-1, x.shape[-1])
         name = implementation(flat.shape[0], jax.default_backend())
         y = quantized_matmul(name, transpose, x.dtype, jnp.dtype(out_dtype), flat, self)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
     def take(self, ids):
         self._check_linear("looked up in")
@@ -146,7 +146,7 @@ class QuantizedTensor(Weight):
         return f"{type(self).__name__}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{flags})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True, repr=False)
 class NF4Tensor(QuantizedTensor):
     """A `QuantizedTensor` of format "nf4"; its bytes are those of bitsandbytes' `Params4bit`."""

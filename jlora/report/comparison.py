@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numbers import json_number
 from jlora._terminal import visible
-from jlora._typing import Array, Batch, Float, Key, Params
+from jlora._typing import Array, Batch, Float, JsonObject, Key, Params
 from jlora.data import continuation
-from jlora.generation import generate
+from jlora.generation import SAMPLING, generate
 from jlora.lora import remove_lora
 from jlora.models import Model
 from jlora.train import Evaluation, evaluate
@@ -38,7 +37,7 @@ class Comparison:
     """On held-out data, when some was given."""
     adapted: Evaluation | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         held_out = None
         if self.base is not None and self.adapted is not None:
             held_out = {
@@ -87,10 +86,10 @@ def compare(
     *,
     decode: Callable[[Sequence[int]], str],
     key: Key[Array, ""],
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    max_new_tokens: int = SAMPLING.max_new_tokens,
+    temperature: float = SAMPLING.temperature,
+    top_k: int = SAMPLING.top_k,
+    top_p: float = SAMPLING.top_p,
     held_out: Callable[[], Iterable[Batch]] | None = None,
 ) -> Comparison:
     """Continues each prompt with the base and with the adapted model, under the same key, and measures the distance.

@@ -3,17 +3,16 @@
 import dataclasses
 import math
 import os
-import re
 from typing import Literal
 
-from jlora.quant import FormatName
 from jlora._numbers import MAX_COUNT, check_seed
-from jlora.lora import LoraConfig
+from jlora.quant import FormatName
+from jlora.runs.flags import AdapterFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Fine-tune a GPT-2, Llama or Qwen2 checkpoint with LoRA on text, instructions or chats."""
+class Source:
+    """What a run reads, and where it writes."""
 
     model: str
     """Hugging Face directory or hub id of the base model."""
@@ -34,28 +33,10 @@ class FinetuneConfig:
     pack: bool = False
     """Put several records into a row; they do not see each other."""
 
-    rank: int = 8
-    """Rank of the update."""
-    alpha: float = 16.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the input of the update."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Module names to adapt, such as q_proj v_proj; or one regular expression for whole module paths."""
-    exclude: tuple[str, ...] = ()
-    """Module names not to adapt."""
-    layers_to_transform: tuple[int, ...] | None = None
-    """Adapt these layers only."""
-    bias: Literal["none", "lora_only", "all"] = "none"
-    """Biases to train as they are: none, those of the adapted modules, or all."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules to train whole, such as lm_head."""
-    use_rslora: bool = False
-    """Scale the update by alpha / sqrt(rank)."""
-    use_dora: bool = False
-    """Also train the norm of every column of the updated kernels (DoRA)."""
-    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
-    """Initialization of lora_A; pissa: of both factors, from the largest singular values of the kernel."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(AdapterFlags, Source):
+    """Fine-tune a GPT-2, Llama or Qwen2 checkpoint with LoRA on text, instructions or chats."""
 
     epochs: float | None = None
     """Passes over the data; default 3 where --steps is not given."""
@@ -90,7 +71,8 @@ class FinetuneConfig:
     """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
 
     quantize: FormatName | None = None
-    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25. A bitsandbytes 4-bit checkpoint is used as it is."""
+    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5. A
+    bitsandbytes 4-bit checkpoint is used as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
@@ -109,11 +91,7 @@ class FinetuneConfig:
         for name in ("model", "data", "output", "eval_data"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
-        for name in ("targets", "exclude", "modules_to_save"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        super().__post_init__()
         problems = list(self._problems())
         if problems:
             raise ValueError("This run cannot start:\n  " + "\n  ".join(problems))
@@ -152,26 +130,3 @@ class FinetuneConfig:
             yield f"`init` 'pissa' needs dense kernels; got quantize={self.quantize!r}. Use init='kaiming', or no `quantize`."
         if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:
             yield "`save` 'best' needs an evaluation: give `eval_data` or an `eval_fraction` above 0."
-
-    def lora(self) -> LoraConfig:
-        """The adapter's own config."""
-        return LoraConfig(
-            rank=self.rank,
-            alpha=self.alpha,
-            targets=targets_of(self.targets),
-            dropout=self.dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            init=self.init,
-            exclude=self.exclude,
-            bias=self.bias,
-            modules_to_save=self.modules_to_save,
-            layers_to_transform=self.layers_to_transform,
-        )
-
-
-def targets_of(names: tuple[str, ...]) -> str | tuple[str, ...]:
-    """One word that is "all-linear" or has characters no module name has is meant as PEFT's string form."""
-    if len(names) == 1 and (names[0] == "all-linear" or re.search(r"[\\*+?()\[\]|^$]", names[0])):
-        return names[0]
-    return names

@@ -2,24 +2,24 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from jlora.tree.modules import module_path
-from jlora.tree.paths import count
+from jlora._typing import Json, PyTree
 from jlora.lora import AdaptedWeight, LoraWeight, adapted_leaves, split
 from jlora.train import perplexity
+from jlora.tree.modules import module_path
+from jlora.tree.paths import count
 
 _PLAIN_LINE_SECONDS = 10.0
 """Without a terminal there is no bar: a line this often."""
 
 
-def trained_table(params: Any) -> Table:
+def trained_table(params: PyTree) -> Table:
     """What is trained, the layers of each folded into one row."""
     groups: dict[tuple[str, str, str], list[AdaptedWeight]] = {}
     for path, weight in adapted_leaves(split(params)[0]).items():
@@ -51,7 +51,7 @@ class Display:
         self.console = Console(quiet=quiet, highlight=False)
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._task: Any = None
+        self._task: TaskID | None = None
         self._last_line = 0.0
 
     def facts(self, rows: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ class Display:
             table.add_row(name, Text(value))
         self.console.print(table)
 
-    def trained(self, params: Any, adapter: Any) -> None:
+    def trained(self, params: PyTree, adapter: PyTree) -> None:
         self.console.print()
         self.console.print(trained_table(params))
         trained, total = count(adapter), count(params)
@@ -78,12 +78,12 @@ class Display:
         self._task = self._progress.add_task("", total=total, completed=done, text="compiling")
         self._progress.start()
 
-    def step(self, entry: Mapping[str, Any], total: int) -> None:
+    def step(self, entry: Mapping[str, Json], total: int) -> None:
         text = (
             f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.1e}  grad {entry['grad_norm']:.2f}  "
             f"{entry['tokens_per_second']:,.0f} tok/s"
         )
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=entry["step"], text=text)
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or entry["step"] in (1, total):
             self._last_line = time.monotonic()

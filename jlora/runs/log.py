@@ -5,11 +5,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jlora._numbers import json_number
-from jlora.storage.whole import full_disk_said, whole_file
+from jlora._typing import Json, JsonObject
 from jlora.storage.structured import parse_json
+from jlora.storage.whole import full_disk_said, whole_file
 
 _TRAINED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _EVALUATED = ("eval_loss",)
@@ -22,7 +22,7 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    def append(self, entry: Mapping[str, Json]) -> JsonObject:
         """Appends an entry, on disk when this returns, and returns it as it was written: numbers that are not finite, which JSON
         does not have, as None."""
         entry = strict(entry)
@@ -32,7 +32,7 @@ class Log:
             os.fsync(file.fileno())
         return entry
 
-    def rewind(self, last: int, *, first: int) -> tuple[list[dict[str, Any]], list[str]]:
+    def rewind(self, last: int, *, first: int) -> tuple[list[JsonObject], list[str]]:
         """Drops the entries after the step `last`, and a line that was cut off at the end.
 
         Args:
@@ -44,7 +44,7 @@ class Log:
         """
         before = self.path.read_bytes() if self.path.is_file() else b""
         lines = before.split(b"\n")
-        kept: dict[int, dict[str, Any]] = {}
+        kept: dict[int, JsonObject] = {}
         wrong = []
         for number, line in enumerate(lines, 1):
             try:
@@ -70,16 +70,16 @@ class Log:
         return entries, wrong
 
 
-def strict(entry: Mapping[str, Any]) -> dict[str, Any]:
+def strict(entry: Mapping[str, Json]) -> JsonObject:
     """The entry with None for numbers that are not finite."""
     return {name: json_number(value) if isinstance(value, float) else value for name, value in entry.items()}
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def _line(entry: Mapping[str, Json]) -> str:
     return json.dumps(entry, allow_nan=False) + "\n"
 
 
-def _entry(line: bytes) -> dict[str, Any]:
+def _entry(line: bytes) -> JsonObject:
     """The entry of a line.
 
     Raises:
@@ -117,6 +117,6 @@ def _ranges(steps: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def lowest(entries: Iterable[Mapping[str, Any]]) -> float:
+def lowest(entries: Iterable[Mapping[str, Json]]) -> float:
     """The lowest evaluation loss after the first step; infinite without one."""
     return min((entry["eval_loss"] for entry in entries if entry["step"] and "eval_loss" in entry), default=math.inf)

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from jlora._typing import Json, JsonObject
 from jlora.data.shards import holds_only_shards
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.log import Log
-from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.storage.lock import LOCK, only_writer
 from jlora.storage.structured import read_json, read_yaml
+from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.train.checkpoints import saved_steps
 
 CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER = (
@@ -74,7 +74,7 @@ class Run:
         if self._made and self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
 
-    def _resume(self, fields: Mapping[str, Any]) -> None:
+    def _resume(self, fields: Mapping[str, Json]) -> None:
         path = self.directory / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"There is no run to resume in {str(self.directory)!r}. Start it without --resume.")
@@ -86,7 +86,7 @@ class Run:
         _refuse_changes(before, fields, path, "the configuration", self._instead(), _FREE_TO_CHANGE)
         remove_all_partial(self.directory)
 
-    def _start(self, fields: Mapping[str, Any]) -> None:
+    def _start(self, fields: Mapping[str, Json]) -> None:
         # Twice: a directory that is somebody's gets no lock, and one that is free now may be another's when it is locked.
         if not (self.directory / LOCK).exists():
             self._refuse_what_is_there()
@@ -148,7 +148,7 @@ class Run:
         if not self._config.resume and self._saved_nothing():
             self._clear()
 
-    def check_origin(self, origin: Mapping[str, Any]) -> str | None:
+    def check_origin(self, origin: Mapping[str, Json]) -> str | None:
         """Records what the run is made from, or, on resuming, compares it with what it was.
 
         Returns:
@@ -186,7 +186,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("jax", "flax", "optax", "numpy")} | {"python": platform.python_version()}
 
 
-def _other_versions(before: Any) -> str | None:
+def _other_versions(before: Json) -> str | None:
     """They do not make another run, and may change its last digits."""
     before = before if isinstance(before, dict) else {}
     changed = [
@@ -197,13 +197,13 @@ def _other_versions(before: Any) -> str | None:
     return f"this run began with {', '.join(changed)}: it may end with other digits than one that was not stopped"
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(fields: Mapping[str, Json]) -> JsonObject:
     """As JSON and YAML give it back: tuples as lists."""
     return json.loads(json.dumps(fields))
 
 
 def _refuse_changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], file: Path, what: str, instead: str, free: tuple[str, ...] = ()
+    before: Mapping[str, Json], now: Mapping[str, Json], file: Path, what: str, instead: str, free: tuple[str, ...] = ()
 ) -> None:
     names = [n for n in {**now, **before} if n not in free and (n in before, before.get(n)) != (n in now, now.get(n))]
     if names:

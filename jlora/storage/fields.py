@@ -8,7 +8,9 @@ Example:
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
+
+from jlora._typing import Json
 
 MAX_SIZE = 1 << 24
 """Of one dimension. The largest there are: ten million positions, a vocabulary of a million."""
@@ -19,10 +21,12 @@ class Kind(NamedTuple):
 
     says: str
     """In an error, behind "must be"."""
-    holds: Callable[[Any], bool]
+    holds: Callable[[Json], bool]
 
 
-def wrong_fields(fields: Mapping[str, Any], table: Mapping[str, Kind], required: Collection[str] = ()) -> Iterator[str]:
+def wrong_fields(
+    fields: Mapping[str, Json], table: Mapping[str, Kind], required: Collection[str] = ()
+) -> Iterator[str]:
     """A line for each field that is there and holds what its kind in the table does not, and for each required one that is not."""
     for name, kind in table.items():
         if name in required and name not in fields:
@@ -32,7 +36,7 @@ def wrong_fields(fields: Mapping[str, Any], table: Mapping[str, Kind], required:
 
 
 def check_fields(
-    fields: Mapping[str, Any], table: Mapping[str, Kind], *, where: str, required: Collection[str] = ()
+    fields: Mapping[str, Json], table: Mapping[str, Kind], *, where: str, required: Collection[str] = ()
 ) -> None:
     """Raises a ValueError that lists the wrong and the missing fields of the file `where`."""
     wrong = list(wrong_fields(fields, table, required))
@@ -40,7 +44,7 @@ def check_fields(
         raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(wrong))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in an error, cut where it is long."""
     try:
         text = repr(value)
@@ -49,12 +53,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def is_integer(value: Any) -> TypeGuard[int]:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether it is an integer, which Python's booleans are not here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a finite number that a float64 holds."""
     if is_integer(value):
         return abs(value) < 1 << 1023
@@ -86,7 +90,7 @@ def text() -> Kind:
     return Kind("text", lambda v: isinstance(v, str))
 
 
-def one_of(*values: Any) -> Kind:
+def one_of(*values: object) -> Kind:
     """One of these values, of the same type: 1 is not true."""
     listed = " or ".join(map(repr, values))
     return Kind(listed, lambda v: any(type(v) is type(value) and v == value for value in values))

@@ -2,8 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
+from jlora._typing import JsonObject
 from jlora.storage.fields import Kind, integer, is_number, optional, wrong_fields
 from jlora.storage.structured import parse_json, read_text
 
@@ -15,7 +15,7 @@ _FIELDS = {
 }
 
 
-def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_history(path: str | os.PathLike) -> list[JsonObject]:
     """The entries of a metrics.jsonl.
 
     Raises:
@@ -27,7 +27,7 @@ def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [_entry(line, f"{path.name} line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def _entry(line: str, where: str) -> dict[str, Any]:
+def _entry(line: str, where: str) -> JsonObject:
     entry = parse_json(line, where=where)
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must hold an object; got {line[:40]!r}.")

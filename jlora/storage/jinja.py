@@ -29,7 +29,7 @@ class Unbounded(jinja2.TemplateError):
     """A template that does too much."""
 
 
-def render_template(source: str, variables: Mapping[str, Any]) -> str:
+def render_template(source: str, variables: Mapping[str, object]) -> str:
     """What a chat template makes of `variables` (`messages`, `tools`, special tokens, `strftime_now` …).
 
     Raises:
@@ -74,7 +74,7 @@ def _chars(count: int) -> None:
         spent.chars = total
 
 
-def _size(value: Any, seen: dict[int, int] | None = None) -> int:
+def _size(value: object, seen: dict[int, int] | None = None) -> int:
     """About how long `str(value)` is. What is in it twice counts twice, but is looked at once."""
     if isinstance(value, str | bytes):
         return len(value)
@@ -101,19 +101,19 @@ def _counted(items: Any) -> Any:
     return _counting(items) if isinstance(items, Iterable) else items
 
 
-def _counting(items: Iterable[Any]) -> Iterable[Any]:
+def _counting(items: Iterable[object]) -> Iterable[object]:
     for item in items:
         _step()
         yield item
 
 
-def _joined(parts: list[Any]) -> str:
+def _joined(parts: list[object]) -> str:
     """`a ~ b ~ c`."""
     _chars(sum(map(_size, parts)))
     return "".join(map(str, parts))
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> Any:
     """What `{{ value }}` prints."""
     _chars(_size(value))
     return value
@@ -231,7 +231,7 @@ def _length(value: Any) -> int:
     return 8 * _items(value) or (len(value) if hasattr(value, "__len__") else 1)
 
 
-def _items(value: Any) -> int:
+def _items(value: object) -> int:
     return len(value) if isinstance(value, list | tuple | dict | range) else 0
 
 
@@ -272,18 +272,18 @@ class _Namespace(jinja2.utils.Namespace):
             _public(name)
         jinja2.utils.Namespace.__init__(args[0], attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _public(name)
         jinja2.utils.Namespace.__setitem__(self, name, value)
 
 
-def _public(name: Any) -> None:
+def _public(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a chat template may not name an attribute {name!r}")
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

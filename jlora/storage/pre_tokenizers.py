@@ -4,7 +4,8 @@ Reference: Hugging Face tokenizers, `pre_tokenizers`; llama.cpp, `src/llama-voca
 """
 
 from collections.abc import Mapping
-from typing import Any
+
+from jlora._typing import Json
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,7 +28,7 @@ WORDS_APART = frozenset({(_GPT2,), (("Digits", True), _GPT2), (_LLAMA3, _BYTES),
 alternative of these expressions matches a letter and then a space, and none looks behind itself."""
 
 
-def steps_of(fields: Mapping[str, Any] | None) -> list[tuple]:
+def steps_of(fields: Mapping[str, Json] | None) -> list[tuple]:
     """A pre-tokenizer as the tuples of `PRE_TOKENIZERS`, sequences flattened."""
     if fields is None:
         return []

@@ -7,8 +7,8 @@ checkpoints list the end of a turn there; a base model that was trained on chats
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from jlora._typing import Json, JsonObject, NamedTokens
 from jlora.storage.fields import check_fields, either, flag, integer, list_of, number, optional
 from jlora.storage.structured import read_json, read_text
 
@@ -29,7 +29,7 @@ _USER, _ASSISTANT = "What does the lamp say?", "The lamp says yes."
 _TURNS = ({"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT})
 
 
-def generation_config(directory: Path) -> dict[str, Any]:
+def generation_config(directory: Path) -> JsonObject:
     """The fields of a checkpoint's generation_config.json, none where there is no such file.
 
     Raises:
@@ -41,7 +41,7 @@ def generation_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def token_ids(value: Any, *, where: str) -> tuple[int, ...]:
+def token_ids(value: Json, *, where: str) -> tuple[int, ...]:
     """The ids of an `eos_token_id`, which is null, one id or a list of them.
 
     Raises:
@@ -53,7 +53,7 @@ def token_ids(value: Any, *, where: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def stop_ids(declared: Iterable[int], tokenizer: Any = None, *, vocab_size: int) -> tuple[int, ...]:
+def stop_ids(declared: Iterable[int], tokenizer: NamedTokens | None = None, *, vocab_size: int) -> tuple[int, ...]:
     """The ids at which a generation ends: those `declared`, the tokenizer's end of text, its chat template's end of turn.
 
     Each once, in this order. An id beyond the vocabulary is left out: it can never be generated.
@@ -67,7 +67,7 @@ def stop_ids(declared: Iterable[int], tokenizer: Any = None, *, vocab_size: int)
     return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocab_size))
 
 
-def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
+def turn_end_ids(tokenizer: NamedTokens) -> tuple[int, ...]:
     """The tokens with which a tokenizer's chat template closes a turn of the assistant.
 
     Found by rendering a conversation: what stands behind the answer, if it begins or ends with a token of its own, such as
@@ -97,7 +97,7 @@ def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(own[t] for t in (first, last) if t is not None))
 
 
-def own_tokens(tokenizer: Any) -> Mapping[str, int]:
+def own_tokens(tokenizer: NamedTokens) -> Mapping[str, int]:
     """Text -> id of the tokens that are taken out of a text before it is split: special ones and other added ones."""
     special = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
     return {text: i for text, i in (special | tokenizer.get_added_vocab()).items() if text and i is not None}
@@ -147,17 +147,17 @@ class SpecialTokens:
         return dict(self._ids)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     return read_json(path) if path.is_file() else {}
 
 
-def _text(token: Any) -> str | None:
+def _text(token: Json) -> str | None:
     """A token's text, which stands alone or among its flags."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 
 
-def _template(directory: Path, fields: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _template(directory: Path, fields: Mapping[str, Json]) -> str | dict[str, str] | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         return read_text(path)
@@ -169,10 +169,10 @@ def _template(directory: Path, fields: Mapping[str, Any]) -> str | dict[str, str
     return found if isinstance(found, str | dict) else None
 
 
-def with_stops(fields: Mapping[str, Any], stops: tuple[int, ...], *, where: str = GENERATION_CONFIG) -> dict[str, Any]:
+def with_stops(fields: Mapping[str, Json], stops: tuple[int, ...], *, where: str = GENERATION_CONFIG) -> JsonObject:
     """The fields of a generation_config.json with these stops for `eos_token_id`; the same where they say so already."""
     if set(token_ids(fields.get("eos_token_id"), where=where)) >= set(stops):
         return dict(fields)
-    changed: dict[str, Any] = {**fields, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
+    changed: JsonObject = {**fields, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
     changed.pop("_from_model_config", None)  # transformers would make it anew of config.json
     return changed

@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from jlora._typing import Json, JsonObject
 
 MAX_BYTES = 1 << 26
 """Of a file of settings. The largest that is known, a tokenizer.json of a quarter million merges, has 35 MB."""
@@ -46,7 +47,7 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
+def read_json(path: str | os.PathLike) -> JsonObject:
     """The fields of a file that holds one JSON object.
 
     Raises:
@@ -59,7 +60,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, *, where: str) -> Any:
+def parse_json(text: str, *, where: str) -> Json:
     """The value of a JSON text; `where` names its place in errors.
 
     Raises:
@@ -74,7 +75,7 @@ def parse_json(text: str, *, where: str) -> Any:
     return value
 
 
-def decode_json(text: str, start: int | None = None) -> tuple[Any, int]:
+def decode_json(text: str, start: int | None = None) -> tuple[Json, int]:
     """The value of a JSON text and where it ends.
 
     Args:
@@ -102,7 +103,7 @@ def beyond_bounds(error: RecursionError | ValueError) -> str:
     return _TOO_DEEP if isinstance(error, RecursionError) else digits
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: list[tuple[str, Json]]) -> JsonObject:
     """An object of its fields.
 
     Raises:
@@ -119,7 +120,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} lists and objects"
 
 
-def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike) -> JsonObject:
     """The fields of a YAML file that holds one mapping with text for keys.
 
     Raises:
@@ -163,7 +164,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
+def _is_too_deep(value: object) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -177,7 +178,7 @@ def _is_too_deep(value: Any) -> bool:
     return True
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return (
         "nothing" if value is None else f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
     )

@@ -2,15 +2,15 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from jlora._numbers import IGNORED
 from jlora._typing import Array, Batch, Bool, Float, Int
-
-IGNORE = -100  # transformers' `ignore_index`
 
 REQUIRED = ("input_ids", "labels")
 OPTIONAL = ("attention_mask", "position_ids", "positions", "segment_ids", "adapter_ids")
@@ -107,7 +107,7 @@ _EDIT = {
 _SAME = {"positions": "where tokens stand", "attention_mask": "which tokens are padding"}
 
 
-def _unknown(name: Any) -> str:
+def _unknown(name: str) -> str:
     taken = f"The loss takes {', '.join((*REQUIRED, *OPTIONAL))}."
     if name in _NOT_TAKEN:
         return f"A batch must not hold {name!r}. {_NOT_TAKEN[name]} {taken}"
@@ -116,7 +116,7 @@ def _unknown(name: Any) -> str:
     return f"A batch must not hold {name!r}, which would be ignored.{hint} {taken}"
 
 
-def _check_dtype(name: str, value: Any) -> None:
+def _check_dtype(name: str, value: object) -> None:
     if not isinstance(value, np.ndarray | jax.Array):
         raise ValueError(
             f"`{name}` must be a NumPy or JAX array; got {type(value).__name__}. Convert it with `np.asarray`."
@@ -127,7 +127,7 @@ def _check_dtype(name: str, value: Any) -> None:
     if kind not in tuple(allowed):
         extra = {
             "attention_mask": " A mask says 1 (attend) or 0 (padding); additive masks are not taken.",
-            "labels": f" Labels are signed: {IGNORE} is not supervised.",
+            "labels": f" Labels are signed: {IGNORED} is not supervised.",
         }.get(name, " Convert it with `.astype(np.int32)` where the numbers are whole.")
         raise ValueError(f"`{name}` must be int32; got {value.dtype}.{extra}")
 
@@ -148,7 +148,7 @@ def check_numbers(batch: Batch, limits: Limits, *, wait: bool) -> None:
 
 
 def _ranges(limits: Limits) -> Iterator[tuple[str, int, int | None]]:
-    """(key, least, greatest or None for none) of every array that is bounded. Labels may be `IGNORE` too."""
+    """(key, least, greatest or None for none) of every array that is bounded. Labels may be `IGNORED` too."""
     last = None if limits.positions is None else limits.positions - 1
     yield "input_ids", 0, limits.vocabulary - 1
     yield "labels", 0, limits.vocabulary - 1
@@ -158,11 +158,11 @@ def _ranges(limits: Limits) -> Iterator[tuple[str, int, int | None]]:
     yield "position_ids", 0, last
 
 
-def _on_host(value: Any, wait: bool) -> np.ndarray | None:
+def _on_host(value: AnyArray | None, wait: bool) -> np.ndarray | None:
     """The array, or None where it cannot be looked at (for nothing)."""
     if value is None or isinstance(value, np.ndarray):
         return value
-    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+    if isinstance(value, Tracer) or not value.is_fully_addressable:
         return None
     if wait or all(device.platform == "cpu" for device in value.devices()):
         return np.asarray(value)
@@ -173,16 +173,16 @@ def _leaves(value: np.ndarray, low: int, high: int | None, name: str) -> bool:
     """Whether a number leaves its range. The least and the greatest tell, but for labels that are ignored."""
     if high is not None and value.max() > high:
         return True
-    return bool(value.min() < low) and (name != "labels" or bool(np.any((value < low) & (value != IGNORE))))
+    return bool(value.min() < low) and (name != "labels" or bool(np.any((value < low) & (value != IGNORED))))
 
 
 def _out_of_range(name: str, value: np.ndarray, low: int, high: int | None) -> str:
     bad = (value < low) | (False if high is None else value > high)
     if name == "labels":
-        bad &= value != IGNORE
+        bad &= value != IGNORED
     row, column = (int(i) for i in np.argwhere(bad)[0])
     wanted = f"at least {low}" if high is None else f"in {low}..{high}"
-    wanted += f" or {IGNORE} (not supervised)" if name == "labels" else ""
+    wanted += f" or {IGNORED} (not supervised)" if name == "labels" else ""
     hint = {
         "input_ids": "Is this the model's own tokenizer? Pad with an id that it has.",
         "labels": "Is this the model's own tokenizer?",
@@ -203,19 +203,17 @@ def soundness(batch: Batch, limits: Limits) -> Float[Array, ""]:
             outside = batch[name] < low
             if high is not None and high <= jnp.iinfo(batch[name].dtype).max:
                 outside |= batch[name] > high
-            bad |= jnp.any(outside & (batch[name] != IGNORE) if name == "labels" else outside)
+            bad |= jnp.any(outside & (batch[name] != IGNORED) if name == "labels" else outside)
     return jnp.where(bad, jnp.nan, 1.0)
 
 
-def model_arguments(batch: Batch) -> dict[str, Any]:
+def model_arguments(batch: Batch) -> dict[str, Array]:
     """The arrays beside `input_ids` that a model is called with, `position_ids` in transformers' sense.
 
     Positions that restart are several sequences in a row, which do not see each other, unless an attention mask is given
     (`transformers.masking_utils.find_packed_sequence_indices`).
     """
-    arguments: dict[str, Any] = {
-        name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch
-    }
+    arguments = {name: jnp.asarray(batch[name], jnp.int32) for name in ("positions", "segment_ids") if name in batch}
     if "attention_mask" in batch:
         arguments["attention_mask"] = jnp.asarray(batch["attention_mask"], bool)
     if "position_ids" in batch:

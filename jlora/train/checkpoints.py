@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.storage.structured import read_json
 from jlora.storage.whole import no_space, remove_all_partial, remove_directory, whole_directory
 from jlora.train.step import TrainState
@@ -38,9 +38,9 @@ class Record:
     """Of this state, where it was the lowest so far."""
     best: tuple[int, float] | None
     """(step, evaluation loss) of the lowest up to this state, as far as it was saved."""
-    unlogged: Mapping[str, Any] | None
+    unlogged: Mapping[str, Json] | None
     """The log's entry of this step, when the run was stopped before its evaluation."""
-    leaves: Mapping[str, Mapping[str, Any]]
+    leaves: Mapping[str, Mapping[str, Json]]
     """Name -> shape, dtype and SHA-256 of the bytes."""
     files: Mapping[str, str]
     """Name -> SHA-256, of the files that Orbax wrote."""
@@ -87,7 +87,7 @@ class Checkpoints:
         return None
 
     def save(
-        self, state: TrainState, *, eval_loss: float | None = None, unlogged: Mapping[str, Any] | None = None
+        self, state: TrainState, *, eval_loss: float | None = None, unlogged: Mapping[str, Json] | None = None
     ) -> None:
         """Writes the state as of `state.step`.
 
@@ -216,13 +216,13 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.name == str(int(p.name)))
 
 
-def _named(state: TrainState) -> dict[str, Any]:
+def _named(state: TrainState) -> JsonObject:
     """Leaves by dotted path: files that any version can read, whatever classes the tree is made of."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {path_string(path).replace("/", "."): leaf for path, leaf in leaves}
 
 
-def _described(leaf: np.ndarray) -> dict[str, Any]:
+def _described(leaf: np.ndarray) -> JsonObject:
     digest = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
 
@@ -242,7 +242,7 @@ def _text(record: Record) -> str:
     return json.dumps(fields | {"sha256": _own_digest(fields)}, indent=1) + "\n"
 
 
-def _own_digest(fields: Mapping[str, Any]) -> str:
+def _own_digest(fields: Mapping[str, Json]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

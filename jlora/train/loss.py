@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 
+from jlora._numbers import IGNORED
 from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
 from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
-from jlora.train.batch import IGNORE, Limits, check_form, check_numbers, model_arguments, soundness
+from jlora.models.causal import capped
+from jlora.train.batch import Limits, check_form, check_numbers, model_arguments, soundness
 from jlora.weight import Weight
 
-LossFn: TypeAlias = Callable[[Any, Batch, Any], tuple[Array, Array]]
+LossFn: TypeAlias = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
 
 CHUNK = {"cpu": 256, "gpu": 512}
@@ -78,7 +81,8 @@ class CausalLMLoss:
             params = route(params, batch["adapter_ids"])
         arguments = model_arguments(batch)
         ids = jnp.asarray(batch["input_ids"], jnp.int32)
-        hidden = model.apply({"params": params}, ids, **arguments, head=False)
+        # Without `mutable` it is an array, which Flax does not say.
+        hidden: Array = model.apply({"params": params}, ids, head=False, **arguments)  # pyright: ignore
         weight, transpose = model.output_head(params)
         if isinstance(weight, RoutedWeight) and weight.per_row:
             raise ValueError(
@@ -88,13 +92,21 @@ class CausalLMLoss:
         targets, supervised = next_tokens(jnp.asarray(batch["labels"], jnp.int32), arguments.get("segment_ids"))
         flat = hidden.reshape(-1, hidden.shape[-1])
         size = self.chunk or CHUNK.get(jax.default_backend(), CHUNK["gpu"])
-        loss = cross_entropy(flat, weight, targets.reshape(-1), supervised.reshape(-1), transpose=transpose, chunk=size)
+        loss = cross_entropy(
+            flat,
+            weight,
+            targets.reshape(-1),
+            supervised.reshape(-1),
+            transpose=transpose,
+            chunk=size,
+            cap=model.config.logit_cap,
+        )
         return loss * sound, jnp.sum(supervised, dtype=jnp.int32)
 
 
-def _known(adapter_ids: Any, adapters: int) -> Array:
+def _known(adapter_ids: AnyArray, adapters: int) -> Array:
     """1 or NaN, as `soundness`: `route` cannot refuse traced numbers, and takes the nearest adapter."""
-    if not isinstance(adapter_ids, jax.core.Tracer):
+    if not isinstance(adapter_ids, Tracer):
         return jnp.ones(())
     return jnp.where(jnp.all((adapter_ids >= -1) & (adapter_ids < adapters)), 1.0, jnp.nan)
 
@@ -104,8 +116,8 @@ def next_tokens(
 ) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """(the token each position predicts, whether that prediction is supervised)."""
     # Shifting the labels rather than slicing the hidden states keeps shapes whole.
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-    supervised = targets != IGNORE
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    supervised = targets != IGNORED
     if segment_ids is not None:
         following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
         supervised &= (following == segment_ids) & (segment_ids != 0)
@@ -120,8 +132,10 @@ def cross_entropy(
     *,
     transpose: bool,
     chunk: int,
+    cap: float | None = None,
 ) -> Float[Array, ""]:
     """Summed cross-entropy of `linear(hidden, weight, transpose=transpose)` against `targets`, over supervised tokens.
+    `cap` bounds the logits: `capped`.
 
     Supervised tokens are brought to the front and taken `chunk` at a time; chunks without any are not computed. The
     gradient is taken in the forward pass, while a chunk's logits are there, so they are made once: 4 rather than 6
@@ -138,15 +152,15 @@ def cross_entropy(
     rows = jnp.take(hidden, order, axis=0, mode="fill", fill_value=0).reshape(-1, chunk, hidden.shape[1])
     ids = jnp.take(targets, order, mode="fill", fill_value=0).reshape(-1, chunk)
     live = jnp.take(supervised, order, mode="fill", fill_value=False).reshape(-1, chunk)
-    return _chunked(transpose, rows, weight, jnp.where(live, ids, 0), live)
+    return _chunked(transpose, cap, rows, weight, jnp.where(live, ids, 0), live)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(transpose, rows, weight, ids, live):
-    return _scan_chunks(transpose, rows, weight, ids, live, False, [False] * len(jax.tree.leaves(weight)))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(transpose, cap, rows, weight, ids, live):
+    return _scan_chunks(transpose, cap, rows, weight, ids, live, False, [False] * len(jax.tree.leaves(weight)))[0]
 
 
-def _scan_chunks(transpose, rows, weight, ids, live, need_rows: bool, need_leaf: list[bool]):
+def _scan_chunks(transpose, cap, rows, weight, ids, live, need_rows: bool, need_leaf: list[bool]):
     """(loss, gradient of rows or None, gradients of the weight's leaves where needed else None)."""
     leaves, treedef = jax.tree.flatten(weight)
     wanted = [leaf for leaf, need in zip(leaves, need_leaf, strict=True) if need]
@@ -154,7 +168,7 @@ def _scan_chunks(transpose, rows, weight, ids, live, need_rows: bool, need_leaf:
     def logits_of(x, trained):
         trained = iter(trained)
         mixed = [next(trained) if need else leaf for leaf, need in zip(leaves, need_leaf, strict=True)]
-        return linear(x, jax.tree.unflatten(treedef, mixed), transpose=transpose, out_dtype=jnp.float32)
+        return capped(linear(x, jax.tree.unflatten(treedef, mixed), transpose=transpose, out_dtype=jnp.float32), cap)
 
     def compute(x, y, mask):
         if need_rows and wanted:
@@ -188,16 +202,16 @@ def _scan_chunks(transpose, rows, weight, ids, live, need_rows: bool, need_leaf:
     return loss, dx, [next(dw) if need else None for need in need_leaf]
 
 
-def _chunked_fwd(transpose, rows, weight, ids, live):
+def _chunked_fwd(transpose, cap, rows, weight, ids, live):
     primals, treedef = jax.tree.flatten(weight, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     weight = jax.tree.unflatten(treedef, [p.value for p in primals])
     loss, drows, dleaves = _scan_chunks(
-        transpose, rows.value, weight, ids.value, live.value, rows.perturbed, [p.perturbed for p in primals]
+        transpose, cap, rows.value, weight, ids.value, live.value, rows.perturbed, [p.perturbed for p in primals]
     )
     return loss, (drows, jax.tree.unflatten(treedef, dleaves))
 
 
-def _chunked_bwd(transpose, residuals, g):
+def _chunked_bwd(transpose, cap, residuals, g):
     drows, dweight = jax.tree.map(lambda x: (g * x).astype(x.dtype), residuals)
     return drows, dweight, None, None
 

@@ -1,13 +1,12 @@
 """How much memory a training step will take, from shapes alone."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._typing import Params
+from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
 from jlora.quant import QuantizedTensor, QuantSpec, quantize_params
@@ -38,7 +37,7 @@ class Memory:
 
 
 def abstract_tree(
-    model: Model, lora: LoraConfig | None, *, dtype: Any, quantize: QuantSpec | None, stack: bool
+    model: Model, lora: LoraConfig | None, *, dtype: DTypeLike, quantize: QuantSpec | None, stack: bool
 ) -> Params:
     """The parameters as `jax.ShapeDtypeStruct` leaves, quantized, stacked and adapted; nothing is allocated."""
 
@@ -103,7 +102,7 @@ def predict(
     )
 
 
-def _saved(model: Model, adapter: Any, base: Any, batch_size: int, length: int) -> int:
+def _saved(model: Model, adapter: PyTree, base: PyTree, batch_size: int, length: int) -> int:
     """Bytes that the forward pass of the loss keeps, the parameters themselves left out."""
     batch = abstract_batch(batch_size, length)
 
@@ -123,7 +122,7 @@ def _saved(model: Model, adapter: Any, base: Any, batch_size: int, length: int) 
     return total
 
 
-def _unpacked(base: Any, dtype: Any) -> int:
+def _unpacked(base: PyTree, dtype: DTypeLike) -> int:
     """Bytes of the two largest quantized kernels, unpacked."""
     kernels = [
         leaf.kernel_shape[0] * leaf.kernel_shape[1] * jnp.dtype(dtype).itemsize
@@ -134,13 +133,14 @@ def _unpacked(base: Any, dtype: Any) -> int:
     return sum(sorted(kernels)[-2:])
 
 
-def _dense_stacks(base: Any) -> int:
+def _dense_stacks(base: PyTree) -> int:
     """Bytes of the dense kernels that lie in stacked layers."""
     kernels = {path: getattr(weight, "base", weight) for path, weight in flatten(base).items()}
     return sum(nbytes(w) for path, w in kernels.items() if layer_path(path, 0) and not isinstance(w, QuantizedTensor))
 
 
-def planned(compiled: Any) -> int:
+def planned(compiled: jax.stages.Compiled) -> int:
     """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
     plan = compiled.memory_analysis()
+    assert plan is not None  # every backend that jlora runs on makes one
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes

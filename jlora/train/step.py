@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._typing import Array, Batch, Int, Key
+from jlora._typing import Array, Batch, Int, Key, PyTree
 from jlora.lora import combine
 from jlora.train.loss import LossFn
 from jlora.tree.paths import path_string
@@ -20,14 +20,14 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     """Steps done, int32."""
-    adapter: Any
+    adapter: PyTree
     opt_state: optax.OptState
 
 
-Step: TypeAlias = Callable[[TrainState, Any, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 
 
-def init_state(adapter: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(adapter: PyTree, tx: Optimizer) -> TrainState:
     """The state before the first step. Every leaf is an array of its own: steps donate their state, and yours stays usable
     (some optimizers begin with the parameters themselves, or with one array in several places).
 
@@ -47,12 +47,12 @@ def init_state(adapter: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), adapter, _owned(_as_updated(tx, adapter, opt_state)))
 
 
-def _owned(tree: Any) -> Any:
+def _owned(tree: PyTree) -> PyTree:
     """Copies of all leaves, none of them weakly typed: a step gives strong types back, and would be compiled again for them."""
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), tree)
 
 
-def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
+def _as_updated(tx: optax.GradientTransformationExtraArgs, adapter: PyTree, opt_state: PyTree) -> PyTree:
     """The state with the dtypes that updates give it: gradients are float32 at least, and so are moments of a bfloat16 adapter
     from the first step on. It would be compiled again for them."""
     if all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter)):
@@ -74,7 +74,7 @@ def _as_updated(tx: Any, adapter: Any, opt_state: Any) -> Any:
     return jax.tree.map(lambda x, like: x.astype(like.dtype), opt_state, after)
 
 
-def _optimizer(tx: Any) -> optax.GradientTransformationExtraArgs:
+def _optimizer(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
     """`tx` as a transformation that takes extra arguments."""
     if isinstance(tx, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)  # pyright: ignore[reportArgumentType]
@@ -83,7 +83,7 @@ def _optimizer(tx: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(tx)
 
 
-def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
+def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
     """`step(state, base, batch, key) -> (state, metrics)`, jitted; donates `state`, never `base`.
 
     The loss is differentiated with respect to `state.adapter`; `base` (the frozen half of `split`, or None for full
@@ -138,7 +138,7 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
         weight = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         return loss * weight, tokens, jax.tree.map(lambda g: g * weight, grads)
 
-    def step(state: TrainState, base: Any, batch: Batch, key: Key[Array, ""]):
+    def step(state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]):
         loss, tokens, grads = mean(state.adapter, base, batch, key)
         metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.global_norm(grads)}
         again = functools.partial(mean, base=base, batch=batch, key=key)
@@ -146,17 +146,19 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: 
         updates, opt_state = _updated(tx, grads, state, extra)
         return TrainState(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state), metrics
 
-    return _Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
+    return Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
 
 
-class _Step:
+class Step:
     """A jitted step whose batch is looked at before; everything else of it (`lower`, `trace`, …) is the jitted one's."""
 
-    def __init__(self, jitted: Any, check: Callable[[Batch], None] | None):
+    def __init__(self, jitted: Callable, check: Callable[[Batch], None] | None):
         self._jitted, self._check = jitted, check
         functools.update_wrapper(self, jitted, updated=())
 
-    def __call__(self, state: TrainState, base: Any, batch: Batch, key: Key[Array, ""]):
+    def __call__(
+        self, state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
         if self._check is not None:
             self._check(batch)
         return self._jitted(state, base, batch, key)
@@ -176,7 +178,7 @@ def _micro_batches(batch: dict[str, Array], accumulate: int) -> dict[str, Array]
     return jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
 
 
-def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Callable]:
+def _functions(mean: Callable[[PyTree], tuple[Array, Array, PyTree]]) -> dict[str, Callable]:
     """What line searches and SAM evaluate at other parameters; traced by those alone that use it."""
 
     @jax.custom_vjp
@@ -197,7 +199,9 @@ def _functions(mean: Callable[[Any], tuple[Array, Array, Any]]) -> dict[str, Cal
     return {"value_fn": value_fn, "grad_fn": lambda adapter, index: mean(adapter)[2]}
 
 
-def _updated(tx: Any, grads: Any, state: TrainState, extra: dict[str, Any]) -> tuple[Any, Any]:
+def _updated(
+    tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: TrainState, extra: dict[str, PyTree]
+) -> tuple[PyTree, PyTree]:
     """(updates, optimizer state).
 
     Raises:

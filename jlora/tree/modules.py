@@ -7,6 +7,7 @@ from typing import Any
 
 import regex
 
+from jlora._typing import PyTree
 from jlora.tree.paths import flatten, layer_path, per_layer_paths, split_layer_path
 from jlora.weight.roles import check_roles
 
@@ -25,7 +26,7 @@ def module_path(path: str) -> str:
     return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
 
 
-def layer_paths(path: str, leaf: Any) -> list[str]:
+def layer_paths(path: str, leaf: PyTree) -> list[str]:
     """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
     if layer_path(path, 0) is None or not is_array(leaf) or (path.endswith("/kernel") and leaf.ndim < 3):
@@ -33,12 +34,12 @@ def layer_paths(path: str, leaf: Any) -> list[str]:
     return per_layer_paths(path, leaf.shape[0])
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: PyTree) -> bool:
     """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def linear_kernels(params: Any, roles: Mapping[str, str] | None = None) -> dict[str, str]:
+def linear_kernels(params: PyTree, roles: Mapping[str, str] | None = None) -> dict[str, str]:
     """Module path -> leaf path in `params` of every linear kernel, one entry for each layer of a stacked kernel.
 
     A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked);
@@ -52,7 +53,7 @@ def linear_kernels(params: Any, roles: Mapping[str, str] | None = None) -> dict[
     return found
 
 
-def unclear_kernels(params: Any, roles: Mapping[str, str]) -> dict[str, str]:
+def unclear_kernels(params: PyTree, roles: Mapping[str, str]) -> dict[str, str]:
     """Module path -> leaf path of what would be a linear kernel, but for axes that nobody has said the purpose of."""
     found = {}
     for path, leaf in _kernel_leaves(params, roles).items():
@@ -62,7 +63,7 @@ def unclear_kernels(params: Any, roles: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _kernel_leaves(params: Any, roles: Mapping[str, str]) -> dict[str, Any]:
+def _kernel_leaves(params: PyTree, roles: Mapping[str, str]) -> dict[str, Any]:
     leaves = {path: leaf for path, leaf in flatten(params).items() if is_array(leaf)}
     named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
     return {
@@ -70,7 +71,7 @@ def _kernel_leaves(params: Any, roles: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
+def stated_roles(params: PyTree, patterns: Mapping[str, str]) -> dict[str, str]:
     """Leaf path -> roles of its trailing axes, from module patterns (those of `rank_pattern`; the first match wins).
 
     Raises:
@@ -100,7 +101,7 @@ def stated_roles(params: Any, patterns: Mapping[str, str]) -> dict[str, str]:
     return stated
 
 
-def _may_be_kernel(path: str, leaf: Any) -> bool:
+def _may_be_kernel(path: str, leaf: PyTree) -> bool:
     """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
     return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
 
@@ -115,7 +116,7 @@ def is_embedding(path: str) -> bool:
     return path.rpartition("/")[2] == "embedding"
 
 
-def embedding_tables(params: Any) -> dict[str, str]:
+def embedding_tables(params: PyTree) -> dict[str, str]:
     """Module path -> leaf path of every embedding table."""
     return {
         module_path(path): path

@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._typing import DTypeLike, PyTree
 from jlora.weight import Weight
 
 LAYER_CONTAINERS = ("layers", "h")
 """Names of the nodes whose children "0", "1", … are the layers, in Llama-like and GPT-2 checkpoints."""
 
 
-def is_weight(x: Any) -> bool:
+def is_weight(x: object) -> bool:
     return isinstance(x, Weight)
 
 
-def path_string(key_path: Iterable[Any]) -> str:
+def path_string(key_path: Iterable[object]) -> str:
     """A JAX key path as "a/b/c"."""
     parts = []
     for entry in key_path:
@@ -33,13 +34,13 @@ def path_string(key_path: Iterable[Any]) -> str:
     return "/".join(parts)
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
     """Leaves by path, `Weight` values whole."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)
     return {path_string(path): leaf for path, leaf in leaves}
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_with_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """`fn(path, leaf)` over every leaf, `Weight` values whole; same structure."""
     return jax.tree_util.tree_map_with_path(lambda p, x: fn(path_string(p), x), tree, is_leaf=is_weight)
 
@@ -83,7 +84,7 @@ def split_layer_path(path: str) -> tuple[str, int] | None:
     return None if layer is None else (f"{layer[1]}/{layer[3]}", int(layer[2]))
 
 
-def cast(params: Any, dtype: Any) -> Any:
+def cast(params: PyTree, dtype: DTypeLike) -> PyTree:
     """The tree with its frozen float leaves in `dtype`.
 
     Integer leaves and packed codes are left alone, and the factors of an adapter keep their float32 master copies
@@ -101,11 +102,11 @@ def cast(params: Any, dtype: Any) -> Any:
     return jax.tree.map(one, params, is_leaf=is_weight)
 
 
-def count(params: Any) -> int:
+def count(params: PyTree) -> int:
     """Number of parameters: what the values stand for plus what adapters add. `count(split(params)[0])`: the trained."""
     return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_weight))
 
 
-def nbytes(params: Any) -> int:
+def nbytes(params: PyTree) -> int:
     """Bytes of every stored array, packed codes as packed."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,7 +1,10 @@
 """`Weight`, what a stored weight can do; the roles of its axes; the one product everything is made of."""
 
+from jlora.weight.base import EINSUM as EINSUM
 from jlora.weight.base import Weight as Weight
 from jlora.weight.base import as_dense as as_dense
 from jlora.weight.base import dense_matmul as dense_matmul
 from jlora.weight.base import einsum as einsum
 from jlora.weight.base import materialize as materialize
+from jlora.weight.node import rebuilt as rebuilt
+from jlora.weight.node import register_node as register_node

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora._typing import Array
+from jlora._typing import AnyArray, Array, DTypeLike
 
 
 class Weight(abc.ABC):
     """A stored weight that is not a plain array. Stands for a dense array of `shape` and `dtype`.
 
-    Subclasses are frozen dataclasses registered with `jax.tree_util.register_dataclass`, so a tree that holds them goes
+    Subclasses are frozen dataclasses registered by `register_node`, so a tree that holds them goes
     through `jit`, `grad`, `scan`, `vmap` and checkpoints. Static metadata describes the trailing axes only: a leading
     axis on every child array makes a stack of such weights.
     """
@@ -37,19 +37,19 @@ class Weight(abc.ABC):
         return len(self.shape)
 
     @abc.abstractmethod
-    def matmul(self, x: Array, *, transpose: bool, out_dtype: jnp.dtype) -> Array:
+    def matmul(self, x: AnyArray, *, transpose: bool, out_dtype: DTypeLike) -> Array:
         """`x @ w`, or `x @ w.T` with `transpose`; float32 accumulation, result in `out_dtype`."""
 
     @abc.abstractmethod
-    def take(self, ids: Array) -> Array:
+    def take(self, ids: AnyArray) -> Array:
         """Rows `w[ids]` of an embedding [vocab, d_model]."""
 
     @abc.abstractmethod
-    def dense(self, dtype: jnp.dtype | None = None) -> Array:
+    def dense(self, dtype: DTypeLike | None = None) -> Array:
         """The dense array, computed in float32 and cast to `dtype` (default: `self.dtype`)."""
 
     @abc.abstractmethod
-    def cast(self, dtype: jnp.dtype) -> "Weight":
+    def cast(self, dtype: DTypeLike) -> "Weight":
         """The same value standing for an array of another float dtype."""
 
     @property
@@ -68,19 +68,23 @@ class Weight(abc.ABC):
     __array__ = __jax_array__
 
 
-def as_dense(w: Array | Weight, dtype: jnp.dtype) -> Array:
+def as_dense(w: Array | Weight, dtype: DTypeLike) -> Array:
     """The dense array that `w`, of any kind, stands for, in `dtype`."""
     return w.dense(dtype) if isinstance(w, Weight) else w.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def materialize(w: Weight, dtype: jnp.dtype | None = None) -> Array:
+def materialize(w: Weight, dtype: DTypeLike | None = None) -> Array:
     """`w.dense(dtype)` in one compiled pass: operation by operation, a quantized kernel takes many times as long."""
     return w.dense(dtype)
 
 
+EINSUM = "jlora.einsum"
+"""The name scope of `einsum`, by which `wrap` knows it in a jaxpr and a profile shows it."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
+def einsum(spec: str, out_dtype: DTypeLike, a: AnyArray, b: AnyArray) -> Array:
     """Two-operand einsum that accumulates in float32, forward and backward.
 
     `b` is cast to `a.dtype` first, so float32 masters can meet bfloat16 activations. The cotangent is cast to `a.dtype`
@@ -92,7 +96,8 @@ def einsum(spec: str, out_dtype: jnp.dtype, a: Array, b: Array) -> Array:
         spec: explicit, such as "ti,io->to"; each letter occurs in at least two of the three terms.
         out_dtype: dtype of the result.
     """
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
+    with jax.named_scope(EINSUM):
+        return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
 def _einsum_fwd(spec, out_dtype, a, b):
@@ -123,8 +128,8 @@ def _einsum_bwd(spec, out_dtype, residuals, dy):
 einsum.defvjp(_einsum_fwd, _einsum_bwd, symbolic_zeros=True)
 
 
-def dense_matmul(x: Array, w: Array, *, transpose: bool, out_dtype: jnp.dtype) -> Array:
+def dense_matmul(x: AnyArray, w: AnyArray, *, transpose: bool, out_dtype: DTypeLike) -> Array:
     """`x [*, in] @ w [in, out]`, or `x [*, out] @ w.T`, of a plain array."""
     flat = x.reshape(-1, x.shape[-1])
     y = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object

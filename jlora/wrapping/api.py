@@ -3,20 +3,23 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from jlora._typing import PyTree
 from jlora.lora import AdaptedWeight
 from jlora.tree.paths import is_weight, path_string
 from jlora.weight import Weight
 from jlora.wrapping.interpreter import Context, Recorder, policy_of
 from jlora.wrapping.liveness import needed
 from jlora.wrapping.report import RETURNED, UNUSED, Report, Use
-from jlora.wrapping.values import check_kind, factored, is_value
+from jlora.wrapping.values import Value, check_kind, factored, is_value
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +75,7 @@ def wrap(
 class _Plan:
     """A function rewritten for one kind of arguments."""
 
-    jaxpr: Any
+    jaxpr: ClosedJaxpr
     """Closed, from all arrays of the arguments to the results that are not arguments themselves."""
     results: tuple[tuple[str, int], ...]
     """Each result: ("argument", its leaf's number) or ("value", its number among the jaxpr's results)."""
@@ -85,7 +88,7 @@ class Wrapped(Generic[P, R]):
 
     def __init__(self, fn: Callable[P, R], on_unhandled: str | Mapping[str, str], custom_vjp: str):
         self._fn, self._on_unhandled, self._custom_vjp = fn, on_unhandled, custom_vjp
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,7 +103,7 @@ class Wrapped(Generic[P, R]):
         results = [leaves[number] if kind == "argument" else values[number] for kind, number in plan.results]
         return jax.tree.unflatten(plan.treedef, results)
 
-    def check(self, *args: Any, strict: bool = False, **kwargs: Any) -> Report:
+    def check(self, *args: PyTree, strict: bool = False, **kwargs: PyTree) -> Report:
         """What becomes of every weight in a call with these arguments, which may be `jax.ShapeDtypeStruct`s throughout.
         Nothing is computed or compiled.
 
@@ -112,17 +115,17 @@ class Wrapped(Generic[P, R]):
             report.raise_if_not_ok()
         return report
 
-    def _plan(self, args: tuple, kwargs: dict[str, Any]) -> _Plan:
+    def _plan(self, args: tuple, kwargs: dict[str, PyTree]) -> _Plan:
         key = _signature(args, kwargs)
         if key is not None and key in self._plans:
             return self._plans[key]
         plan = self._rewrite(args, kwargs)
         # A closed-over tracer belongs to one trace; a plan that holds it must not outlive it.
-        if key is not None and not any(isinstance(const, jax.core.Tracer) for const in plan.jaxpr.consts):
+        if key is not None and not any(isinstance(const, Tracer) for const in plan.jaxpr.consts):
             self._plans[key] = plan
         return plan
 
-    def _rewrite(self, args: tuple, kwargs: dict[str, Any]) -> _Plan:
+    def _rewrite(self, args: tuple, kwargs: dict[str, PyTree]) -> _Plan:
         found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
         leaves = [leaf for _, leaf in found]
         traced = [k for k, leaf in enumerate(leaves) if _is_traced(leaf)]
@@ -136,7 +139,7 @@ class Wrapped(Generic[P, R]):
             for k, array in zip(traced, arrays, strict=True):
                 filled[k] = array
             args, kwargs = jax.tree.unflatten(treedef, filled)
-            results, shapes["treedef"] = jax.tree.flatten(self._fn(*args, **kwargs))
+            results, shapes["treedef"] = jax.tree.flatten(self._fn(*args, **kwargs))  # pyright: ignore[reportCallIssue]: of the same tree
             return results
 
         original = jax.make_jaxpr(flat)(*(_logical(leaves[k]) for k in traced))
@@ -149,10 +152,8 @@ class Wrapped(Generic[P, R]):
         def rewritten(weights):
             values = [factored(w, paths[k]) if is_weight(w) else w for k, w in zip(traced, weights, strict=True)]
             results = context.interpret(original.jaxpr, original.consts, values, live)
-            last = _Returned(original)
-            return [
-                context.plain(last, r, "a weight is returned after it was changed") for r in results if r is not None
-            ]
+            changed = "a weight is returned after it was changed"
+            return [context.plain(None, r, changed) for r in results if r is not None]
 
         given = [leaves[k] for k in traced]
         jaxpr = jax.make_jaxpr(rewritten)(given)
@@ -178,19 +179,6 @@ class Wrapped(Generic[P, R]):
         return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Returned:
-    """Stands for the end of the function, where rules expect an equation."""
-
-    jaxpr: Any
-
-    class primitive:
-        name = "return"
-
-    class source_info:
-        traceback = None
-
-
 def _passed_on(jaxpr: Any, traced: list[int], leaves: list[Any]) -> tuple[tuple[str, int], ...]:
     """Which results are arguments, untouched: they come back as the very leaf."""
     numbers = {var: k for var, k in zip(jaxpr.invars, traced, strict=True)}
@@ -202,12 +190,12 @@ def _passed_on(jaxpr: Any, traced: list[int], leaves: list[Any]) -> tuple[tuple[
     return tuple(found)
 
 
-def _is_traced(leaf: Any) -> bool:
+def _is_traced(leaf: object) -> bool:
     """Arrays and weights; Python scalars, strings and functions stay what they are."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or is_weight(leaf)
 
 
-def _logical(leaf: Any) -> Any:
+def _logical(leaf: PyTree) -> PyTree:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_weight(leaf) else leaf
 
 
@@ -224,7 +212,7 @@ def _path(fn: Callable, key_path: tuple) -> str:
     return "/".join([name, *([path_string(rest)] if rest else [])])
 
 
-def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:
+def _signature(args: tuple, kwargs: dict[str, PyTree]) -> Hashable:
     """What a plan depends on, or None when that cannot be compared."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
     kinds = []
@@ -236,8 +224,8 @@ def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:
             kinds.append((type(leaf), leaf))
     settings = (
         jax.config.read("jax_enable_x64"),
-        jax.config.jax_default_matmul_precision,
-        jax.config.jax_numpy_dtype_promotion,
+        jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]: made by `setattr`
+        jax.config.jax_numpy_dtype_promotion,  # pyright: ignore[reportAttributeAccessIssue]
         jax.sharding.get_abstract_mesh(),
         jax.default_backend(),
     )

@@ -4,19 +4,24 @@ import dataclasses
 import functools
 import math
 import string
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn, Primitive
 
-from jlora._typing import Array
+from jlora._typing import Array, DTypeLike
 from jlora.lora import embed, linear
 from jlora.weight import einsum
 from jlora.wrapping.sides import SideOp
-from jlora.wrapping.values import Factored, Packed, Split, Unhandled, is_value, varying_alike
+from jlora.wrapping.values import Factored, Packed, Split, Unhandled, Value, is_value, varying_alike
 from jlora.wrapping.views import Rule, cut
+
+if TYPE_CHECKING:
+    from jlora.wrapping.interpreter import Context
+
 
 CONSUMERS: dict[str, Rule] = {}
 FACTORED, TRANSPOSED = "factored", "factored(T)"
@@ -31,7 +36,7 @@ def _consumer(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _finished(y: Array, weight: Factored, dtype: Any) -> Array:
+def _finished(y: Array, weight: Factored, dtype: DTypeLike) -> Array:
     return (y if weight.scale is None else y * weight.scale).astype(dtype)
 
 
@@ -67,7 +72,9 @@ def _dot_general(ctx, eqn, values):
     return [multiply(ctx, eqn, x, weight, dims, eqn.params["precision"], eqn.outvars[0].aval.dtype)]
 
 
-def multiply(ctx: Any, eqn: Any, x: Array, weight: Any, dims: Dims, precision: Any, dtype: Any) -> Array:
+def multiply(
+    ctx: "Context", eqn: JaxprEqn, x: Array, weight: Value, dims: Dims, precision: lax.PrecisionLike, dtype: DTypeLike
+) -> Array:
     """`dot_general` of an array and a weight; the result has `dtype`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise Unhandled(f"a product with {x.dtype}")
@@ -95,14 +102,14 @@ def _side(weight: Factored, dims: Dims) -> str:
     return found
 
 
-def _is_plain(weight: Factored, dims: Dims, side: str, precision: Any) -> bool:
+def _is_plain(weight: Factored, dims: Dims, side: str, precision: lax.PrecisionLike) -> bool:
     """Whether this is `x @ w` or `x @ w.T`, up to reshapes and the order of axes."""
     whole = len(dims.contract) == len(weight.side(side)) == sum(weight.role(a) == side for _, a in dims.contract)
     others = all(weight.role(axis) in "io" for axis in range(weight.ndim))
     return whole and others and not weight.stack and not dims.batch and precision in _DEFAULT_PRECISION
 
 
-def _plain(x: Array, weight: Factored, dims: Dims, side: str, dtype: Any) -> Array:
+def _plain(x: Array, weight: Factored, dims: Dims, side: str, dtype: DTypeLike) -> Array:
     other = "o" if side == "i" else "i"
     # The contracted axes of x go last, in the order of the stored side.
     last = [a for a, _ in sorted(dims.contract, key=lambda pair: weight.axes[pair[1]])]
@@ -118,7 +125,11 @@ def _plain(x: Array, weight: Factored, dims: Dims, side: str, dtype: Any) -> Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Letters:
-    """The letters of a product, as in einsum."""
+    """The letters of a product, as in einsum.
+
+    Of x [tokens, d_model] and a query kernel [d_model, heads, head_dim] contracted over d_model: x "ab", weight "bcd", out
+    "acd". The rest of this file talks of axes by these letters.
+    """
 
     x: str
     weight: str
@@ -147,7 +158,7 @@ class _Product:
     """Two-operand einsum in the dtype of x with float32 accumulation, as a value."""
 
     spec: str
-    precision: Any
+    precision: lax.PrecisionLike
     dtype: str
 
     def __call__(self, x: Array, w: Array) -> Array:
@@ -163,7 +174,13 @@ class _Product:
 
 
 def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, dtype: Any) -> Array:
-    """Any product that contracts axes of one side: that side's factor meets x first, the other's the result."""
+    """Any product that contracts axes of one side: that side's factor meets x first, the other's the result.
+
+    With x "ab" and the query kernel "bcd" of roles "ioo", whose factors are A [d_model, rank] "bZ" and B [rank, heads,
+    head_dim] "Zcd": the base gives "ab,bcd->acd", the update "ab,bZ->aZ" and then "aZ,Zcd->acd". Contracted over its
+    outputs, x "acd" meets B first: "acd,Zcd->aZ", then "aZ,bZ->ab". Stack axes stand in front of both factors, and a letter
+    of the weight that the result keeps though neither x nor the base has it is an axis of size 1 repeated.
+    """
     if weight.magnitude is not None:
         raise Unhandled("DoRA is known for products with a whole kernel [in, out] alone")
     letters = _letters(x, weight.ndim, dims)
@@ -279,8 +296,8 @@ def _ragged_dot(ctx, eqn, values):
 class _Convolution:
     """A convolution as a value. `kernel_order`: from stored axes to those of the program."""
 
-    primitive: Any
-    params: tuple[tuple[str, Any], ...]
+    primitive: Primitive
+    params: tuple[tuple[str, Hashable], ...]
     order: tuple[int, ...]
 
     def __call__(self, x, w):
@@ -359,7 +376,7 @@ def _inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _looked_up(weight: Factored, params: Any) -> int:
+def _looked_up(weight: Factored, params: Mapping[str, Any]) -> int:
     """The one axis that a gather takes single indices of, all others whole."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = tuple(numbers.start_index_map)
@@ -370,7 +387,7 @@ def _looked_up(weight: Factored, params: Any) -> int:
     return axes[0]
 
 
-def _fill(weight: Factored, ids: Array, axis: int, eqn: Any) -> tuple[Array, float] | None:
+def _fill(weight: Factored, ids: Array, axis: int, eqn: JaxprEqn) -> tuple[Array, float] | None:
     """(which indices are in range, what the others give), for the mode that has it."""
     mode = eqn.params["mode"]
     if mode != lax.GatherScatterMode.FILL_OR_DROP:

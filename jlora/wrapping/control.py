@@ -4,21 +4,24 @@ Weights cross them as the pytrees they are. Each rule takes (context, equation, 
 returns the results, None where one is not needed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from jlora.weight import einsum
+from jlora.weight import EINSUM
 from jlora.wrapping.consumers import Dims, multiply
 from jlora.wrapping.liveness import live_carry, scan_counts
-from jlora.wrapping.values import Factored, Unhandled, is_value
+from jlora.wrapping.values import Factored, Unhandled, Value, is_value
 from jlora.wrapping.views import barred, constrained, rows, specs
 
-Rule = Callable[..., list[Any]]
+if TYPE_CHECKING:
+    from jlora.wrapping.interpreter import Context
+
+
+Rule = Callable[..., list[Value]]
 CONTROL: dict[str, Rule] = {}
 
 
@@ -30,13 +33,15 @@ def _control(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _merge(live: Sequence[bool], results: Sequence[Any]) -> list[Any]:
+def _merge(live: Sequence[bool], results: Sequence[Value]) -> list[Value]:
     """The needed results at their places."""
     given = iter(results)
     return [next(given) if is_live else None for is_live in live]
 
 
-def _inner(ctx: Any, eqn: Any, name: str, live: Sequence[bool], key: str = "jaxpr") -> Callable[..., list[Any]]:
+def _inner(
+    ctx: "Context", eqn: JaxprEqn, name: str, live: Sequence[bool], key: str = "jaxpr"
+) -> Callable[..., list[Value]]:
     """The body of an equation as a function of values, which returns what is needed of its results."""
     body = eqn.params[key]
     jaxpr, consts = (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
@@ -87,7 +92,7 @@ def _custom_jvp(ctx, eqn, values, live):
 def _custom_vjp(ctx, eqn, values, live):
     key = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
     body = eqn.params[key].jaxpr
-    if body.debug_info.func_src_info == _own_einsum():
+    if _is_own_einsum(body):
         # `jlora.linear` of what its caller took for an array: the weight's own product.
         numbers = _dimension_numbers(body)
         if numbers is not None and sum(map(is_value, values)) == 1:
@@ -102,23 +107,18 @@ def _custom_vjp(ctx, eqn, values, live):
     return _merge(live, _inner(ctx, eqn, "custom_vjp", live, key)(*values))
 
 
-@functools.cache
-def _own_einsum() -> str:
-    """How a jaxpr names the source of `jlora.weight.base.einsum`."""
-    like = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    traced = jax.make_jaxpr(lambda x, w: einsum("ti,io->to", jnp.dtype(jnp.float32), x, w))(like, like)
-    params = traced.jaxpr.eqns[0].params
-    return params["call_jaxpr" if "call_jaxpr" in params else "fun_jaxpr"].jaxpr.debug_info.func_src_info
+def _is_own_einsum(body: Any) -> bool:
+    return bool(body.eqns) and all(EINSUM in str(eqn.source_info.name_stack) for eqn in body.eqns)
 
 
-def _dimension_numbers(body: Any) -> Any:
+def _dimension_numbers(body: Jaxpr) -> Value:
     """Those of the one product of a body that has nothing else but casts, of its operands as they come."""
     names = [eqn.primitive.name for eqn in body.eqns]
     if sorted(set(names) - {"convert_element_type"}) != ["dot_general"] or names.count("dot_general") != 1:
         return None
     (product,) = (eqn for eqn in body.eqns if eqn.primitive.name == "dot_general")
     cast_from = {eqn.outvars[0]: eqn.invars[0] for eqn in body.eqns if eqn is not product}
-    operands = [cast_from.get(var, var) for var in product.invars]
+    operands = [cast_from[var] if isinstance(var, Var) and var in cast_from else var for var in product.invars]
     return product.params["dimension_numbers"] if operands == list(body.invars) else None
 
 
@@ -134,12 +134,12 @@ def _remat(ctx, eqn, values, live):
 # Loops and branches
 
 
-def _unchanged(jaxpr: Any, first: int, carry: int) -> list[bool]:
+def _unchanged(jaxpr: Jaxpr, first: int, carry: int) -> list[bool]:
     """Which carried values a body gives back as it got them; its carried inputs start at `first`."""
     return [jaxpr.outvars[k] is jaxpr.invars[first + k] for k in range(carry)]
 
 
-def _hoisted(ctx, eqn, carried: Sequence[Any], unchanged: Sequence[bool]) -> tuple[list[Any], list[bool]]:
+def _hoisted(ctx, eqn, carried: Sequence[Value], unchanged: Sequence[bool]) -> tuple[list[Value], list[bool]]:
     """Carried values, those that change made plain; and which are weights, constants in truth."""
     fixed = [is_value(v) and same for v, same in zip(carried, unchanged, strict=True)]
     reason = "a weight in a carry that changes"
@@ -156,7 +156,7 @@ def _scan(ctx, eqn, values, live):
     )
     kept = live_carry(eqn, live)
     loops = [is_kept and not is_fixed for is_kept, is_fixed in zip(kept, fixed, strict=True)]
-    every: dict[int, Any] = {}  # weights that do not depend on the iteration, though they are scanned over
+    every: dict[int, Value] = {}  # weights that do not depend on the iteration, though they are scanned over
     for k, x in enumerate(xs):
         if isinstance(x, Factored) and x.role(0) == "new":
             every[k], xs[k] = x.replace(axes=x.axes[1:]), None
@@ -253,7 +253,7 @@ def _shard_map(ctx, eqn, values, live):
     return _merge(live, results)
 
 
-def _shard_specs(value: Any, spec: Any) -> Any:
+def _shard_specs(value: Value, spec: jax.sharding.PartitionSpec) -> Value:
     """Partition specs of a value's children: A follows the in-axes, B the out-axes, the rank is whole."""
     if not isinstance(value, Factored):
         if is_value(value):
@@ -272,7 +272,7 @@ def _shard_specs(value: Any, spec: Any) -> Any:
     return placed
 
 
-def _local(value: Any) -> Any:
+def _local(value: Value) -> Value:
     """A weight as one device sees it: the sizes of its sides are those of its own children."""
     if not isinstance(value, Factored) or not isinstance(value.base, jax.Array):
         return value

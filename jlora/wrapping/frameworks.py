@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora._typing import PyTree
 from jlora.wrapping.api import Wrapped, wrap
 
 
-def wrap_linen(module: Any, **options: Any) -> Wrapped:
+def wrap_linen(module: PyTree, **options: Any) -> Wrapped:
     """`module.apply` as `f(params, *args, **kwargs)`, through `wrap`.
 
     Args:
@@ -29,13 +30,13 @@ def wrap_linen(module: Any, **options: Any) -> Wrapped:
         (2, 3)
     """
 
-    def apply(params, *args, collections: Mapping[str, Any] | None = None, **kwargs):
+    def apply(params, *args, collections: Mapping[str, PyTree] | None = None, **kwargs):
         return module.apply({**(collections or {}), "params": params}, *args, **kwargs)
 
     return wrap(apply, **options)
 
 
-def wrap_nnx(module: Any, *, mutable: bool = False, **options: Any) -> tuple[Any, ...]:
+def wrap_nnx(module: PyTree, *, mutable: bool = False, **options: Any) -> tuple[PyTree, ...]:
     """A Flax NNX module as a function of its parameters, through `wrap`, and those parameters.
 
     Args:
@@ -89,7 +90,7 @@ def wrap_nnx(module: Any, *, mutable: bool = False, **options: Any) -> tuple[Any
     return wrap(apply_alone, **options), params
 
 
-def _changed(before: Any, after: Any) -> list[str]:
+def _changed(before: PyTree, after: PyTree) -> list[str]:
     """Paths of the leaves that are other arrays than they were, or that are new or gone."""
     old, new = (
         {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
@@ -98,7 +99,7 @@ def _changed(before: Any, after: Any) -> list[str]:
     return sorted(path for path in old.keys() | new.keys() if old.get(path) is not new.get(path))
 
 
-def wrap_equinox(module: Callable, **options: Any) -> tuple[Wrapped, Any]:
+def wrap_equinox(module: Callable, **options: Any) -> tuple[Wrapped, PyTree]:
     """An Equinox module as a function of its arrays, through `wrap`, and those arrays.
 
     Args:

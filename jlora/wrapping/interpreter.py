@@ -6,17 +6,17 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.extend import core
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jlora._typing import Array
 from jlora.wrapping.consumers import CONSUMERS
 from jlora.wrapping.control import CONTROL
 from jlora.wrapping.liveness import needed
-from jlora.wrapping.report import MATERIALIZED, UNHANDLED, Use, where
-from jlora.wrapping.values import Factored, Split, Unhandled, is_value, weights_in
+from jlora.wrapping.report import MATERIALIZED, UNHANDLED, Equation, Use, where
+from jlora.wrapping.values import Factored, Split, Unhandled, Value, is_value, weights_in
 from jlora.wrapping.views import VIEWS
 
 POLICIES = ("error", "warn", "materialize")
@@ -41,38 +41,39 @@ class Context:
     site: str = "?"
     """The line of the innermost call around."""
 
-    def inside(self, name: str, eqn: Any) -> "Context":
+    def inside(self, name: str, eqn: Equation) -> "Context":
         return dataclasses.replace(self, nesting=(*self.nesting, name), site=self.where(eqn))
 
-    def where(self, eqn: Any) -> str:
+    def where(self, eqn: Equation) -> str:
         return where(eqn) or self.site
 
     def used(self, eqn: Any, value: Any, status: str, reason: str = "") -> None:
+        """Writes down a use by an equation, or by the end of the function where `eqn` is None."""
+        primitive, line = ("return", self.site) if eqn is None else (eqn.primitive.name, self.where(eqn))
         for weight in weights_in(value):
             for path in weight.paths:
-                use = Use(
-                    path, eqn.primitive.name, status, self.where(eqn), ">".join(self.nesting), weight.nbytes, reason
-                )
+                use = Use(path, primitive, status, line, ">".join(self.nesting), weight.nbytes, reason)
                 self.recorder.uses.setdefault((id(eqn), self.nesting, path, use.is_factored, status), use)
 
     def dense(self, eqn: Any, value: Any, reason: str) -> Array:
-        """The array that a weight stands for, formed under the policy of its leaf."""
+        """The array that a weight stands for, formed under the policy of its leaf. `eqn`: as in `used`."""
         for weight in weights_in(value):
             policies = [self.policy(path) for path in weight.paths]
             self.used(eqn, weight, UNHANDLED if "error" in policies else MATERIALIZED, reason)
             if "warn" in policies:
-                names, site = ", ".join(weight.paths), f"{eqn.primitive.name} at {self.where(eqn)}"
+                names = ", ".join(weight.paths)
+                site = "the end of the function" if eqn is None else f"{eqn.primitive.name} at {self.where(eqn)}"
                 warnings.warn(f"{names} is formed ({weight.nbytes} bytes) by {site}: {reason}.", stacklevel=2)
         if isinstance(value, Split):
             parts = [p.materialize() if isinstance(p, Factored) else p for p in value.parts]
             return jax.numpy.concatenate(parts, axis=value.axis)
         return value.materialize()
 
-    def plain(self, eqn: Any, value: Any, reason: str) -> Any:
+    def plain(self, eqn: Equation, value: Value, reason: str) -> Value:
         """The value, if a weight then formed."""
         return self.dense(eqn, value, reason) if is_value(value) else value
 
-    def attempt(self, eqn: Any, value: Any, rule: Callable[[Any], Any]) -> Any:
+    def attempt(self, eqn: Equation, value: Value, rule: Callable[[Value], Value]) -> Value:
         """`rule(value)`, or the weight formed where the rule does not cover it."""
         try:
             if isinstance(value, Split):
@@ -81,9 +82,11 @@ class Context:
         except Unhandled as refusal:
             return self.dense(eqn, value, str(refusal))
 
-    def interpret(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], live: Sequence[bool]) -> list[Any]:
+    def interpret(
+        self, jaxpr: Jaxpr, consts: Sequence[Value], values: Sequence[Value], live: Sequence[bool]
+    ) -> list[Value]:
         """The results of a jaxpr that are needed, None for the others."""
-        env: dict[Any, Any] = {}
+        env: dict[Var, Value] = {}
 
         def read(atom):
             return atom.val if isinstance(atom, core.Literal) else env[atom]
@@ -98,7 +101,7 @@ class Context:
                     env.update(zip(eqn.outvars, self._evaluate(eqn, inputs, results[number]), strict=True))
         return [read(var) if is_live else None for var, is_live in zip(jaxpr.outvars, live, strict=True)]
 
-    def _evaluate(self, eqn: Any, values: Sequence[Any], live: Sequence[bool]) -> Sequence[Any]:
+    def _evaluate(self, eqn: JaxprEqn, values: Sequence[Value], live: Sequence[bool]) -> Sequence[Value]:
         if not any(map(is_value, values)):
             return bind(eqn, values)
         name = eqn.primitive.name
@@ -116,11 +119,11 @@ class Context:
 _ABSENT = object()
 
 
-def _peek(atom: Any, env: Mapping[Any, Any]) -> Any:
+def _peek(atom: Var | Literal, env: Mapping[Var, Value]) -> Value:
     return atom.val if isinstance(atom, core.Literal) else env.get(atom, _ABSENT)
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: JaxprEqn, values: Sequence[Value]) -> Sequence[Value]:
     """The equation as it is, on arrays."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)  # a tuple before jax 0.10
@@ -129,7 +132,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def _named(eqn: Any):
+def _named(eqn: JaxprEqn):
     """The name scope and the settings under which the equation was traced."""
     name = str(eqn.source_info.name_stack)
     with contextlib.ExitStack() as stack:
@@ -140,7 +143,9 @@ def _named(eqn: Any):
         yield
 
 
-def policy_of(on_unhandled: Any, paths: Sequence[str]) -> tuple[Callable[[str], str], frozenset[str]]:
+def policy_of(
+    on_unhandled: str | Mapping[str, str], paths: Sequence[str]
+) -> tuple[Callable[[str], str], frozenset[str]]:
     """(leaf path -> policy, leaves whose materialization is named).
 
     Raises:

@@ -1,12 +1,12 @@
 """Which equations of a jaxpr its results need: a use whose result nobody reads is no use."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax.extend import core
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 
-def needed(jaxpr: Any, live: Sequence[bool]) -> tuple[set[int], list[bool], list[list[bool]]]:
+def needed(jaxpr: Jaxpr, live: Sequence[bool]) -> tuple[set[int], list[bool], list[list[bool]]]:
     """What the live results of a jaxpr need.
 
     Returns:
@@ -25,11 +25,11 @@ def needed(jaxpr: Any, live: Sequence[bool]) -> tuple[set[int], list[bool], list
     return equations, [var in wanted for var in jaxpr.invars], results
 
 
-def _is_var(atom: Any) -> bool:
+def _is_var(atom: Var | Literal) -> bool:
     return not isinstance(atom, core.Literal)
 
 
-def _uses(eqn: Any, live: list[bool]) -> list[bool]:
+def _uses(eqn: JaxprEqn, live: list[bool]) -> list[bool]:
     """Which operands of an equation its live results need."""
     rule = _RULES.get(eqn.primitive.name)
     return [True] * len(eqn.invars) if rule is None else rule(eqn, live)
@@ -51,7 +51,7 @@ def _of_scan(eqn, live):
     return [u or (consts <= k < consts + carry and live[k - consts]) for k, u in enumerate(uses)]
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried."""
     if "num_carry" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
@@ -59,7 +59,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def live_carry(eqn: Any, live: Sequence[bool]) -> list[bool]:
+def live_carry(eqn: JaxprEqn, live: Sequence[bool]) -> list[bool]:
     """Which carried values of a scan matter for its live results, be it in a later iteration."""
     consts, carry = scan_counts(eqn)
     kept = list(live[:carry])

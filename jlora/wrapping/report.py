@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 UNHANDLED, MATERIALIZED, UNUSED, RETURNED = "UNHANDLED", "materialized", "UNUSED", "returned"
 
@@ -131,15 +131,18 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
+_OWN = ("wrapping", "weight", "lora")
 _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "contextlib", "functools")
 
 
 def where(eqn: Any) -> str:
-    """ "file.py:41", the innermost line of an equation's traceback that is not of JAX or a layer library, if there is one."""
+    """ "file.py:41", the innermost line of an equation's traceback that is not of JAX, a layer library or `jlora.linear`, if
+    there is one."""
     traceback = eqn.source_info.traceback
     if traceback is None:
         return ""
-    skipped = [os.path.dirname(__file__) + os.sep]
+    package = os.path.dirname(os.path.dirname(__file__))
+    skipped = [os.path.join(package, room, "") for room in _OWN]
     for name in _LIBRARIES:
         file = getattr(sys.modules.get(name), "__file__", None)
         if file:

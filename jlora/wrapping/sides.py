@@ -53,11 +53,11 @@ class SideOp:
     name: str
     arguments: tuple[Any, ...]
 
-    def __call__(self, x: Array, at: int, operand: Any = None) -> Array:
+    def __call__(self, x: Array, at: int, operand: Array | None = None) -> Array:
         """Done to the axes of `x` from `at` on, which are those of the side."""
         return _OPERATIONS[self.name](x, at, operand, *self.arguments)
 
-    def sizes(self, old: tuple[int, ...], operand: Any) -> tuple[int, ...]:
+    def sizes(self, old: tuple[int, ...], operand: Array | None) -> tuple[int, ...]:
         """Sizes of the side afterwards."""
         return jax.eval_shape(lambda x, i: self(x, 0, i), jax.ShapeDtypeStruct(old, jnp.float32), operand).shape
 

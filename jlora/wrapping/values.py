@@ -8,18 +8,22 @@ transpose costs nothing, and reaches the product that uses the weight as dimensi
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array
+from jlora._typing import Array, DTypeLike
 from jlora.lora import FullWeight, LoraWeight
 from jlora.quant import NF4Tensor, QuantizedTensor
 from jlora.quant.matmul import not_before
-from jlora.weight import Weight
+from jlora.weight import Weight, register_node
 from jlora.weight.roles import order, sizes
 from jlora.wrapping.sides import SideOp
+
+Value: TypeAlias = Any
+"""What an equation reads: a `Factored` or `Split` weight, or what JAX has there, an array or a literal number."""
 
 _TINY = 1e-30  # as in `LoraWeight`: a column of zeros has no direction
 
@@ -29,7 +33,7 @@ class Unhandled(Exception):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def packed_product(fn: Any, x: Array, packed: "Packed") -> Array:
+def packed_product(fn: Callable[..., Array], x: Array, packed: "Packed") -> Array:
     """`fn(x, w)` for a function that is linear in `x` and a quantized `w`, which is unpacked again in the backward pass.
 
     As `quantized_matmul`, for products other than by a matrix: nothing but the packed bytes is kept, and the weight gets no
@@ -54,14 +58,14 @@ def _product_bwd(fn, residuals, dy):
 packed_product.defvjp(_product_fwd, _product_bwd)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("q", "operands"), meta_fields=("ops",))
+@functools.partial(register_node, data_fields=("q", "operands"), meta_fields=("ops",))
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A quantized kernel and what is to be done to its sides once it is unpacked: [*stack, *in, *out]."""
 
     q: QuantizedTensor
     """[*stack, in, out]"""
-    operands: tuple[Any, ...] = ()
+    operands: tuple[Array | None, ...] = ()
     """Traced indices of the operations, or None."""
     ops: tuple[tuple[str, SideOp], ...] = ()
     """("i" or "o", operation), in order."""
@@ -70,7 +74,7 @@ class Packed:
     def stack(self) -> tuple[int, ...]:
         return self.q.stack
 
-    def dense(self, dtype: Any) -> Array:
+    def dense(self, dtype: DTypeLike) -> Array:
         w, at = self.q.dense(dtype), {"i": len(self.stack), "o": len(self.stack) + 1}
         for (side, op), operand in zip(self.ops, self.operands, strict=True):
             before = w.ndim
@@ -78,11 +82,11 @@ class Packed:
             at["o"] += (w.ndim - before) if side == "i" else 0
         return w
 
-    def then(self, side: str, op: SideOp, operand: Any) -> "Packed":
+    def then(self, side: str, op: SideOp, operand: Array | None) -> "Packed":
         return dataclasses.replace(self, ops=(*self.ops, (side, op)), operands=(*self.operands, operand))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("packed",), meta_fields=("sides", "logical_dtype"))
+@functools.partial(register_node, data_fields=("packed",), meta_fields=("sides", "logical_dtype"))
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix(Weight):
     """A `Packed` kernel as a matrix [in, out], for the methods of an adapted weight."""
@@ -107,7 +111,7 @@ class PackedMatrix(Weight):
         spec = "to,io->ti" if transpose else "ti,io->to"
         fn = _MatrixProduct(spec, self.shape, jnp.dtype(out_dtype).name)
         y = packed_product(fn, x.reshape(-1, x.shape[-1]), self.packed)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
     def take(self, ids):
         if any(side == "i" for side, _ in self.packed.ops):
@@ -142,7 +146,7 @@ _DATA = ("base", "factors", "scale", "key", "magnitude", "base_norm")
 _META = ("scalings", "axes", "ins", "outs", "dtype", "dropout", "paths")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True)
 class Factored:
     """`scale * (base + sum of scaling * A B)`, never formed; or a quantized base alone, with no factors."""
@@ -209,7 +213,7 @@ class Factored:
     def replace(self, **changes: Any) -> "Factored":
         return dataclasses.replace(self, **changes)
 
-    def on_side(self, side: str, op: SideOp, operand: Any = None) -> "Factored":
+    def on_side(self, side: str, op: SideOp, operand: Array | None = None) -> "Factored":
         """`op` done to one side of the base and to the factors that own it; `axes` is the caller's to correct."""
         lead, old = len(self.stack), self.side(side)
         if self.magnitude is not None and side == "i" and not op.keeps_all:
@@ -236,13 +240,13 @@ class Factored:
             return packed
         return packed.then("i", SideOp.reshape(1, self.ins), None).then("o", SideOp.reshape(1, self.outs), None)
 
-    def times_base(self, fn: Any, x: Array) -> Array:
+    def times_base(self, fn: Callable[..., Array], x: Array) -> Array:
         """`fn(x, base)`, for a hashable function that is linear in both."""
         if isinstance(self.base, Packed):
             return packed_product(fn, x, self.shaped(self.base))
         return fn(x, self.base)
 
-    def base_array(self, dtype: Any) -> Array:
+    def base_array(self, dtype: DTypeLike) -> Array:
         return self.shaped(self.base).dense(dtype) if isinstance(self.base, Packed) else self.base.astype(dtype)
 
     def matrix(self) -> Array | Weight:
@@ -284,7 +288,7 @@ class Factored:
             dense = jax.lax.broadcast_in_dim(dense, self.shape, places)
         return dense
 
-    def arrays_along_stack(self, fn: Any) -> "Factored":
+    def arrays_along_stack(self, fn: Callable[..., Array]) -> "Factored":
         """`fn` done to every child array, all of which start with the stack axes."""
         whole = self
         if self.scale is not None:
@@ -292,7 +296,7 @@ class Factored:
         return jax.tree.map(fn, whole)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("axis",))
+@functools.partial(register_node, data_fields=("parts",), meta_fields=("axis",))
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Weights concatenated along one axis, a `Factored` or a plain array each; products take them one by one."""
@@ -310,7 +314,7 @@ class Split:
     def dtype(self) -> str:
         return str(self.parts[0].dtype)
 
-    def each(self, fn: Any, axis: int | None = None) -> "Split":
+    def each(self, fn: Callable[..., "Factored | Array"], axis: int | None = None) -> "Split":
         return Split(tuple(fn(part) for part in self.parts), self.axis if axis is None else axis)
 
 
@@ -335,14 +339,14 @@ def _vary(x: Array, axes: frozenset[str]) -> Array:
     if not axes:
         return x
     names = tuple(sorted(axes))
-    return jax.lax.pcast(x, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, names)
+    return jax.lax.pcast(x, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, names)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def is_value(x: Any) -> bool:
+def is_value(x: object) -> TypeGuard["Factored | Split"]:
     return isinstance(x, Factored | Split)
 
 
-def weights_in(value: Any) -> list[Factored]:
+def weights_in(value: object) -> list[Factored]:
     if isinstance(value, Split):
         return [part for part in value.parts if isinstance(part, Factored)]
     return [value] if isinstance(value, Factored) else []

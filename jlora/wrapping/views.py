@@ -1,16 +1,22 @@
 """View rules: what leaves a weight factored. A rule takes (context, equation, values) and returns the outputs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 
+from jlora._typing import Array
 from jlora.wrapping.sides import SideOp, group
-from jlora.wrapping.values import Factored, Packed, Split, Unhandled, is_value
+from jlora.wrapping.values import Factored, Packed, Split, Unhandled, Value, is_value
 
-Rule = Callable[..., list[Any]]
+if TYPE_CHECKING:
+    from jlora.wrapping.interpreter import Context
+
+
+Rule = Callable[..., list[Value]]
 VIEWS: dict[str, Rule] = {}
 
 
@@ -24,7 +30,7 @@ def _view(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _one(value: Any) -> Factored:
+def _one(value: Value) -> Factored:
     if not isinstance(value, Factored):
         raise Unhandled("of concatenated weights, only products, casts and transposes are known")
     return value
@@ -49,7 +55,7 @@ def _cast(ctx, eqn, values):
     return [value.each(cast) if isinstance(value, Split) else cast(value)]
 
 
-def _scaled(value: Any, factor: Any) -> Any:
+def _scaled(value: Value, factor: Value) -> Value:
     def scale(part):
         if not isinstance(part, Factored):
             return (part * factor).astype(part.dtype)
@@ -91,7 +97,7 @@ def _barrier(ctx, eqn, values):
     return barred(values)
 
 
-def barred(values: Sequence[Any]) -> list[Any]:
+def barred(values: Sequence[Value]) -> list[Value]:
     """The values behind a barrier. Weights are barred array by array: one barrier for all would give a base a tangent,
     as soon as something beside it has one."""
     plain = iter(lax.optimization_barrier(tuple(v for v in values if not is_value(v))))
@@ -122,7 +128,7 @@ def _constrain(ctx, eqn, values):
     return [constrained(_one(values[0]), sharding)]
 
 
-def constrained(weight: Factored, sharding: Any) -> Factored:
+def constrained(weight: Factored, sharding: jax.sharding.Sharding) -> Factored:
     """The factors take the specs of their axes, rank unsharded; a dense base its own. Packed codes lie where they lay."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         raise Unhandled("only constraints by a `NamedSharding` are known")
@@ -136,10 +142,10 @@ def constrained(weight: Factored, sharding: Any) -> Factored:
     return weight.replace(base=base, factors=factors)
 
 
-def specs(weight: Factored, spec: Any) -> dict[str, jax.sharding.PartitionSpec]:
+def specs(weight: Factored, spec: jax.sharding.PartitionSpec) -> dict[str, jax.sharding.PartitionSpec]:
     """Partition specs of the base and the factors in canonical order, from that of the weight as the program sees it."""
     given = [*spec, *[None] * (weight.ndim - len(spec))]
-    canonical: list[Any] = [None] * len(weight.canonical_shape)
+    canonical: list[Value] = [None] * len(weight.canonical_shape)
     for axis, part in zip(weight.axes, given, strict=True):
         if axis >= 0:
             canonical[axis] = part
@@ -259,7 +265,7 @@ def _reshape(ctx, eqn, values):
     return [_settled(ctx, eqn, reshape(_one(values[0]), eqn.params["new_sizes"]))]
 
 
-def _settled(ctx: Any, eqn: Any, weight: Factored) -> Any:
+def _settled(ctx: "Context", eqn: JaxprEqn, weight: Factored) -> Value:
     """A weight of which a single row or column is left is that row or column: `w[3]`."""
     if weight.ins and weight.outs:
         return weight
@@ -300,7 +306,7 @@ def _broadcast(ctx, eqn, values):
 # Parts
 
 
-def cut(weight: Factored, axis: int, op: SideOp, operand: Any = None) -> Factored:
+def cut(weight: Factored, axis: int, op: SideOp, operand: Array | None = None) -> Factored:
     """`op`, which works on axis 0 of a side of one axis, done to one axis that the program sees."""
     role, c = weight.role(axis), weight.axes[axis]
     if role == "b":
@@ -313,7 +319,7 @@ def cut(weight: Factored, axis: int, op: SideOp, operand: Any = None) -> Factore
     return weight.on_side(role, SideOp(op.name, (first, *op.arguments[1:])), operand)
 
 
-def _sliced(weight: Any, axis: int, start: int, limit: int, stride: int = 1) -> Any:
+def _sliced(weight: Value, axis: int, start: int, limit: int, stride: int = 1) -> Value:
     if (start, limit, stride) == (0, weight.shape[axis], 1):
         return weight
     return cut(weight, axis, SideOp.slice(0, start, limit, stride))
@@ -369,7 +375,12 @@ def _concatenate(ctx, eqn, values):
     weights = [v for v in values if is_value(v)]
     if any(isinstance(w, Split) and w.axis != axis for w in weights):
         raise Unhandled("weights are concatenated along two axes")
-    roles = {part.role(axis) for w in weights for part in (w.parts if isinstance(w, Split) else (w,)) if is_value(part)}
+    roles = {
+        part.role(axis)
+        for w in weights
+        for part in (w.parts if isinstance(w, Split) else (w,))
+        if isinstance(part, Factored)
+    }
     if roles <= {"b", "new"}:
         return [_stacked(values, axis)]
     if len(roles) > 1:
@@ -385,7 +396,7 @@ def _stack(ctx, eqn, values):
     return [_stacked([inserted(weight, axis) for weight in values], axis)]
 
 
-def _stacked(weights: Sequence[Any], axis: int) -> Factored:
+def _stacked(weights: Sequence[Value], axis: int) -> Factored:
     """Weights of one kind in a row, along a stack axis of each or a new one."""
     if not all(isinstance(w, Factored) for w in weights):
         raise Unhandled("a stack holds adapted weights only, or none")
