@@ -23,7 +23,7 @@ from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
 from jlora.storage.checkpoint_files import base_fingerprint
-from jlora.storage.run_settings import RunSettings
+from jlora.files.run_settings import RunSettings
 from jlora.train import evaluate
 from jlora.tree.paths import count, nbytes
 
@@ -202,7 +202,7 @@ def _stored(base: Any, dtype: str) -> str:
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
-    return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
+    return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
 
 
 def _is_quantized(leaf: Any) -> bool:
