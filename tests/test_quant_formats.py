@@ -1,6 +1,5 @@
 """Quantized formats beside NF4 against their definitions: int4 in groups of 128, and MXFP4."""
 
-import itertools
 import typing
 
 import gguf
@@ -230,17 +229,3 @@ def test_commands_take_them(name, llama_dir, text_file, tmp_path, capsys):
     prompt = ["--prompts", "a", "--max-new-tokens", "2", "--temperature", "0"]
     main(["generate", "--adapter", str(tmp_path / "run" / "adapter"), "--model", str(llama_dir), *prompt])
     assert f"quantize {name}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("name", "rows"), itertools.product(SPECS, (1, 16)))
-def test_products_lower_for_a_gpu(name, rows, monkeypatch):
-    """Forward and backward, compiled for CUDA without one."""
-    q = jlora.quantize(draw(256, 64), SPECS[name]())
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-    def run(x, q):
-        y, pull = jax.vjp(lambda x: jlora.linear(x, q), x)
-        return y, pull(y)
-
-    text = jax.jit(run).trace(jnp.ones((rows, 256), jnp.bfloat16), q).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("stablehlo.dot_general" in text) == (rows > 1)

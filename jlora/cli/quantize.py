@@ -9,7 +9,7 @@ from jlora._terminal import console, say
 from jlora.files import load, save_quantized
 from jlora.files.hf_save import refuse_checkpoint
 from jlora.files.origin import Origin
-from jlora.files.packing import PACKINGS, writable
+from jlora.files.packing import writable, writable_said
 from jlora.quant import NF4, FormatName
 from jlora.tree.paths import count, nbytes
 
@@ -33,12 +33,14 @@ class Quantize:
 
 
 def run(options: Quantize) -> None:
-    if options.format not in (held := {packing.format.name: packing.format for packing in PACKINGS}):
+    held = writable()
+    if options.format not in held:
         raise ValueError(
-            f"Checkpoints hold {writable()}, not {options.format!r}. Leave the checkpoint dense and give the commands that load "
+            f"Checkpoints hold {writable_said()}, not {options.format!r}. Leave the checkpoint dense and give commands that load "
             f"it --quantize {options.format}."
         )
-    spec = held[options.format](block_size=options.block_size, double_quant=options.double_quant)
+    kind = held[options.format].format
+    spec = kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
     refuse_checkpoint(options.output)
     origin = Origin.read(options.model)
     dtype = origin.dtype if options.dtype == "auto" else jnp.dtype(options.dtype)

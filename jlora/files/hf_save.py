@@ -13,7 +13,7 @@ import numpy as np
 from jlora._typing import DTypeLike, Json, Params, PretrainedTokenizer, PyTree
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
-from jlora.files.packing import PACKINGS, Packing, packing_of, writable
+from jlora.files.packing import Packing, packing_of, writable, writable_said
 from jlora.lora import merge
 from jlora.models import Model, family_of, refuse_adapted_tie
 from jlora.quant import QuantizedTensor, QuantSpec
@@ -132,7 +132,7 @@ def save_quantized(
                 f"{leaf.spec.name} {type(leaf).__name__}" if isinstance(leaf, QuantizedTensor) else type(leaf).__name__
             )
             raise ValueError(
-                f"`save_quantized` writes dense weights and {writable()}; {path!r} is a {kind}. Save an adapter with "
+                f"`save_quantized` writes dense weights and {writable_said()}; {path!r} is a {kind}. Save an adapter with "
                 "`save_adapter`, or `merge` it into dense weights (`save_pretrained`)."
             )
         else:
@@ -142,9 +142,9 @@ def save_quantized(
             )
             tensors[hf_name(path)] = array.T if is_transposed(path, model) else array
     if not packings:
+        formats = " or ".join(packing.format.__name__ for packing in writable().values())
         raise ValueError(
-            f"`save_quantized` found no {' or '.join(packing.format.__name__ for packing in PACKINGS)} weight. Load with "
-            "`quantize=jlora.NF4()`, or use `save_pretrained`."
+            f"`save_quantized` found no {formats} weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`."
         )
     if len(packings) > 1:
         raise ValueError(

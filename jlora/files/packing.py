@@ -75,9 +75,14 @@ def packing_of(spec: QuantSpec) -> Packing | None:
     return next((packing for packing in PACKINGS if isinstance(spec, packing.format)), None)
 
 
-def writable() -> str:
-    """The formats that checkpoints can hold, in words."""
-    return ", ".join(f"{packing.format.name} ({packing.name})" for packing in PACKINGS)
+def writable() -> dict[str, Packing]:
+    """Name of a format -> the packing in which a checkpoint can hold it."""
+    return {packing.format.name: packing for packing in PACKINGS}
+
+
+def writable_said() -> str:
+    """The same in words."""
+    return ", ".join(f"{name} ({packing.name})" for name, packing in writable().items())
 
 
 def check_declared(quantization: Json, *, where: str) -> None:

@@ -42,7 +42,7 @@ class Scales(abc.ABC):
 class Absmax(Scales):
     """The absmax as it is, float32."""
 
-    blocks: Float[Array, "*stack blocks"]
+    blocks: Float[Array, "..."]
 
     @classmethod
     def encode(cls, absmax, unit):
@@ -63,7 +63,7 @@ class NestedAbsmax(Scales):
     Reference: Dettmers et al., QLoRA, 2023, arXiv:2305.14314, section 3; bitsandbytes' `quantize_blockwise`, bit for bit.
     """
 
-    blocks: UInt8[Array, "*stack blocks"]
+    blocks: UInt8[Array, "..."]
     nested: Float[Array, "*stack nested"]
     """Scale of each 256 codes, counted through the flattened absmax of one layer."""
     offset: Float[Array, "*stack"]
@@ -89,7 +89,7 @@ class NestedAbsmax(Scales):
 class BFloat16(Scales):
     """`absmax / unit` in bfloat16, which has float32's range. Codes are found by the rounded scale."""
 
-    blocks: Float[Array, "*stack blocks"]
+    blocks: Float[Array, "..."]
 
     @classmethod
     def encode(cls, absmax, unit):
@@ -110,7 +110,7 @@ class E8M0(Scales):
     Reference: Open Compute Project, OCP Microscaling Formats (MX) Specification, version 1.0, 2023, sections 5.4.1 and 6.3.
     """
 
-    blocks: UInt8[Array, "*stack blocks"]
+    blocks: UInt8[Array, "..."]
 
     @classmethod
     def encode(cls, absmax, unit):

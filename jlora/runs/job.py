@@ -15,6 +15,7 @@ from jlora._typing import Batch, Params
 from jlora.data import InstructDataset, TextDataset
 from jlora.data.tokens import Tokenizer
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
+from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config
 from jlora.quant import SPECS, QuantizedTensor
@@ -23,7 +24,6 @@ from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
 from jlora.storage.checkpoint_files import base_fingerprint
-from jlora.files.run_settings import RunSettings
 from jlora.train import evaluate
 from jlora.tree.paths import count, nbytes
 
