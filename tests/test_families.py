@@ -290,7 +290,11 @@ def test_loss_and_gradients_are_those_of_peft(variant, loaded, tmp_path):
 # Generation
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v in ONE_EACH or "windows" in v])
+# Gemma with its head tied repeats the last token: random embeddings, scaled up, outweigh two layers.
+GENERATING = [v for v in VARIANTS if v in ("mistral", "qwen3", "smollm3") or "windows" in v or "caps" in v]
+
+
+@pytest.mark.parametrize("variant", GENERATING)
 def test_greedy_continuations_beyond_the_window_are_those_of_transformers(variant, loaded):
     _, oracle, model, params = loaded(variant)
     prompts = [IDS[0, :21].tolist(), IDS[1, :3].tolist()]

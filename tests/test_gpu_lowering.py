@@ -1,5 +1,6 @@
 """Every path of a GPU lowered for CUDA, where there is none: what `benchmarks/gpu.py` would compile there."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import jlora
 from jlora import generation
+from jlora.models import model_from_config
 from jlora.quant.matmul import quantized_matmul
 from jlora.train.loss import cross_entropy
 from jlora.train.memory import abstract_batch, abstract_tree
@@ -76,6 +78,37 @@ def test_float32_attends_by_plain_xla(segments):
     assert "fmha" not in text and "stablehlo.exponential" in text
 
 
+WINDOWED = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+FAMILIES = {
+    # fields, (sliding windows of the calls, whether their mask is a bias) per layer, and in a stack
+    "mistral": ({"sliding_window": 16}, [(16, False)] * 2, [(16, False)]),
+    "qwen3": ({}, [(0, False)] * 2, [(0, False)]),
+    "qwen3 with windows": (WINDOWED, [(0, False), (16, False), (16, False)], [(0, True)]),
+    "smollm3": ({"num_hidden_layers": 4}, [(0, False)] * 4, [(0, False)]),
+    "gemma3_text": ({"sliding_window": 16, "sliding_window_pattern": 2}, [(16, False), (0, False)], [(0, True)]),
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("stack", [False, True], ids=["per layer", "stack"])
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "smollm3", "qwen3 with windows", "qwen3"])
+def test_a_step_of_every_family_attends_by_cudnn(family, stack):
+    """A window goes to cuDNN as a number; in a stack, whose layers are one program, as a mask where layers differ in it."""
+    changes, per_layer, stacked = FAMILIES[family]
+    sizes = {name: value for name, value in gpu_models.SHAPES["tiny"].items() if "rope" not in name}
+    fields = sizes | {"model_type": family.split(" ")[0], "query_pre_attn_scalar": 64} | changes
+    model = model_from_config(fields, dtype=jnp.bfloat16)
+    params = abstract_tree(model, gpu_models.LORA, dtype=jnp.bfloat16, quantize=jlora.NF4(), stack=stack)
+    adapter, base = jlora.split(params)
+    tx = gpu_models.optimizer()
+    state = jax.eval_shape(lambda a: jlora.train.init_state(a, tx), adapter)
+    step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
+    text = lowered(step, state, base, abstract_batch(2, 64, segments=False), None)
+    backward = r"(__cudnn\$fmhaScaleBias|__cudnn\$fmha)SoftmaxBackward\(.*?sliding_window_length\\22: (\d+)"
+    calls = [(int(window), "Bias" in name) for name, window in re.findall(backward, text)]
+    assert sorted(calls) == sorted(stacked if stack else per_layer)
+
+
 @pytest.mark.parametrize(
     ("nf4", "stack", "batch"), [(False, True, 1), (True, True, 1), (True, True, 8), (True, False, 1)], ids=str
 )
@@ -89,7 +122,9 @@ def test_generation(nf4, stack, batch):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("spec", [jlora.NF4(double_quant=False), *(make() for make in jlora.quant.SPECS.values())], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [jlora.NF4(double_quant=False), *(make() for make in jlora.quant.SPECS.values())], ids=repr
+)
 @pytest.mark.parametrize("way", ["reduce", "dequantize"])
 def test_quantized_products_and_their_gradient(way, spec, transpose):
     q = jax.eval_shape(lambda w: jlora.quantize(w, spec), of((128, 256)))

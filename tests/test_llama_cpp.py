@@ -22,6 +22,7 @@ import tiny
 import transformers
 from gguf_files import ADAPTERS, BIASED, ROWS
 from oracles import make_torch_model
+from tokenizer_kinds import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from trees import adapted
 
@@ -360,6 +361,20 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
     other = "llama-bpe" if name in ("gpt-2", "smollm") else "gpt-2"
     with opened(path, vocab_only=True, kv_overrides={"tokenizer.ggml.pre": other}) as model:
         assert [tokens(model, text) for text in texts] != expected
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["gemma", "mistral"])
+def test_tokens_of_sentencepiece_are_those_of_transformers(before, tmp_path):
+    tokenizer = sentencepiece(tiny.text() + "a,b.c-d e'f", before=before, users=() if before else ("▁▁", "▁▁▁", "\n\n"))
+    path = vocabulary_file(tmp_path / "model.gguf", tokenizer)
+    draw = random.Random(0)
+    pieces = [*ALPHABET, *tiny.text(60).split(), " ", " the", "  ", "keeper"]
+    texts = [tiny.text(60), *PROBES, *("".join(draw.choices(pieces, k=draw.randint(1, 40))) for _ in range(1000))]
+    with opened(path, vocab_only=True) as model:
+        assert model.metadata["tokenizer.ggml.model"] == "llama"
+        for text in filter(None, texts):
+            # Of marks such as "<s>" llama.cpp and transformers think alike only in what they are for.
+            assert tokens(model, text) == tokenizer(text)["input_ids"], text
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -1,8 +1,9 @@
 """Small tokenizers of every kind, trained where they are asked for."""
 
+import collections
 import re
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 MARKS = ["<|im_start|>", "<|im_end|>"]
@@ -93,6 +94,34 @@ KINDS = {
     "unigram": _unigram,
     "wordpiece": _wordpiece,
 }
+
+
+def sentencepiece(text: str, *, before: bool, users=()) -> PreTrainedTokenizerFast:
+    """Gemma's kind of tokenizer and, with a space `before` the text, Mistral's, with all the merges that transformers makes of a
+    SentencePiece model: by the score of the token that they make, whatever it is made of."""
+    spaced = text.replace(" ", "▁")
+    counts = collections.Counter(word[i:j] for word in re.findall("▁*[^▁\n]+", spaced) for i in range(len(word)) for j in
+                                 range(i + 2, min(len(word), i + 8) + 1))  # fmt: skip
+    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))][:300]
+    names = ["<pad>", "</s>", "<s>", "<unk>", *_BYTES, *users, *words, *sorted(set(spaced))]
+    ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    merges = []
+    for score, word in [*((1, user) for user in users), *((-i, word) for i, word in enumerate(words))]:
+        splits = [(word[:i], word[i:]) for i in range(1, len(word)) if word[:i] in ids and word[i:] in ids]
+        merges += [(score, len(left), len(right), left, right) for left, right in splits]
+    merges = [(left, right) for *_, left, right in sorted(merges, key=lambda merge: merge[:3], reverse=True)]
+    backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if before else replace
+    if not before:
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    end = [decoders.Strip(" ", 1, 0)] if before else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end])
+    backend.add_tokens([AddedToken(user, normalized=True, special=False) for user in users])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def make(kind: str, text: str, *, chat: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -72,7 +72,8 @@ def save_gguf(
     Args:
         path: the file to write, such as "model.gguf"; it appears when it is complete.
         params: per-layer or stacked, adapted or not, quantized or not.
-        tokenizer: of the model; byte-level BPE (GPT-2, Llama 3, Qwen2), see `Vocabulary`.
+        tokenizer: of the model; byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM3) or SentencePiece's (Gemma 3, Mistral), see
+            `Vocabulary`.
         dtype: "f32", "f16", "bf16" or "q8_0".
 
     Raises:
@@ -340,7 +341,7 @@ _ADD: Mapping[type, Callable[[Any, str, Any], None]] = {
 """How a hyperparameter is written, by its type."""
 
 
-def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: Any) -> None:
+def _write_metadata(writer: "GGUFWriter", model: Model, name: str, file_type: int, gguf: ModuleType) -> None:
     count = sum(math.prod(leaf.shape) for leaf in flatten(abstract_params(model)).values())
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -352,11 +353,15 @@ def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: 
 
 
 def _write_vocabulary(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")  # byte-level BPE, whichever the family
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_before)
+    else:
+        writer.add_token_merges(vocabulary.merges)
     for kind, number in vocabulary.ids.items():
         getattr(writer, f"add_{kind}_token_id")(number)
     # Said also when false: llama.cpp adds a bos token to "llama-bpe" of its own accord.

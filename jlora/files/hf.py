@@ -142,7 +142,7 @@ def _read(
     checkpoint: Checkpoint,
     name: str,
     weight: PackedWeight | DenseWeight,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,

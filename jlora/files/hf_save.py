@@ -13,7 +13,7 @@ import numpy as np
 from jlora._typing import DTypeLike, Json, Params, PretrainedTokenizer, PyTree
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
-from jlora.files.packing import Packing, packing_of, writable, writable_said
+from jlora.files.packing import Packing, writable, writable_said
 from jlora.lora import merge
 from jlora.models import Model, family_of, refuse_adapted_tie
 from jlora.quant import QuantizedTensor, QuantSpec
@@ -122,7 +122,7 @@ def save_quantized(
     packings: dict[str, tuple[Packing, QuantSpec]] = {}
     dense = []
     for path, leaf in layer_rows(model, params):
-        packing = packing_of(leaf.spec) if isinstance(leaf, QuantizedTensor) else None
+        packing = writable().get(leaf.spec.name) if isinstance(leaf, QuantizedTensor) else None
         if packing is not None:
             packings.setdefault(packing.name, (packing, leaf.spec))
             decoded = str(chosen) if dtype is not None or origin is not None else leaf.logical_dtype

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array, Json
+from jlora._typing import Array, DTypeLike, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
 from jlora.quant import NF4, QuantizedTensor, QuantSpec
@@ -18,6 +18,7 @@ TensorTypes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Tensor name -> (shape, the dtypes that it may have, by safetensors' names)."""
 
 
+@runtime_checkable
 class PackedWeight(Protocol):
     """What a checkpoint says of one kernel that it stores packed."""
 
@@ -52,9 +53,9 @@ class Packing(NamedTuple):
     not read."""
     format: type[QuantSpec]
     """What it holds."""
-    tensors: Callable[[str, Any], dict[str, np.ndarray]]
+    tensors: Callable[..., dict[str, np.ndarray]]
     """All that is stored for a kernel, by its name and the `QuantizedTensor` [in, out]."""
-    declaration: Callable[[Any, str, list[str]], Mapping[str, Json]]
+    declaration: Callable[..., Mapping[str, Json]]
     """The `quantization_config` that says so: of the spec, the dtype of what is dense, and the modules that are not packed."""
 
 
@@ -68,11 +69,6 @@ PACKINGS: tuple[Packing, ...] = (
         declaration=bnb.quantization_config,
     ),
 )
-
-
-def packing_of(spec: QuantSpec) -> Packing | None:
-    """The packing in which a checkpoint can hold weights of this format; None: there is none."""
-    return next((packing for packing in PACKINGS if isinstance(spec, packing.format)), None)
 
 
 def writable() -> dict[str, Packing]:
@@ -106,7 +102,7 @@ class DenseWeight:
     def tensors(self, name: str) -> TensorTypes:
         return {name: (self.shape, FLOATS)}
 
-    def read(self, checkpoint: Checkpoint, name: str, dtype: jnp.dtype) -> Array:
+    def read(self, checkpoint: Checkpoint, name: str, dtype: DTypeLike) -> Array:
         return jnp.array(checkpoint.read(name)).astype(dtype)
 
 

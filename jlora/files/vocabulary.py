@@ -1,23 +1,27 @@
-"""Tokenizers as GGUF files hold them: byte-level BPE, which GPT-2, Llama 3 and Qwen2 share.
+"""Tokenizers as GGUF files hold them: byte-level BPE, which GPT-2, Llama 3, Qwen and SmolLM3 share, and the BPE of
+SentencePiece, which Gemma 3, Mistral and Llama 2 have.
 
 llama.cpp splits text by the name of a pre-tokenizer, not by its rules, and a wrong name silently gives other tokens. So the
-name is looked up by the rules, and what has no name is refused.
+name is looked up by the rules, and what has no name is refused. SentencePiece's text is not split: `jlora.files.sentencepiece`.
 
 Reference: llama.cpp, `src/llama-vocab.cpp` (the rules by name) and `conversion/base.py` (`get_vocab_base`).
 """
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Mapping
 
 from jlora._typing import Json, PretrainedTokenizer
+from jlora.files.sentencepiece import scores_of, space_before
 from jlora.models import ModelConfig
 from jlora.storage.pre_tokenizers import PRE_TOKENIZERS, steps_of
 from jlora.storage.stops import stop_ids, token_ids, turn_end_ids
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """`tokenizer.ggml.token_type`, as in `gguf.TokenType`."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 _STOP_KEYS = 3  # eos, eot and eom
 
@@ -26,11 +30,17 @@ _STOP_KEYS = 3  # eos, eot and eom
 class Vocabulary:
     """What `tokenizer.ggml.*` says. One token for each row of the embedding."""
 
+    model: str
+    """"gpt2": byte-level BPE, whichever the family; "llama": SentencePiece's."""
     pre: str
     tokens: list[str]
     types: list[int]
     merges: list[str]
-    """Two tokens with a space between them, in the order of their rank."""
+    """Two tokens with a space between them, in the order of their rank; in the "gpt2" model."""
+    scores: list[float]
+    """Of the tokens; in the "llama" model, which makes the token of the highest score first."""
+    space_before: bool
+    """Whether a text begins with a space that is not in it; in the "llama" model."""
     ids: dict[str, int]
     """Of "bos", "eos", "pad" and "unk", where there is one; "eot" and "eom", further tokens at which a generation ends."""
     add_bos: bool
@@ -51,7 +61,7 @@ class Vocabulary:
             config: of the model whose embedding the tokens index.
 
         Raises:
-            ValueError: for a tokenizer that GGUF's byte-level BPE does not represent.
+            ValueError: for a tokenizer that GGUF does not represent.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -60,19 +70,36 @@ class Vocabulary:
                 "`jlora.load_tokenizer(name)`."
             )
         fields = json.loads(backend.to_str())
-        pre = pre_tokenizer_name(fields)
+        pieces = bool(fields["model"].get("byte_fallback"))
+        prefix = pieces and space_before(fields)
+        pre = "default" if pieces else pre_tokenizer_name(fields)
         tokens, types = _tokens(tokenizer, fields, config.vocab_size)
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in fields["model"]["merges"]]
         add_bos, add_eos = _added_ends(tokenizer)
+        scores = []
+        if pieces:
+            types = [_piece_type(token, kind) for token, kind in zip(tokens, types, strict=True)]
+            users = {token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED}
+            scores = scores_of(tokens, merges, users)
+            # llama.cpp finds a user's tokens in the text as it is written.
+            tokens = [token.replace("▁", " ") if token in users else token for token in tokens]
         return cls(
+            model="llama" if pieces else "gpt2",
             pre=pre,
             tokens=tokens,
             types=types,
-            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in fields["model"]["merges"]],
+            merges=[] if pieces else [" ".join(merge) for merge in merges],
+            scores=scores,
+            space_before=prefix,
             ids=_special_ids(tokenizer, config),
             add_bos=add_bos,
             add_eos=add_eos,
             chat_template=_chat_template(tokenizer),
         )
+
+
+def _piece_type(token: str, kind: int) -> int:
+    return BYTE if kind == NORMAL and _BYTE.fullmatch(token) else kind
 
 
 def pre_tokenizer_name(fields: Mapping[str, Json]) -> str:
@@ -86,7 +113,6 @@ def pre_tokenizer_name(fields: Mapping[str, Json]) -> str:
     # A part of the tokenizer -> whether GGUF's byte-level BPE has it.
     parts = {
         f"model {model['type']!r}": model["type"] == "BPE",
-        "`byte_fallback`": not model.get("byte_fallback"),
         "`dropout`": not model.get("dropout"),
         "`continuing_subword_prefix`": not model.get("continuing_subword_prefix"),
         "`end_of_word_suffix`": not model.get("end_of_word_suffix"),
@@ -98,9 +124,9 @@ def pre_tokenizer_name(fields: Mapping[str, Json]) -> str:
     if foreign:
         raise ValueError(
             "llama.cpp would tokenize otherwise than this tokenizer, and the model would read other tokens than it was "
-            f"trained on. What has no counterpart in GGUF: {'; '.join(foreign)}. Written are byte-level BPE tokenizers "
-            f"with the pre-tokenizers of {', '.join(PRE_TOKENIZERS.values())}. Export with `save_pretrained` and convert "
-            "the directory with llama.cpp's convert_hf_to_gguf.py."
+            f"trained on. What has no counterpart in GGUF: {'; '.join(foreign)}. Written are SentencePiece's BPE and "
+            f"byte-level BPE with the pre-tokenizers of {', '.join(PRE_TOKENIZERS.values())}. Export with `save_pretrained` and "
+            "convert the directory with llama.cpp's convert_hf_to_gguf.py."
         )
     return PRE_TOKENIZERS[steps, whole_words]
 

@@ -36,7 +36,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(AdapterFlags, Source):
-    """Fine-tune a GPT-2, Llama or Qwen2 checkpoint with LoRA on text, instructions or chats."""
+    """Fine-tune a GPT-2, Llama, Qwen, SmolLM3, Mistral or Gemma 3 checkpoint with LoRA on text, instructions or chats."""
 
     epochs: float | None = None
     """Passes over the data; default 3 where --steps is not given."""

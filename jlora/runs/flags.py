@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from typing import Any
 
+from jlora._typing import JsonObject
 from jlora.lora import LoraConfig
 from jlora.lora.config import ALL_LINEAR, Bias, Init
 
@@ -50,7 +50,7 @@ class AdapterFlags:
             ValueError: for an option out of its range.
         """
         names = [field.name for field in dataclasses.fields(AdapterFlags)]
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        fields: JsonObject = {name: getattr(self, name) for name in names}
         fields["targets"] = _targets(self.targets)
         return LoraConfig(**fields)
 

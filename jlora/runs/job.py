@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import data as data_lib
-from jlora._typing import Batch, Params
+from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
 from jlora.data import InstructDataset, TextDataset
-from jlora.data.tokens import Tokenizer
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
 from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
@@ -44,7 +43,7 @@ class Job:
     run: Run
     display: Display
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: PretrainedTokenizer
     adapter: Params
     base: Params
     fingerprint: str
@@ -139,7 +138,7 @@ class Job:
         display.trained(params, adapter)
         return job
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> JsonObject:
         """What a resumed run must have in common with the one that it continues."""
         return {
             "steps": self.steps,
@@ -196,7 +195,7 @@ def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
     return True, "rematerialized in a scan" if on_cpu else "one compilation for all"
 
 
-def _stored(base: Any, dtype: str) -> str:
+def _stored(base: PyTree, dtype: str) -> str:
     """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
     packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
     if not packed:

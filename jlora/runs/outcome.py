@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import jax
 import optax
 
-from jlora._typing import Params
+from jlora._typing import JsonObject, Params
 from jlora.files import save_adapter
 from jlora.lora import combine
 from jlora.runs.job import Job
@@ -28,11 +27,11 @@ class FinetuneResult:
     """Of the saved adapter, nats a supervised token; None without evaluation data."""
     base_eval_loss: float | None
     """Before the first step."""
-    history: tuple[dict[str, Any], ...]
+    history: tuple[JsonObject, ...]
     """The entries of metrics.jsonl."""
 
 
-def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Sequence[dict[str, Any]]) -> FinetuneResult:
+def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Sequence[JsonObject]) -> FinetuneResult:
     """Writes the adapter of the last state, or of the best, and says what came of the run."""
     config, run, display = job.config, job.run, job.display
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
