@@ -157,57 +157,53 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(transpose, cap, rows, weight, ids, live):
-    return _scan_chunks(transpose, cap, rows, weight, ids, live, False, [False] * len(jax.tree.leaves(weight)))[0]
+    return _scan_chunks(transpose, cap, rows, weight, ids, live, [False] * (1 + len(jax.tree.leaves(weight))))[0]
 
 
-def _scan_chunks(transpose, cap, rows, weight, ids, live, need_rows: bool, need_leaf: list[bool]):
-    """(loss, gradient of rows or None, gradients of the weight's leaves where needed else None)."""
+def _scan_chunks(transpose, cap, rows, weight, ids, live, needed: list[bool]):
+    """(loss, [gradient of the rows, gradients of the weight's leaves...], each None where it is not needed)."""
     leaves, treedef = jax.tree.flatten(weight)
-    wanted = [leaf for leaf, need in zip(leaves, need_leaf, strict=True) if need]
 
-    def logits_of(x, trained):
-        trained = iter(trained)
-        mixed = [next(trained) if need else leaf for leaf, need in zip(leaves, need_leaf, strict=True)]
-        return capped(linear(x, jax.tree.unflatten(treedef, mixed), transpose=transpose, out_dtype=jnp.float32), cap)
+    def chosen(values):
+        return [value for value, need in zip(values, needed, strict=True) if need]
 
     def compute(x, y, mask):
-        if need_rows and wanted:
-            logits, pull = jax.vjp(logits_of, x, wanted)
-        elif need_rows:
-            logits, pull = jax.vjp(lambda x: logits_of(x, []), x)
-        elif wanted:
-            logits, pull = jax.vjp(lambda w: logits_of(x, w), wanted)
-        else:
-            logits, pull = logits_of(x, []), None
+        given = [x, *leaves]
+
+        def logits_of(*moving):
+            moving = iter(moving)
+            x, *mixed = [next(moving) if need else value for value, need in zip(given, needed, strict=True)]
+            y = linear(x, jax.tree.unflatten(treedef, mixed), transpose=transpose, out_dtype=jnp.float32)
+            return capped(y, cap)
+
+        logits, pull = jax.vjp(logits_of, *chosen(given))
         top = jnp.max(logits, axis=-1, keepdims=True)
         exp = jnp.exp(logits - top)
         total = jnp.sum(exp, axis=-1, keepdims=True)
         at_target = jnp.take_along_axis(logits, y[:, None], axis=-1, mode="clip")
         loss = jnp.sum(jnp.where(mask, (top + jnp.log(total) - at_target)[:, 0], 0.0))
-        if pull is None:
-            return loss, None, []
         onehot = jnp.arange(logits.shape[-1]) == y[:, None]
-        grads = pull(jnp.where(mask[:, None], exp / total - onehot, 0.0))
-        return loss, grads[0] if need_rows else None, list(grads[-1]) if wanted else []
+        return loss, list(pull(jnp.where(mask[:, None], exp / total - onehot, 0.0)))
 
     def body(carry, chunk):
         x, y, mask = chunk
-        skipped = jnp.zeros(()), jnp.zeros_like(x) if need_rows else None, [jnp.zeros_like(w) for w in wanted]
-        loss, dx, dw = jax.lax.cond(jnp.any(mask), compute, lambda *_: skipped, x, y, mask)
+        skipped = jnp.zeros(()), [jnp.zeros_like(value) for value in chosen([x, *leaves])]
+        loss, grads = jax.lax.cond(jnp.any(mask), compute, lambda *_: skipped, x, y, mask)
+        # A chunk's rows have gradients of their own; those of the weight are summed.
+        dx, dw = grads[: needed[0]], grads[needed[0] :]
         return (carry[0] + loss, [a + b for a, b in zip(carry[1], dw, strict=True)]), dx
 
-    start = jnp.zeros(()), [jnp.zeros_like(w) for w in wanted]
+    start = jnp.zeros(()), [jnp.zeros_like(leaf) for leaf, need in zip(leaves, needed[1:], strict=True) if need]
     (loss, dw), dx = jax.lax.scan(body, start, (rows, ids, live))
-    dw = iter(dw)
-    return loss, dx, [next(dw) if need else None for need in need_leaf]
+    found = iter([*dx, *dw])
+    return loss, [next(found) if need else None for need in needed]
 
 
 def _chunked_fwd(transpose, cap, rows, weight, ids, live):
     primals, treedef = jax.tree.flatten(weight, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     weight = jax.tree.unflatten(treedef, [p.value for p in primals])
-    loss, drows, dleaves = _scan_chunks(
-        transpose, cap, rows.value, weight, ids.value, live.value, rows.perturbed, [p.perturbed for p in primals]
-    )
+    needed = [p.perturbed for p in (rows, *primals)]
+    loss, (drows, *dleaves) = _scan_chunks(transpose, cap, rows.value, weight, ids.value, live.value, needed)
     return loss, (drows, jax.tree.unflatten(treedef, dleaves))
 
 
