@@ -2,11 +2,11 @@
 
 import json
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora._typing import Array, Json, PyTree
 from jlora.tree.paths import path_string
 
 MAX_SEED = 2**32 - 1
@@ -20,7 +20,7 @@ IGNORED = -100
 """The label of a position that is not supervised, as in transformers and torch.nn.CrossEntropyLoss."""
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: Json) -> int:
     """The seed.
 
     Raises:
@@ -40,12 +40,12 @@ def json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: object, *, indent: int | None = None) -> str:
     """JSON of lists and dictionaries, floats that are not finite as null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 class NotFinite(ValueError):
     """Something computed from `params` is NaN or infinite: `value`, which `what` names. Says which weight is to blame."""
 
-    def __init__(self, what: str, value: float, params: Any):
+    def __init__(self, what: str, value: float, params: PyTree):
         self.value = value
         where = first_not_finite(params)
         cause = (
@@ -67,7 +67,7 @@ class NotFinite(ValueError):
         super().__init__(f"{what} {value}: {cause}")
 
 
-def first_not_finite(tree: Any) -> str | None:
+def first_not_finite(tree: PyTree) -> str | None:
     """The path of the first array with a value that is NaN or infinite, or None. Reads every array."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_all_finite(leaf)):
@@ -76,5 +76,5 @@ def first_not_finite(tree: Any) -> str | None:
 
 
 @jax.jit
-def _all_finite(x: Any) -> Any:
+def _all_finite(x: Array) -> Array:
     return jnp.all(jnp.isfinite(x))

@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._numbers import NotFinite
-from jlora._typing import Array, Float, Int, Key, Params
+from jlora._typing import AnyArray, Array, Float, Int, Key, Params
 from jlora.lora import is_stacked
 from jlora.models import Model, empty_cache
 from jlora.storage.stops import stop_ids, token_ids
@@ -36,7 +36,7 @@ _BUCKET = 32
 def generate(
     model: Model,
     params: Params,
-    prompt_ids: Sequence[Sequence[int]] | Int[Array, "batch seq"],
+    prompt_ids: Sequence[Sequence[int]] | Int[AnyArray, "batch seq"],
     *,
     max_new_tokens: int = SAMPLING.max_new_tokens,
     temperature: float = SAMPLING.temperature,

@@ -31,10 +31,11 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 def options(**changes):
     """Of a run that is over in two seconds."""
     fields = {
-        "steps": STEPS, "rank": 4, "targets": "c_attn", "batch_size": 4, "max_length": 32, "learning_rate": PEAK,
+        "steps": STEPS, "rank": 4, "targets": ("c_attn",), "batch_size": 4, "max_length": 32, "learning_rate": PEAK,
         "warmup_fraction": WARMUP / STEPS, "eval_every": 4, "checkpoint_every": 4, "quiet": True,
     }  # fmt: skip
-    return jlora.FinetuneConfig(**fields | changes)
+    fields |= changes
+    return jlora.FinetuneConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in fields.items()})
 
 
 def losses(result):
@@ -74,7 +75,7 @@ def run(tmp_path_factory, gpt2_dir, text_file):
 def best_options(llama_dir, records_file, output):
     """Of a run that soon learns its few records by heart, so that the best state is neither the last nor checkpointed."""
     return options(
-        model=llama_dir, data=records_file, output=output, template="chat", targets="all-linear", learning_rate=2e-2,
+        model=llama_dir, data=records_file, output=output, template="chat", targets=("all-linear",), learning_rate=2e-2,
         eval_every=2, checkpoint_every=5, keep=1, save="best", max_length=None,
     )  # fmt: skip
 
@@ -176,12 +177,12 @@ def test_adapter_loads_in_peft(run):
 
 
 def test_same_config_gives_the_same_bytes(run, tmp_path):
-    jlora.finetune(dataclasses.replace(run.config, output=tmp_path / "again"))
+    jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "again")))
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(run.output)
 
 
 def test_another_seed_gives_other_bytes(run, tmp_path):
-    jlora.finetune(dataclasses.replace(run.config, output=tmp_path / "other", seed=1, steps=1))
+    jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "other"), seed=1, steps=1))
     other = tiny.read_log(tmp_path / "other")
     assert other[0]["eval_loss"] == run.result.base_eval_loss  # an update of zero, and the same held-out text
     assert other[1]["loss"] != run.result.history[1]["loss"]
@@ -256,7 +257,7 @@ def test_ways_to_compute_the_same_losses(changes, plain_losses, gpt2_dir, text_f
 
 def test_clipping(run, tmp_path):
     """Gradients cut to far below Adam's epsilon move nothing; the norm in the log is that before clipping."""
-    config = dataclasses.replace(run.config, output=tmp_path / "out", steps=3, max_grad_norm=1e-12, dropout=0.0)
+    config = dataclasses.replace(run.config, output=str(tmp_path / "out"), steps=3, max_grad_norm=1e-12, dropout=0.0)
     result = jlora.finetune(config)
     assert result.eval_loss == pytest.approx(result.base_eval_loss, abs=1e-4)
     assert all(entry["grad_norm"] > 1e-3 for entry in result.history[1:])
@@ -327,7 +328,7 @@ def test_existing_output_is_refused(run):
 
 def test_nothing_to_resume(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run to resume"):
-        jlora.finetune(dataclasses.replace(run.config, output=tmp_path / "nothing", resume=True))
+        jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "nothing"), resume=True))
     assert not (tmp_path / "nothing").exists()
 
 
@@ -363,7 +364,7 @@ def test_resuming_a_finished_run_changes_nothing(run):
 
 def test_a_moved_run_resumes(run, tmp_path):
     shutil.copytree(run.output, tmp_path / "moved")
-    result = jlora.finetune(dataclasses.replace(run.config, output=tmp_path / "moved", resume=True))
+    result = jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "moved"), resume=True))
     assert result.history == run.result.history
     assert adapter_bytes(tmp_path / "moved") == adapter_bytes(run.output)
 
@@ -381,13 +382,13 @@ def test_a_start_that_fails_leaves_no_run(run, tmp_path, changes, error, says):
     """So that the corrected command is not told that its output exists."""
     output = tmp_path / "out"
     with pytest.raises(error, match=says):
-        jlora.finetune(dataclasses.replace(run.config, output=output, **changes))
+        jlora.finetune(dataclasses.replace(run.config, output=str(output), **changes))
     assert not output.exists()
 
 
 def test_a_failed_start_in_an_empty_directory_leaves_it_empty(run, tmp_path):
     with pytest.raises(FileNotFoundError):
-        jlora.finetune(dataclasses.replace(run.config, output=tmp_path, model="./nowhere"))
+        jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path), model="./nowhere"))
     assert not list(tmp_path.iterdir())
 
 
@@ -445,7 +446,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         return Broken(make_step(*args, **kwargs))
 
-    config = dataclasses.replace(run.config, output=output)
+    config = dataclasses.replace(run.config, output=str(output))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_step", broken)
         with pytest.raises(
@@ -473,7 +474,7 @@ def test_a_learning_rate_that_breaks_the_model(run, tmp_path):
 
 
 def test_divergence_without_evaluation(run, tmp_path):
-    config = dataclasses.replace(run.config, output=tmp_path / "out", learning_rate=1e30, eval_fraction=0.0)
+    config = dataclasses.replace(run.config, output=str(tmp_path / "out"), learning_rate=1e30, eval_fraction=0.0)
     with pytest.raises(TrainingDiverged, match="Step 2 "):
         jlora.finetune(config)
     assert not (tmp_path / "out" / "adapter").exists()

@@ -277,8 +277,8 @@ def test_checkpoints_hold_every_kind(loaded, tmp_path):
 @pytest.mark.slow
 def test_a_run_of_every_kind(gpt2_dir, text_file, tmp_path):
     config = jlora.FinetuneConfig(
-        model=gpt2_dir, data=text_file, output=tmp_path / "run", targets="c_attn", rank=2, steps=3, batch_size=2,
-        max_length=16, quiet=True, use_dora=True, init="pissa", bias="all", modules_to_save="ln_f", eval_fraction=0,
+        model=gpt2_dir, data=text_file, output=str(tmp_path / "run"), targets=("c_attn",), rank=2, steps=3, batch_size=2,
+        max_length=16, quiet=True, use_dora=True, init="pissa", bias="all", modules_to_save=("ln_f",), eval_fraction=0,
     )  # fmt: skip
     result = jlora.finetune(config)
     assert adapter_table(str(result.adapter_dir)).row_count == 2 + 14

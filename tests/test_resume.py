@@ -24,7 +24,7 @@ DEADLINE = 120  # seconds until a child that says nothing has failed
 def options(model, data, output):
     """With everything that could be lost: dropout, accumulation, a schedule, evaluations apart from checkpoints."""
     return jlora.FinetuneConfig(
-        model=model, data=data, output=output, steps=STEPS, rank=4, targets="c_attn", dropout=0.2, batch_size=2,
+        model=str(model), data=str(data), output=str(output), steps=STEPS, rank=4, targets=("c_attn",), dropout=0.2, batch_size=2,
         accumulate=2, max_length=16, learning_rate=1e-2, eval_every=4, checkpoint_every=EVERY, save="best", quiet=True,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def timeless(output):
 @pytest.mark.slow
 def test_interrupted_five_times(uninterrupted, home):
     """Killed before anything is saved, while a checkpoint is written and anywhere; stopped by both signals in between."""
-    config = dataclasses.replace(uninterrupted, output=home / "interrupted")
+    config = dataclasses.replace(uninterrupted, output=str(home / "interrupted"))
     output, draw = Path(config.output), random.Random(0)
     interruptions = [
         (step_logged(draw.randint(1, 2)), signal.SIGKILL),
@@ -146,7 +146,7 @@ def saved(config):
 def test_killed_at_a_write(uninterrupted, home, dies_at):
     """Whatever was to be written, renamed or removed next: what saved nothing starts again, and the rest goes on."""
     for number in [dies_at] if isinstance(dies_at, int) else dies_at:
-        config = dataclasses.replace(uninterrupted, output=home / f"write-{number}")
+        config = dataclasses.replace(uninterrupted, output=str(home / f"write-{number}"))
         code, said = Child(config, home, batch_seconds=0, dies_at=number).end()
         if code == 0:
             assert number > 200, "a run has more writes"
@@ -161,7 +161,7 @@ def test_killed_at_a_write(uninterrupted, home, dies_at):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_anywhere(uninterrupted, home, seed):
-    config = dataclasses.replace(uninterrupted, output=home / f"anywhere-{seed}")
+    config = dataclasses.replace(uninterrupted, output=str(home / f"anywhere-{seed}"))
     draw, code = random.Random(seed), None
     for _ in range(8):
         running = Child(config, home, resume=bool(saved(config)), batch_seconds=0.05)

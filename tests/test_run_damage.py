@@ -34,10 +34,10 @@ def model(tmp_path_factory):
 
 def options(model, data, output, **changes):
     fields = {
-        "steps": STEPS, "rank": 2, "targets": "c_attn", "batch_size": 2, "max_length": 16, "learning_rate": 1e-2,
+        "steps": STEPS, "rank": 2, "targets": ("c_attn",), "batch_size": 2, "max_length": 16, "learning_rate": 1e-2,
         "dropout": 0.1, "eval_every": 2, "checkpoint_every": 2, "save": "best", "quiet": True,
     }  # fmt: skip
-    return jlora.FinetuneConfig(model=model, data=data, output=output, **fields | changes)
+    return jlora.FinetuneConfig(model=str(model), data=str(data), output=str(output), **fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def begun(finished, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(finished.output, output)
     shutil.rmtree(output / "adapter")
-    return dataclasses.replace(finished, output=output, resume=True)
+    return dataclasses.replace(finished, output=str(output), resume=True)
 
 
 def adapter(config):
@@ -132,7 +132,7 @@ def test_a_stray_directory_among_the_checkpoints(begun, finished):
 
 @pytest.mark.parametrize("name", ["r[1]", "a[/b]", "[red]", ":x:"])
 def test_names_that_look_like_patterns_or_markup(finished, tmp_path, name, capsys):
-    config = dataclasses.replace(finished, output=tmp_path / name / "run", quiet=False)
+    config = dataclasses.replace(finished, output=str(tmp_path / name / "run"), quiet=False)
     jlora.finetune(config)
     assert f"adapter of step {best(finished)}: {tmp_path / name / 'run' / 'adapter'}" in "".join(
         capsys.readouterr().out.splitlines()
@@ -299,7 +299,7 @@ def test_output_below_the_data(model, text_file, tmp_path, finished):
     folder = tmp_path / "texts"
     folder.mkdir()
     shutil.copy(text_file, folder)
-    config = dataclasses.replace(finished, data=folder, output=folder / "runs" / "a")
+    config = dataclasses.replace(finished, data=str(folder), output=str(folder / "runs" / "a"))
     jlora.finetune(config)
     assert weights(config) == weights(finished)
     (folder / "runs" / "a" / "checkpoints" / "note.txt").write_text("Checkpoint commit was successful.")
@@ -364,7 +364,7 @@ def test_one_writer_of_a_new_directory(begun, tmp_path):
     output.mkdir()
     with only_writer(output, "trained"):
         with pytest.raises(InUse, match=f"by process {os.getpid()} "):
-            jlora.finetune(dataclasses.replace(begun, output=output, resume=False))
+            jlora.finetune(dataclasses.replace(begun, output=str(output), resume=False))
     assert not list(output.iterdir())
 
 
@@ -443,7 +443,7 @@ def test_data_without_a_config_is_somebodys(begun):
 
 def test_after_a_run_that_failed_before_its_first_checkpoint_others_settings_are_free(finished, tmp_path, monkeypatch):
     """As where memory does not suffice: a smaller batch is what the message asks for."""
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     larger = dataclasses.replace(config, batch_size=4)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "planned", raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")))
@@ -456,7 +456,7 @@ def test_after_a_run_that_failed_before_its_first_checkpoint_others_settings_are
 
 
 def test_after_divergence_another_rate_may_be_tried(finished, tmp_path):
-    config = dataclasses.replace(finished, output=tmp_path / "out", save="last")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"), save="last")
     with pytest.raises(TrainingDiverged):
         jlora.finetune(dataclasses.replace(config, learning_rate=1e30, eval_every=1))
     assert [e["step"] for e in tiny.read_log(config.output)] == [0], "what there was to see is kept until then"
@@ -484,7 +484,7 @@ def at(patch, name, number, *, call=1):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", ["find", "load", "add_lora", "evaluate", "make_step", "planned", "predict"])
 def test_a_stop_before_the_first_step_takes_everything_back(finished, tmp_path, monkeypatch, number, name):
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         at(patch, name, number)
         with pytest.raises(Stopped, match="^Stopped; no state is saved yet. Start it again.$"):
@@ -504,7 +504,7 @@ def test_a_library_that_swallows_the_interrupt(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "load", load)
     with pytest.raises(Stopped):
-        jlora.finetune(dataclasses.replace(finished, output=tmp_path / "out"))
+        jlora.finetune(dataclasses.replace(finished, output=str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
 
 
@@ -522,7 +522,7 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_keeps_it(begun, finished,
 def test_a_stop_during_an_evaluation_waits_for_one_batch(finished, tmp_path, monkeypatch, call):
     """The state is saved, and its evaluation is made when the run is resumed. Call 1 is before the first step; the last of the
     run is the fourth."""
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     step = 2 * (call - 1)
     with monkeypatch.context() as patch:
         at(patch, "evaluate", signal.SIGTERM, call=call)
@@ -538,7 +538,7 @@ def test_a_stop_during_an_evaluation_waits_for_one_batch(finished, tmp_path, mon
 
 
 def test_a_second_signal_does_not_wait(finished, tmp_path, monkeypatch):
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     perplexity, calls = loop.perplexity, []
 
     def twice(loss):
@@ -565,7 +565,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_training(finished,
     monkeypatch.setattr(job, "load_tokenizer", lambda _: tokenizer)
     monkeypatch.setattr(job, "load", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(OSError, match="bad template name"):
-        jlora.finetune(dataclasses.replace(finished, output=tmp_path / "out"))
+        jlora.finetune(dataclasses.replace(finished, output=str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
 
 
@@ -579,14 +579,14 @@ def test_a_base_that_is_not_finite_is_named(finished, tmp_path, tensor, value, s
     tensors[name] = tensors[name].copy()
     tensors[name].flat[3] = value
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    config = dataclasses.replace(finished, model=base, output=tmp_path / "out", eval_fraction=share, save="last")
+    config = dataclasses.replace(finished, model=base, output=str(tmp_path / "out"), eval_fraction=share, save="last")
     with pytest.raises(ValueError, match=rf"are NaN or infinite: \S*{tensor.split('.')[-2]}"):
         jlora.finetune(config)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_log_is_json_where_a_perplexity_overflows(finished, tmp_path, monkeypatch):
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     monkeypatch.setattr(loop, "perplexity", lambda loss: float("inf"))
     result = jlora.finetune(config)
     entries = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out/metrics.jsonl").open()]
@@ -610,7 +610,7 @@ FULL = OSError(28, "No space left on device")
     ],
 )
 def test_a_full_disk_says_what_is_saved_and_goes_on(finished, tmp_path, monkeypatch, module, name, error, saved):
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(module, name, raising(error))
         with pytest.raises(NoSpace) as caught:
@@ -630,7 +630,7 @@ def jlora_disk(path):
 
 
 def test_a_full_disk_while_the_text_is_prepared(finished, tmp_path, monkeypatch):
-    config = dataclasses.replace(finished, output=tmp_path / "out")
+    config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr("jlora.data.text.write_shards", raising(FULL))
         with pytest.raises(

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from jlora._numbers import IGNORED as IGNORED
+from jlora.data.stats import Stats
 
 
 class Row(NamedTuple):

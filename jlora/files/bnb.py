@@ -159,12 +159,12 @@ def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     return tensors
 
 
-def is_declared(quantization: Mapping[str, Any]) -> bool:
+def is_declared(quantization: Mapping[str, Json]) -> bool:
     """Whether a `quantization_config` says that the checkpoint is bitsandbytes' in 4 bits."""
     return quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit") is True
 
 
-def quantization_config(spec: NF4, dtype: str, skipped: list[str]) -> Mapping[str, Any]:
+def quantization_config(spec: NF4, dtype: str, skipped: list[str]) -> Mapping[str, Json]:
     """The field of config.json by which transformers knows that the checkpoint is quantized."""
     return {
         "_load_in_4bit": True,

@@ -341,7 +341,7 @@ _ADD: Mapping[type, Callable[[Any, str, Any], None]] = {
 """How a hyperparameter is written, by its type."""
 
 
-def _write_metadata(writer: Any, model: Model, name: str, file_type: int, gguf: Any) -> None:
+def _write_metadata(writer: "GGUFWriter", model: Model, name: str, file_type: int, gguf: ModuleType) -> None:
     count = sum(math.prod(leaf.shape) for leaf in flatten(abstract_params(model)).values())
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)

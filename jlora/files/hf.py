@@ -141,7 +141,7 @@ def _read(
     checkpoint: Checkpoint,
     name: str,
     weight: PackedWeight | DenseWeight,
-    dtype: Any,
+    dtype: DTypeLike,
     transposed: bool,
     spec: QuantSpec | None,
     finite: FiniteCheck,

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from jlora._typing import Array
+from jlora._typing import Array, DTypeLike, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
 from jlora.quant import QuantizedTensor, QuantSpec
@@ -17,6 +17,7 @@ TensorTypes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Tensor name -> (shape, the dtypes that it may have, by safetensors' names)."""
 
 
+@runtime_checkable
 class PackedWeight(Protocol):
     """What a checkpoint says of one kernel that it stores packed."""
 
@@ -44,7 +45,7 @@ class Packing(NamedTuple):
 
     name: str
     """In words."""
-    declared: Callable[[Mapping[str, Any]], bool]
+    declared: Callable[[Mapping[str, Json]], bool]
     """Whether the `quantization_config` of a config.json means this."""
     find: Callable[[Checkpoint, str], PackedWeight | None]
     """Of the kernel called so; None: it is not packed this way. Raises a ValueError for what is packed in a near way that is
@@ -54,7 +55,7 @@ class Packing(NamedTuple):
 PACKINGS: tuple[Packing, ...] = (Packing("bitsandbytes' 4-bit NF4", bnb.is_declared, bnb.QuantState.of),)
 
 
-def check_declared(quantization: Any, *, where: str) -> None:
+def check_declared(quantization: Json, *, where: str) -> None:
     """Raises a ValueError when the `quantization_config` of a config.json means no packing that is read."""
     says = quantization if isinstance(quantization, Mapping) else {}
     if not any(packing.declared(says) for packing in PACKINGS):
@@ -75,7 +76,7 @@ class DenseWeight:
     def tensors(self, name: str) -> TensorTypes:
         return {name: (self.shape, FLOATS)}
 
-    def read(self, checkpoint: Checkpoint, name: str, dtype: Any) -> Array:
+    def read(self, checkpoint: Checkpoint, name: str, dtype: DTypeLike) -> Array:
         return jnp.array(checkpoint.read(name)).astype(dtype)
 
 

@@ -162,7 +162,7 @@ def stack_adapters(trees: Mapping[str, PyTree]) -> PyTree:
     return map_with_path(one, trees[first[0]])
 
 
-def _side_by_side(path: str, leaves: Mapping[str, Any]) -> PyTree:
+def _side_by_side(path: str, leaves: Mapping[str, PyTree]) -> PyTree:
     for name, leaf in leaves.items():
         kind = _other_kind(leaf)
         if kind:
@@ -206,7 +206,7 @@ def _other_kind(leaf: object) -> str:
     return "" if leaf.magnitude is None else "a DoRA magnitude"
 
 
-def _is_residual(w: Any) -> bool:
+def _is_residual(w: object) -> bool:
     return isinstance(w, LoraWeight) and isinstance(w.base, LoraWeight)
 
 

@@ -1,7 +1,5 @@
 """The two execution forms of one tree: a subtree per layer, and one subtree with a leading layer axis."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -23,8 +21,8 @@ def stack_layers(params: PyTree) -> dict[str, PyTree]:
     Raises:
         ValueError: when there are no layers, or they differ (in shape, kind of weight, rank or scaling).
     """
-    groups: dict[str, list[Any]] = {}
-    flat: dict[str, Any] = {}
+    groups: dict[str, list[PyTree]] = {}
+    flat: dict[str, PyTree] = {}
     for path, leaf in flatten(params).items():
         found = split_layer_path(path)
         if found is None:
@@ -76,7 +74,7 @@ def unstack_layers(params: PyTree) -> dict[str, PyTree]:
         raise ValueError(
             "`unstack_layers` takes a tree made by `stack_layers`; the layers of this one are not stacked."
         )
-    flat: dict[str, Any] = {}
+    flat: dict[str, PyTree] = {}
     for path, leaf in flatten(params).items():
         paths = per_layer_paths(path, jax.tree.leaves(leaf)[0].shape[0])
         for i, row_path in enumerate(paths):

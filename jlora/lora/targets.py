@@ -4,7 +4,6 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from jlora._typing import PyTree
 from jlora.lora.config import LoraConfig
@@ -204,7 +203,7 @@ def _saved(name: str, leaves: Iterable[str]) -> set[str]:
     return {row for row in leaves if any(m.endswith(name) for m in _and_parents(module_path(row)))}
 
 
-def _problems_of_saving(name: str, rows: set[str], leaves: dict[str, Any], modules: set[str]) -> Iterator[str]:
+def _problems_of_saving(name: str, rows: set[str], leaves: dict[str, PyTree], modules: set[str]) -> Iterator[str]:
     """What speaks against training `rows` whole, which are those of `leaves` that `name` in `modules_to_save` means."""
     if not rows:
         hint = nearest(name, {module_path(row) for row in leaves})
@@ -231,7 +230,7 @@ def select_biases(params: PyTree, config: LoraConfig, modules: Iterable[str]) ->
     return {row for row in _rows(params) if row.rpartition("/")[2] == "bias" and wanted(module_path(row))}
 
 
-def _rows(params: PyTree) -> dict[str, Any]:
+def _rows(params: PyTree) -> dict[str, PyTree]:
     """Leaves by per-layer path: a stacked leaf once for each layer."""
     return {row: leaf for path, leaf in flatten(params).items() for row in layer_paths(path, leaf)}
 

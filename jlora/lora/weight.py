@@ -3,12 +3,12 @@
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Key
+from jlora._typing import Array, DTypeLike, Float, Key, PyTree
 from jlora.lora.seam import embed, linear
 from jlora.quant.tensor import unfold
 from jlora.weight import Weight, as_dense, dense_matmul, rebuilt, register_node
@@ -31,7 +31,7 @@ class AdaptedWeight(Weight):
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Children that some values do without."""
 
-    base: Any
+    base: PyTree
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class AdaptedWeight(Weight):
     def lead(self) -> Array | jax.ShapeDtypeStruct:
         """A trained child that every such value has: its leading axes are the stack's, in the adapter half too."""
 
-    def with_children(self, **children: Any) -> "AdaptedWeight":
+    def with_children(self, **children: object) -> "AdaptedWeight":
         """The same value with these children in place of its own."""
         return rebuilt(self, **children)
 
@@ -77,7 +77,7 @@ class AdaptedWeight(Weight):
         """The weight as it was before it was adapted."""
         return self.base.origin() if isinstance(self.base, AdaptedWeight) else self.base
 
-    def _base_in(self, dtype: Any) -> Array | Weight:
+    def _base_in(self, dtype: DTypeLike) -> Array | Weight:
         return self.base.cast(dtype) if isinstance(self.base, Weight) else self.base.astype(dtype)
 
 

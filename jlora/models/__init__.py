@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from jlora._typing import DTypeLike, Json, PyTree
 from jlora.models.causal import CausalLM as CausalLM
 from jlora.models.config import ModelConfig as ModelConfig
 from jlora.models.families import FAMILIES as FAMILIES
@@ -30,7 +31,7 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "none") -> Model:
+def model_from_config(fields: Mapping[str, Json], *, dtype: DTypeLike, remat: str = "none") -> Model:
     """The module for the fields of a Hugging Face `config.json`.
 
     Raises:
@@ -48,7 +49,7 @@ def model_from_config(fields: Mapping[str, Any], *, dtype: Any, remat: str = "no
     return row.module(config=row.read(fields), dtype=jnp.dtype(dtype), remat=remat)
 
 
-def abstract_params(model: Model) -> Any:
+def abstract_params(model: Model) -> PyTree:
     """The per-layer parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     # One layer is traced and stands for all, which are alike: tracing thousands takes minutes.
@@ -69,6 +70,6 @@ def empty_cache(model: Model, batch: int, length: int, *, stacked: bool) -> list
     return [KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in range(model.config.depth)]
 
 
-def replace(model: Model, **changes: Any) -> Model:
+def replace(model: Model, **changes: object) -> Model:
     """The module with other fields; with another `dtype` or `remat` the same parameters fit it."""
     return dataclasses.replace(model, **changes)

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Int, Params
+from jlora._typing import Array, DTypeLike, Float, Int, Params, PyTree
 from jlora.lora import linear
 from jlora.models.config import ModelConfig
 from jlora.models.layers import Head, KVCache, Remat, frozen_base, make_context
-from jlora.weight import Weight
 
 
 class CausalLM(nn.Module):
@@ -17,7 +16,7 @@ class CausalLM(nn.Module):
 
     config: Any
     """The graph's `ModelConfig`."""
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     """Dtype of the activations: float32 or bfloat16."""
     remat: Remat = "none"
 
@@ -49,8 +48,8 @@ class CausalLM(nn.Module):
         return out if cache is None else (out, new_cache)
 
     @nn.nowrap
-    def output_head(self, params: Params) -> tuple[Array | Weight, bool]:
-        """(weight, transpose) of the product that makes logits of hidden states."""
+    def output_head(self, params: Params) -> tuple[PyTree, bool]:
+        """(weight, transpose) of the product that makes logits of hidden states; of abstract parameters an abstract weight."""
         if not self.config.tie_word_embeddings:
             return params["lm_head"]["kernel"], False
         table: Any = params

@@ -3,8 +3,9 @@ numbers is used or refused, never ignored."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
+from jlora._typing import Json, JsonObject
 from jlora.storage.fields import MAX_SIZE, Kind, either, flag, integer, list_of, positive, shown
 
 MAX_LAYERS = 1024
@@ -58,12 +59,13 @@ class ModelConfig:
         return None
 
 
+@runtime_checkable
 class ConfigFormat(Protocol):
     """A family's config.json, both ways."""
 
     def read(self, reader: "ConfigReader") -> ModelConfig: ...
 
-    def write(self, config: Any) -> dict[str, Any]: ...
+    def write(self, config: Json) -> JsonObject: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +75,9 @@ class ConfigReader:
     Every method raises a ValueError that names the field, the value got and what is accepted.
     """
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Json]
 
-    def _get(self, name: str, default: Any, kind: Kind) -> Any:
+    def _get(self, name: str, default: Json, kind: Kind) -> Json:
         value = self.fields.get(name)
         value = default if value is None else value
         if not kind.holds(value):
@@ -114,7 +116,7 @@ class ConfigReader:
         value = self._get(name, None, either(_TOKEN_ID, list_of(_TOKEN_ID, least=1)))
         return tuple(value) if isinstance(value, list) else value
 
-    def require(self, name: str, default: Any, accepted: tuple[Any, ...]) -> None:
+    def require(self, name: str, default: Json, accepted: tuple[Json, ...]) -> None:
         """Refuses a value that the model graph does not compute."""
         value = self.fields.get(name, default)
         if value not in accepted:
@@ -123,7 +125,7 @@ class ConfigReader:
                 f"{' or '.join(map(repr, accepted))} only, and other outputs would come of ignoring it."
             )
 
-    def each(self, name: str, count: int, accepted: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def each(self, name: str, count: int, accepted: tuple[Json, ...]) -> tuple[Json, ...] | None:
         """A list with an item for each layer; None: absent."""
         value = self.fields.get(name)
         if value is None:

@@ -1,10 +1,10 @@
 """The table of the checkpoint families that the graphs run."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from jlora._typing import JsonObject
 from jlora.models.family import Family, GGUFLayout
 from jlora.models.gemma3 import LAYERS as GEMMA3_LAYERS
 from jlora.models.gemma3 import Gemma3, Gemma3Config, Gemma3Fields
@@ -13,7 +13,7 @@ from jlora.models.layers import LinearScaling, Llama3Scaling, rope_frequencies
 from jlora.models.llama import NO_ROPE, SWITCHED, WINDOW, Llama, LlamaConfig, LlamaFields
 
 
-def _gpt2_hyperparameters(config: GPT2Config) -> dict[str, Any]:
+def _gpt2_hyperparameters(config: GPT2Config) -> JsonObject:
     return {
         "block_count": config.n_layer,
         "context_length": config.n_positions,
@@ -25,7 +25,7 @@ def _gpt2_hyperparameters(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def _llama_hyperparameters(config: LlamaConfig) -> dict[str, Any]:
+def _llama_hyperparameters(config: LlamaConfig) -> JsonObject:
     return {
         "block_count": config.num_hidden_layers,
         # These graphs of llama.cpp have no windows: up to the narrowest they compute the same.
@@ -44,7 +44,7 @@ def _llama_hyperparameters(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _linear_scaling(config: LlamaConfig) -> dict[str, Any]:
+def _linear_scaling(config: LlamaConfig) -> JsonObject:
     scaling = config.rope_scaling
     return (
         {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor} if type(scaling) is LinearScaling else {}
@@ -77,7 +77,7 @@ def _smollm3_lacks(config: LlamaConfig) -> list[str]:
     return found if fourth else [*found, f"`no_rope_layers` = {[int(turns) for turns in rotated]}"]
 
 
-def _gemma3_hyperparameters(config: Gemma3Config) -> dict[str, Any]:
+def _gemma3_hyperparameters(config: Gemma3Config) -> JsonObject:
     fields = _llama_hyperparameters(config) | {"context_length": config.max_position_embeddings}
     if config.sliding_window is not None:
         fields["attention.sliding_window"] = config.sliding_window

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora._typing import Json, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import ConfigFormat, ConfigReader, ModelConfig
 
@@ -16,7 +17,7 @@ class GGUFLayout:
 
     architecture: str
     """`general.architecture`."""
-    fields: Callable[[Any], dict[str, Any]]
+    fields: Callable[[Any], JsonObject]
     """The model's config -> its hyperparameters, without the architecture before their names."""
     rotates_pairs: bool = False
     """Whether llama.cpp rotates neighbours where the checkpoints rotate halves, so that rows of queries and keys are permuted."""
@@ -40,7 +41,7 @@ class Family:
     fields: ConfigFormat
     gguf: GGUFLayout
 
-    def read(self, fields: Mapping[str, Any]) -> ModelConfig:
+    def read(self, fields: Mapping[str, Json]) -> ModelConfig:
         """The config of the fields of a config.json.
 
         Raises:
@@ -48,7 +49,7 @@ class Family:
         """
         return self.fields.read(ConfigReader(fields))
 
-    def write(self, config: ModelConfig) -> dict[str, Any]:
+    def write(self, config: ModelConfig) -> JsonObject:
         """The fields of a config.json."""
         # Said because transformers has an id of the family's own vocabulary where it is absent, and refuses one that is too large.
         return {**self.fields.write(config), "architectures": [self.architecture], "pad_token_id": None}

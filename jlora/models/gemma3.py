@@ -5,11 +5,11 @@ Reference: Gemma 3 Technical Report, arXiv:2503.19786; names as in Hugging Face'
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jlora._typing import DTypeLike, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import ConfigReader
 from jlora.models.layers import Embed, KVCache, Remat, Rope, contexts_of, gelu, normed, run_layers, vector
@@ -48,14 +48,14 @@ class Gemma3Config(LlamaConfig):
         return super().rope_of(layer_type) if layer_type == FULL else Rope(self.rope_local_base_freq, None)
 
 
-def _read_layers(reader: ConfigReader, depth: int) -> dict[str, Any]:
+def _read_layers(reader: ConfigReader, depth: int) -> JsonObject:
     pattern = reader.integer("sliding_window_pattern", 6)  # each so many-th layer sees all
     types = [SLIDING if (i + 1) % pattern else FULL for i in range(depth)]
     types = reader.each("layer_types", depth, (FULL, SLIDING)) or types
     return layers_of(reader, reader.optional_integer("sliding_window", 4096), types)
 
 
-def _write_layers(config: LlamaConfig) -> dict[str, Any]:
+def _write_layers(config: LlamaConfig) -> JsonObject:
     return {"sliding_window": config.sliding_window, "layer_types": list(each(config.layer_types, config.depth))}
 
 
@@ -106,7 +106,7 @@ class Gemma3Fields(LlamaFields):
             final_logit_softcapping=None if cap is None else reader.number("final_logit_softcapping", cap),
         )
 
-    def write(self, config: LlamaConfig) -> dict[str, Any]:
+    def write(self, config: LlamaConfig) -> JsonObject:
         assert isinstance(config, Gemma3Config)
         fields = super().write(config)
         fields["hidden_activation"] = "gelu_pytorch_tanh"
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     config: Gemma3Config
-    dtype: Any
+    dtype: DTypeLike
     remat: Remat
 
     @nn.compact

@@ -4,11 +4,11 @@ Reference: Radford et al., Language Models are Unsupervised Multitask Learners, 
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jlora._typing import DTypeLike, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import MAX_LAYERS, ConfigReader, ModelConfig
 from jlora.models.layers import Embed, KVCache, LayerNorm, Linear, Remat, attend, gelu, run_layers
@@ -65,7 +65,7 @@ class GPT2Fields:
             eos_token_id=reader.token_ids("eos_token_id"),
         )
 
-    def write(self, config: GPT2Config) -> dict[str, Any]:
+    def write(self, config: GPT2Config) -> JsonObject:
         return {
             "activation_function": "gelu_new",
             **dataclasses.asdict(config),
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     config: GPT2Config
-    dtype: Any
+    dtype: DTypeLike
     remat: Remat
 
     @nn.compact

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jlora._typing import AnyArray, Array, Bool, Float, Int
+from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int, JsonObject, PyTree
 from jlora.lora import AdaptedWeight, embed, linear
-from jlora.weight import Weight, as_dense
+from jlora.weight import as_dense
 
 Remat = Literal["none", "layer"]
 
@@ -46,8 +46,8 @@ class LayerKind(NamedTuple):
 class Context(struct.PyTreeNode):
     """What a layer is told of a call. The layers of one `LayerKind` share it."""
 
-    positions: Int[Array, "batch seq"]
-    index: Int[Array, "#batch seq"]
+    positions: Int[AnyArray, "batch seq"]
+    index: Int[AnyArray, "#batch seq"]
     """Of each query among the keys."""
     mask: Bool[Array, "#batch seq kv_len"] | None
     """Which keys each query sees; None: plain causal, which has faster kernels."""
@@ -69,7 +69,7 @@ def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...])
     return module.param(name, init, shape, jnp.float32)
 
 
-def vector(module: nn.Module, name: str, init: Callable, size: int, dtype: Any) -> Float[Array, " size"]:
+def vector(module: nn.Module, name: str, init: Callable, size: int, dtype: DTypeLike) -> Float[Array, " size"]:
     """A bias or a scale in `dtype`, whatever kind of value the parameter is."""
     return as_dense(stored(module, name, init, (size,)), dtype)
 
@@ -94,7 +94,7 @@ class Embed(nn.Module):
 
     vocab: int
     features: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, ids):
@@ -203,7 +203,7 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], rope) -> Float[Array, "b
 
 
 def attention_kernel(
-    *, dtype: Any, head_dim: int, seq: int, kv_len: int, masked: bool, backend: str
+    *, dtype: DTypeLike, head_dim: int, seq: int, kv_len: int, masked: bool, backend: str
 ) -> Literal["cudnn", "xla"]:
     """Which attention runs: "cudnn" (flash) for 16-bit attention of a row to itself on a GPU, "xla" otherwise.
 
@@ -255,10 +255,10 @@ def attention(
     if q.dtype == jnp.float32:
         # Heads first suits float32 (13 against 19 ms), but XLA:CPU runs bfloat16 dots of transposed operands in
         # float32 (16 against 8 ms).
-        out = _attend("bhsd", scale, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)
+        out = _attend("bhsd", scale, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         out = _attend("bshd", scale, rows, k, v, mask)
-    return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)
+    return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -267,7 +267,7 @@ def _attend(axes: str, scale: float, q: Array, k: Array, v: Array, mask: Bool[Ar
     return _attend_fwd(axes, scale, q, k, v, mask)[0]
 
 
-def _product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+def _product(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
@@ -302,7 +302,7 @@ def causal(seq: int) -> Bool[Array, "1 seq seq"]:
 
 
 def within(
-    window: int | None, mask: Bool[Array, "#batch seq kv_len"], index: Int[Array, "#batch seq"]
+    window: int | None, mask: Bool[Array, "#batch seq kv_len"], index: Int[AnyArray, "#batch seq"]
 ) -> Bool[Array, "#batch seq kv_len"]:
     """The mask without the keys that lie `window` or more before their query, whose index among them is `index`."""
     keys = mask.shape[-1]
@@ -390,10 +390,10 @@ def contexts_of(context: Context, kinds: Sequence[LayerKind], head_dim: int) -> 
     return found, [distinct.index(kind) for kind in kinds]
 
 
-def _alternatives(contexts: Sequence[Context]) -> dict[str, Any]:
+def _alternatives(contexts: Sequence[Context]) -> JsonObject:
     """The fields in which contexts differ, as arrays with a leading axis over them. For a scan, whose layers are one program:
     windows become masks, and what is not rotated is rotated by nothing."""
-    differing: dict[str, Any] = {}
+    differing: JsonObject = {}
     if len({context.window for context in contexts}) > 1 or len({id(context.mask) for context in contexts}) > 1:
         masks = [causal(c.index.shape[1]) if c.mask is None else c.mask for c in contexts]
         differing["mask"] = jnp.stack([within(c.window, m, c.index) for c, m in zip(contexts, masks, strict=True)])
@@ -468,6 +468,6 @@ def run_layers(
     return scanned(block(**kwargs, name=name), x, own, contexts[0], differing)
 
 
-def frozen_base(w: Any) -> Array | Weight:
+def frozen_base(w: PyTree) -> PyTree:
     """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
     return w.origin() if isinstance(w, AdaptedWeight) else w

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from jlora._typing import DTypeLike, Json, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import MAX_HEADS, MAX_LAYERS, ConfigReader, ModelConfig
 from jlora.models.layers import (
@@ -109,7 +110,7 @@ _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_e
 """Fields of the rotation that may stand outside its object; transformers 4 has the first two there."""
 
 
-def _rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_fields(fields: Mapping[str, Json]) -> JsonObject:
     """What config.json says of the rotation: in transformers 5's `rope_parameters`, in transformers 4's `rope_scaling`, and
     outside of these.
 
@@ -156,7 +157,7 @@ def read_rope(reader: ConfigReader, theta: float) -> tuple[float, Llama3Scaling 
     if missing:
         raise ValueError(f"The {kind} rope scaling in config.json lacks {', '.join(missing)}; got {sorted(fields)}.")
     integers = ("original_max_position_embeddings",)
-    values: dict[str, Any] = {
+    values: JsonObject = {
         name: rope.integer(name, 1) if name in integers else rope.number(name, 1.0) for name in made._fields
     }
     scaling = made(**values)
@@ -168,7 +169,7 @@ def read_rope(reader: ConfigReader, theta: float) -> tuple[float, Llama3Scaling 
     return theta, scaling
 
 
-def write_rope(theta: float, scaling: Llama3Scaling | LinearScaling | None) -> dict[str, Any]:
+def write_rope(theta: float, scaling: Llama3Scaling | LinearScaling | None) -> JsonObject:
     """As in transformers 5's `rope_parameters`."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
@@ -179,14 +180,14 @@ def write_rope(theta: float, scaling: Llama3Scaling | LinearScaling | None) -> d
 class LayerFields(NamedTuple):
     """What a family's config.json says of its layers, both ways, of `LlamaConfig`'s last three fields."""
 
-    read: Callable[[ConfigReader, int], dict[str, Any]]
+    read: Callable[[ConfigReader, int], JsonObject]
     """(config.json, number of layers) -> those that are not as by default."""
-    write: Callable[[LlamaConfig], dict[str, Any]]
+    write: Callable[[LlamaConfig], JsonObject]
 
 
 def layers_of(
     reader: ConfigReader, window: int | None, types: Sequence[str], rotated: Sequence[int] = (1,)
-) -> dict[str, Any]:
+) -> JsonObject:
     """`LlamaConfig`'s fields. A window that no layer has is none, and what all layers share is said once."""
     if SLIDING in types and window is None:
         raise ValueError(
@@ -200,7 +201,7 @@ def layers_of(
     }
 
 
-def _read_alike(reader: ConfigReader, depth: int) -> dict[str, Any]:
+def _read_alike(reader: ConfigReader, depth: int) -> JsonObject:
     reader.each("layer_types", depth, (FULL,))
     return {}
 
@@ -209,7 +210,7 @@ ALIKE = LayerFields(_read_alike, lambda config: {})
 """All layers see everything."""
 
 
-def _read_window(reader: ConfigReader, depth: int) -> dict[str, Any]:
+def _read_window(reader: ConfigReader, depth: int) -> JsonObject:
     window = reader.optional_integer("sliding_window", 4096)
     kind = FULL if window is None else SLIDING
     reader.each("layer_types", depth, (kind,))
@@ -220,14 +221,14 @@ WINDOW = LayerFields(_read_window, lambda config: {"sliding_window": config.slid
 """One window in all layers, unless it is null."""
 
 
-def _read_switched(reader: ConfigReader, depth: int) -> dict[str, Any]:
+def _read_switched(reader: ConfigReader, depth: int) -> JsonObject:
     window = reader.optional_integer("sliding_window", 4096) if reader.flag("use_sliding_window", False) else None
     first = reader.integer("max_window_layers", 28, least=0)
     types = [FULL if window is None or i < first else SLIDING for i in range(depth)]
     return layers_of(reader, window, reader.each("layer_types", depth, (FULL, SLIDING)) or types)
 
 
-def write_types(config: LlamaConfig) -> dict[str, Any]:
+def write_types(config: LlamaConfig) -> JsonObject:
     """The window and which layers have it."""
     types = each(config.layer_types, config.depth)
     return {
@@ -242,7 +243,7 @@ SWITCHED = LayerFields(_read_switched, lambda config: {} if config.sliding_windo
 """A window that is off by default, and then of the layers from the `max_window_layers`th on, or of those listed."""
 
 
-def _read_no_rope(reader: ConfigReader, depth: int) -> dict[str, Any]:
+def _read_no_rope(reader: ConfigReader, depth: int) -> JsonObject:
     interval = reader.integer("no_rope_layer_interval", 4)
     rotated = reader.each("no_rope_layers", depth, (0, 1)) or [int((i + 1) % interval != 0) for i in range(depth)]
     window = reader.optional_integer("sliding_window", None) if reader.flag("use_sliding_window", False) else None
@@ -250,8 +251,8 @@ def _read_no_rope(reader: ConfigReader, depth: int) -> dict[str, Any]:
     return layers_of(reader, window, reader.each("layer_types", depth, (FULL, SLIDING)) or types, rotated)
 
 
-def _write_no_rope(config: LlamaConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {"no_rope_layers": list(each(config.no_rope_layers, config.depth))}
+def _write_no_rope(config: LlamaConfig) -> JsonObject:
+    fields: JsonObject = {"no_rope_layers": list(each(config.no_rope_layers, config.depth))}
     return fields if config.sliding_window is None else fields | write_types(config)
 
 
@@ -263,7 +264,7 @@ NO_ROPE = LayerFields(_read_no_rope, _write_no_rope)
 class LlamaFields:
     """A family's config.json: what differs from Llama's."""
 
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Json]
     """What transformers' config class has for an absent field, where it is not Llama's."""
     attention_bias: tuple[bool, bool] | None = None
     """Whether (queries, keys and values; the output) have biases; None: the field `attention_bias` says it of all four."""
@@ -273,19 +274,19 @@ class LlamaFields:
     layers: LayerFields = ALIKE
 
     @property
-    def absent(self) -> dict[str, Any]:
+    def absent(self) -> JsonObject:
         return {**_LLAMA, **self.defaults}
 
     def read(self, reader: ConfigReader) -> LlamaConfig:
         return LlamaConfig(**self.fields(reader))
 
-    def fields(self, reader: ConfigReader) -> dict[str, Any]:
+    def fields(self, reader: ConfigReader) -> JsonObject:
         reader.require("hidden_act", "silu", ("silu",))
         reader.require("pretraining_tp", 1, (1,))
         theta, scaling = read_rope(reader, self.absent["rope_theta"])
         return self.sizes(reader) | {"rope_theta": theta, "rope_scaling": scaling}
 
-    def sizes(self, reader: ConfigReader) -> dict[str, Any]:
+    def sizes(self, reader: ConfigReader) -> JsonObject:
         """All but the rotation."""
         absent = self.absent
         width = reader.integer("hidden_size", absent["hidden_size"])
@@ -320,7 +321,7 @@ class LlamaFields:
             **self.layers.read(reader, depth),
         }
 
-    def write(self, config: LlamaConfig) -> dict[str, Any]:
+    def write(self, config: LlamaConfig) -> JsonObject:
         fields = dataclasses.asdict(config)
         for ours in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling", "sliding_window", "layer_types"):
             del fields[ours]
@@ -336,7 +337,7 @@ class LlamaFields:
         return fields | {"hidden_act": "silu", "rope_parameters": rope} | self.layers.write(config)
 
 
-_LLAMA: Mapping[str, Any] = {
+_LLAMA: Mapping[str, Json] = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -395,7 +396,7 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     config: LlamaConfig
-    dtype: Any
+    dtype: DTypeLike
     remat: Remat
 
     @nn.compact

@@ -1,9 +1,8 @@
 """Models whose output head is their embedding, and how to give such a model a head of its own."""
 
 import dataclasses
-from typing import Any
 
-from jlora._typing import Params
+from jlora._typing import Params, PyTree
 from jlora.lora import AdaptedWeight
 from jlora.models.causal import CausalLM
 from jlora.models.layers import frozen_base
@@ -32,7 +31,7 @@ def refuse_adapted_tie(model: CausalLM, params: Params) -> None:
         )
 
 
-def untie(model: CausalLM, params: Params) -> tuple[Any, Params]:
+def untie(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     """The model with an output head of its own, which computes the same: (model, params).
 
     The head is the embedding's original [vocab, d_model], transposed to a kernel [d_model, vocab] of the same dtype under
@@ -69,5 +68,5 @@ def untie(model: CausalLM, params: Params) -> tuple[Any, Params]:
     return dataclasses.replace(model, config=config), {**params, "lm_head": {"kernel": kernel}}
 
 
-def _embedding(model: CausalLM, params: Params) -> Any:
+def _embedding(model: CausalLM, params: Params) -> PyTree:
     return flatten(params).get(model.config.embedding_path)

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._typing import Array, Float
+from jlora._typing import Array, DTypeLike, Float, PyTree
 
 
 def by_dequantizing(x: Float[Array, "tokens d"], rows: Callable[[], Array], transpose: bool) -> Array:
@@ -42,7 +41,7 @@ def implementation(rows: int, backend: str) -> str:
     return "reduce" if rows <= REDUCE_UP_TO.get(backend, 0) else "dequantize"
 
 
-def not_before(x: Array, q: Any) -> tuple[Array, Any]:
+def not_before(x: Array, q: PyTree) -> tuple[Array, PyTree]:
     """The same values, arranged so that `q` is not unpacked before `x` is there.
 
     Otherwise every kernel of a model could be unpacked at once, as nothing else keeps it waiting, and common subexpression
@@ -58,7 +57,7 @@ def not_before(x: Array, q: Any) -> tuple[Array, Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def quantized_matmul(name: str, transpose: bool, dtype: Any, out_dtype: Any, x: Array, q: Any) -> Array:
+def quantized_matmul(name: str, transpose: bool, dtype: DTypeLike, out_dtype: DTypeLike, x: Array, q: PyTree) -> Array:
     """`x @ w`, or `x @ w.T` with `transpose`, for a quantized kernel that stands for w [in, out].
 
     The kernel is unpacked again in the backward pass; it gets no gradient.

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora._typing import Json, PyTree
-from jlora.tree.modules import module_path
-from jlora.tree.paths import count
 from jlora.lora import AdaptedWeight, LoraWeight, adapted_leaves, split
 from jlora.train import perplexity
+from jlora.tree.modules import module_path
+from jlora.tree.paths import count
 
 _PLAIN_LINE_SECONDS = 10.0
 """Without a terminal there is no bar: a line this often."""

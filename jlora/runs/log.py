@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jlora._typing import Json, JsonObject
 from jlora._numbers import json_number
-from jlora.storage.whole import full_disk_said, whole_file
+from jlora._typing import Json, JsonObject
 from jlora.storage.structured import parse_json
+from jlora.storage.whole import full_disk_said, whole_file
 
 _TRAINED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _EVALUATED = ("eval_loss",)

@@ -2,15 +2,12 @@
 
 import math
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jlora._typing import JsonObject, PretrainedTokenizer, PyTree
 from jlora import data as data_lib
-from jlora._typing import Batch
+from jlora._typing import Batch, JsonObject
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display
 from jlora.runs.job import Job, Stopped

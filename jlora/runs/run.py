@@ -11,13 +11,13 @@ from pathlib import Path
 
 import yaml
 
-from jlora._typing import Json, JsonObject, PyTree
+from jlora._typing import Json, JsonObject
 from jlora.data.shards import holds_only_shards
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.log import Log
-from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.storage.lock import LOCK, only_writer
 from jlora.storage.structured import read_json, read_yaml
+from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.train.checkpoints import saved_steps
 
 CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER = (

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._numbers import IGNORED
-from jlora._typing import Array, Batch, Bool, Float, Int
+from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int
 
 REQUIRED = ("input_ids", "labels")
 OPTIONAL = ("attention_mask", "position_ids", "positions", "segment_ids", "adapter_ids")

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._numbers import IGNORED
-from jlora._typing import Array, Batch, Bool, Float, Int, Key, Params
+from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Key, Params, PyTree
 from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.models.causal import capped

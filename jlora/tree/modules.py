@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import regex
 
@@ -63,7 +62,7 @@ def unclear_kernels(params: PyTree, roles: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _kernel_leaves(params: PyTree, roles: Mapping[str, str]) -> dict[str, Any]:
+def _kernel_leaves(params: PyTree, roles: Mapping[str, str]) -> dict[str, PyTree]:
     leaves = {path: leaf for path, leaf in flatten(params).items() if is_array(leaf)}
     named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
     return {

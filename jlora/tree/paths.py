@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +33,20 @@ def path_string(key_path: Iterable[object]) -> str:
     return "/".join(parts)
 
 
-def flatten(tree: PyTree) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, PyTree]:
     """Leaves by path, `Weight` values whole."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)
     return {path_string(path): leaf for path, leaf in leaves}
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+def map_with_path(fn: Callable[[str, PyTree], PyTree], tree: PyTree) -> PyTree:
     """`fn(path, leaf)` over every leaf, `Weight` values whole; same structure."""
     return jax.tree_util.tree_map_with_path(lambda p, x: fn(path_string(p), x), tree, is_leaf=is_weight)
 
 
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
+def nest(flat: dict[str, PyTree]) -> dict[str, PyTree]:
     """Nested dictionaries from leaves by path: the inverse of `flatten` on dictionaries."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
         node = tree

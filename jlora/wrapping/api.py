@@ -179,7 +179,7 @@ class Wrapped(Generic[P, R]):
         return rows
 
 
-def _passed_on(jaxpr: Any, traced: list[int], leaves: list[Any]) -> tuple[tuple[str, int], ...]:
+def _passed_on(jaxpr: Jaxpr, traced: list[int], leaves: list[Value]) -> tuple[tuple[str, int], ...]:
     """Which results are arguments, untouched: they come back as the very leaf."""
     numbers = {var: k for var, k in zip(jaxpr.invars, traced, strict=True)}
     found = []

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Primitive
 
-from jlora._typing import Array, DTypeLike
+from jlora._typing import Array, DTypeLike, Json
 from jlora.lora import embed, linear
 from jlora.weight import einsum
 from jlora.wrapping.sides import SideOp
@@ -173,7 +173,9 @@ class _Product:
         return y.astype(self.dtype)
 
 
-def _general(x: Array, weight: Factored, dims: Dims, side: str, precision: Any, dtype: Any) -> Array:
+def _general(
+    x: Array, weight: Factored, dims: Dims, side: str, precision: lax.PrecisionLike, dtype: DTypeLike
+) -> Array:
     """Any product that contracts axes of one side: that side's factor meets x first, the other's the result.
 
     With x "ab" and the query kernel "bcd" of roles "ioo", whose factors are A [d_model, rank] "bZ" and B [rank, heads,
@@ -376,7 +378,7 @@ def _inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _looked_up(weight: Factored, params: Mapping[str, Any]) -> int:
+def _looked_up(weight: Factored, params: Mapping[str, Json]) -> int:
     """The one axis that a gather takes single indices of, all others whole."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = tuple(numbers.start_index_map)

@@ -5,12 +5,13 @@ returns the results, None where one is not needed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from jlora._typing import JsonObject
 from jlora.weight import EINSUM
 from jlora.wrapping.consumers import Dims, multiply
 from jlora.wrapping.liveness import live_carry, scan_counts
@@ -66,7 +67,7 @@ def _jit(ctx, eqn, values, live):
     given = [s if isinstance(s, jax.sharding.Sharding) else None for s in eqn.params["in_shardings"]]
     values = [constrained(v, s) if isinstance(v, Factored) and s else v for v, s in zip(values, given, strict=True)]
     plain = [None if is_value(v) else s for v, s in zip(values, given, strict=True)]
-    options: dict[str, Any] = {"in_shardings": tuple(plain)} if any(s is not None for s in plain) else {}
+    options: JsonObject = {"in_shardings": tuple(plain)} if any(s is not None for s in plain) else {}
     results = jax.jit(run, **options)(*values)
     outs = [s for s, is_live in zip(eqn.params["out_shardings"], live, strict=True) if is_live]
     results = [
@@ -107,7 +108,7 @@ def _custom_vjp(ctx, eqn, values, live):
     return _merge(live, _inner(ctx, eqn, "custom_vjp", live, key)(*values))
 
 
-def _is_own_einsum(body: Any) -> bool:
+def _is_own_einsum(body: Jaxpr) -> bool:
     return bool(body.eqns) and all(EINSUM in str(eqn.source_info.name_stack) for eqn in body.eqns)
 
 

@@ -15,7 +15,7 @@ from jlora._typing import Array
 from jlora.wrapping.consumers import CONSUMERS
 from jlora.wrapping.control import CONTROL
 from jlora.wrapping.liveness import needed
-from jlora.wrapping.report import MATERIALIZED, UNHANDLED, Equation, Use, where
+from jlora.wrapping.report import MATERIALIZED, UNHANDLED, Use, where
 from jlora.wrapping.values import Factored, Split, Unhandled, Value, is_value, weights_in
 from jlora.wrapping.views import VIEWS
 
@@ -41,13 +41,13 @@ class Context:
     site: str = "?"
     """The line of the innermost call around."""
 
-    def inside(self, name: str, eqn: Equation) -> "Context":
+    def inside(self, name: str, eqn: JaxprEqn) -> "Context":
         return dataclasses.replace(self, nesting=(*self.nesting, name), site=self.where(eqn))
 
-    def where(self, eqn: Equation) -> str:
+    def where(self, eqn: JaxprEqn) -> str:
         return where(eqn) or self.site
 
-    def used(self, eqn: Any, value: Any, status: str, reason: str = "") -> None:
+    def used(self, eqn: JaxprEqn | None, value: Value, status: str, reason: str = "") -> None:
         """Writes down a use by an equation, or by the end of the function where `eqn` is None."""
         primitive, line = ("return", self.site) if eqn is None else (eqn.primitive.name, self.where(eqn))
         for weight in weights_in(value):
@@ -55,7 +55,7 @@ class Context:
                 use = Use(path, primitive, status, line, ">".join(self.nesting), weight.nbytes, reason)
                 self.recorder.uses.setdefault((id(eqn), self.nesting, path, use.is_factored, status), use)
 
-    def dense(self, eqn: Any, value: Any, reason: str) -> Array:
+    def dense(self, eqn: JaxprEqn | None, value: Value, reason: str) -> Array:
         """The array that a weight stands for, formed under the policy of its leaf. `eqn`: as in `used`."""
         for weight in weights_in(value):
             policies = [self.policy(path) for path in weight.paths]
@@ -69,11 +69,11 @@ class Context:
             return jax.numpy.concatenate(parts, axis=value.axis)
         return value.materialize()
 
-    def plain(self, eqn: Equation, value: Value, reason: str) -> Value:
+    def plain(self, eqn: JaxprEqn | None, value: Value, reason: str) -> Value:
         """The value, if a weight then formed."""
         return self.dense(eqn, value, reason) if is_value(value) else value
 
-    def attempt(self, eqn: Equation, value: Value, rule: Callable[[Value], Value]) -> Value:
+    def attempt(self, eqn: JaxprEqn | None, value: Value, rule: Callable[[Value], Value]) -> Value:
         """`rule(value)`, or the weight formed where the rule does not cover it."""
         try:
             if isinstance(value, Split):

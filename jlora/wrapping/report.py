@@ -5,7 +5,8 @@ import json
 import os
 import sys
 from collections import Counter
-from typing import Any, Protocol, runtime_checkable
+
+from jax.extend.core import JaxprEqn
 
 UNHANDLED, MATERIALIZED, UNUSED, RETURNED = "UNHANDLED", "materialized", "UNUSED", "returned"
 
@@ -135,7 +136,7 @@ _OWN = ("wrapping", "weight", "lora")
 _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "contextlib", "functools")
 
 
-def where(eqn: Any) -> str:
+def where(eqn: JaxprEqn) -> str:
     """ "file.py:41", the innermost line of an equation's traceback that is not of JAX, a layer library or `jlora.linear`, if
     there is one."""
     traceback = eqn.source_info.traceback

@@ -1,0 +1,220 @@
+"""What a run is made of before its first step: the model, the adapter, the data, how many steps."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import data as data_lib
+from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
+from jlora.data import InstructDataset, TextDataset
+from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
+from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
+from jlora.models import Model, model_from_config
+from jlora.quant import SPECS, QuantizedTensor
+from jlora.runs.config import FinetuneConfig
+from jlora.runs.display import Display, device_name
+from jlora.runs.run import Run
+from jlora.runs.signals import StopSignals
+from jlora.storage.checkpoint_files import base_fingerprint
+from jlora.storage.run_settings import RunSettings
+from jlora.train import evaluate
+from jlora.tree.paths import count, nbytes
+
+DEFAULT_EPOCHS = 3.0
+_TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; its state is saved, or it had none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything of a run that is fixed before its first step."""
+
+    config: FinetuneConfig
+    lora: LoraConfig
+    run: Run
+    display: Display
+    model: Model
+    tokenizer: PretrainedTokenizer
+    adapter: Params
+    base: Params
+    fingerprint: str
+    """Of the base's files."""
+    train: TextDataset | InstructDataset
+    evaluation: TextDataset | InstructDataset | None
+    max_length: int
+    """Tokens in a row, at most."""
+    steps: int
+
+    @property
+    def rows(self) -> int:
+        """Of a step."""
+        return self.config.batch_size * self.config.accumulate
+
+    @property
+    def eval_every(self) -> int:
+        return self.config.eval_every or max(1, self.steps // _TIMES_A_RUN)
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.config.checkpoint_every or max(1, self.steps // _TIMES_A_RUN)
+
+    @classmethod
+    def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "Job":
+        """
+        Raises:
+            FileNotFoundError: a model or data file that is not there.
+            ValueError: a model, data or a resumed run that do not fit.
+        """
+        directory = find(config.model)
+        # A family that there is no model for is said before what is wrong with its tokenizer.
+        model_from_config(read_config(directory), dtype=jnp.float32)
+        tokenizer = load_tokenizer(directory)
+        with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
+            tokenizer.save_pretrained(place)
+        lora = config.lora()
+        on_cpu = jax.default_backend() == "cpu"
+        dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
+        spec = SPECS[config.quantize]() if config.quantize else None
+        stack, why = _form(config, on_cpu)
+        model, params = load(directory, dtype=jnp.dtype(dtype), quantize=spec, stack=stack, remat=config.remat)
+        max_length = data_lib.row_length(config.max_length, model.config.max_length)
+        params = add_lora(params, lora, key=jax.random.key(config.seed))
+        adapter, base = split(params)
+        train, evaluation = data_lib.load_data(
+            config.data,
+            tokenizer,
+            eval_data=config.eval_data,
+            eval_fraction=config.eval_fraction,
+            template=config.template,
+            max_length=max_length,
+            seed=config.seed,
+            directory=run.data,
+            pack=config.pack,
+            vocab_size=model.config.vocab_size,
+        )
+        rows = config.batch_size * config.accumulate
+        per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
+        job = cls(
+            config=config,
+            lora=lora,
+            run=run,
+            display=display,
+            model=model,
+            tokenizer=tokenizer,
+            adapter=adapter,
+            base=base,
+            fingerprint=base_fingerprint(directory),
+            train=train,
+            evaluation=evaluation,
+            max_length=max_length,
+            steps=config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch)),
+        )
+        if said := run.check_origin(job.origin()):
+            display.warn(said)
+        size = f"{count(base):,} parameters, {nbytes(base) / 2**20:,.0f} MiB as {_stored(base, dtype)}"
+        display.facts(
+            {
+                "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {size})",
+                "data": _describe(config.data, train, evaluation),
+                "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
+                "batch": f"{config.batch_size} rows x {config.accumulate} = {rows} rows of {train.length} tokens",
+                "steps": f"{job.steps} ({job.steps / per_epoch:.3g} epochs of {per_epoch})",
+            }
+        )
+        used, learned = train.tokens()
+        trained = adapted_leaves(adapter)
+        said = untrained_tokens(directory, model, tokenizer, used=used, learned=learned, trained=trained)
+        if said is not None:
+            display.warn(said)
+        display.trained(params, adapter)
+        return job
+
+    def origin(self) -> JsonObject:
+        """What a resumed run must have in common with the one that it continues."""
+        return {
+            "steps": self.steps,
+            "data": self.train.digest(),
+            "evaluation": self.evaluation and self.evaluation.digest(),
+            "base": self.fingerprint,
+        }
+
+    def settings(self) -> RunSettings:
+        """What stands beside the adapter."""
+        config = self.config
+        share = config.eval_fraction
+        if share is None:
+            share = data_lib.EVAL_FRACTION if config.eval_data is None else 0.0
+        return RunSettings(
+            template=config.template if isinstance(self.train, InstructDataset) else None,
+            data=config.data,
+            eval_data=config.eval_data,
+            eval_fraction=share,
+            seed=config.seed,
+            max_length=self.max_length,
+            pack=config.pack,
+            quantize=config.quantize,
+            base=self.fingerprint,
+        )
+
+    def evaluate(self, adapter: Params, stop: StopSignals) -> float:
+        """The loss on the evaluation data.
+
+        Raises:
+            Stopped: when a signal came.
+        """
+        assert self.evaluation is not None
+        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
+
+        def batches() -> Iterator[Batch]:
+            for batch in every:
+                if stop.asked:
+                    raise Stopped
+                yield batch
+
+        return evaluate(self.model, combine(adapter, self.base), batches()).loss
+
+
+def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
+    """(stacked?, the reason in words)."""
+    if config.form != "auto":
+        return config.form == "stacked", "as asked"
+    if on_cpu and config.remat == "none":
+        return False, "faster on CPU"
+    names = (*config.targets, *config.modules_to_save)
+    if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", name) for name in names):
+        return False, "single layers are named"
+    return True, "rematerialized in a scan" if on_cpu else "one compilation for all"
+
+
+def _stored(base: PyTree, dtype: str) -> str:
+    """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
+    packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
+    if not packed:
+        return dtype
+    bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
+    return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
+
+
+def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
+    stats = train.stats
+    said = [*stats.cut(), *stats.odd()]
+    parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *said]
+    if evaluation is not None:
+        said = [f"of the evaluation data {part}" for part in (*evaluation.stats.cut(), *evaluation.stats.odd())]
+        parts += [f"{evaluation.stats.supervised_tokens:,} to evaluate on", *said]
+        if (both := data_lib.trained_too(train, evaluation)) is not None:
+            parts.append(both)
+    return "; ".join(parts)
