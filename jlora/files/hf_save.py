@@ -121,7 +121,7 @@ def save_quantized(
     packed: dict[str, NF4Tensor] = {}
     dense = []
     for path, leaf in layer_rows(model, params):
-        if isinstance(leaf, NF4Tensor):
+        if isinstance(leaf, NF4Tensor):  # the kind whose bytes are bitsandbytes' own
             packed[path] = leaf
             decoded = str(chosen) if dtype is not None or origin is not None else leaf.logical_dtype
             tensors |= to_tensors(hf_name(path), dataclasses.replace(leaf, logical_dtype=decoded))

@@ -155,6 +155,7 @@ class QuantizedTensor(Weight):
 
     def __repr__(self):
         kind = type(self).__name__
+        # The name of that class says its format.
         inner = "" if isinstance(self, NF4Tensor) else f"{self.format_name}, "
         nested = ", double_quant" if self.double_quant else ""
         return f"{kind}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{nested})"
