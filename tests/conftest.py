@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=_is_quick)
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +102,25 @@ def records_file(tmp_path_factory):
     return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compilation():
     """Compiling is most of a run on a tiny model. For tests of what surrounds the numbers; test_resume.py runs as users do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    # Executables of both kinds round differently, so none may outlive the switch.
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+
+
+def _is_quick(item):
+    return "quick_compilation" in item.fixturenames
+
+
+@pytest.hookimpl(tryfirst=True)  # before the first fixture
+def pytest_runtest_setup(item):
+    """What is compiled is kept from test to test and module to module, which saves a fifth of the compilations."""
+    quick = _is_quick(item)
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        # Executables of both kinds round differently, so none may outlive the switch, one for each worker.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
+    elif len(jax.devices()[0].client.live_executables()) > 3000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from jlora.lora import LoraConfig
 from jlora.lora.kinds import KINDS
 from jlora.tree.modules import names_match, pattern_matches
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = "examples/assets/tiny-llama"
 IDS = np.arange(100, 140)[None]
 
