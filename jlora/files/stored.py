@@ -42,7 +42,7 @@ class StoredAdapter(abc.ABC):
         shapes = {}
         for row in self.rows:
             for field, (name, transposed) in self.stored_as(row.path, row.leaf).items():
-                shape = getattr(row.leaf, field).shape[0 if row.index is None else 1 :]
+                shape = getattr(row.leaf, field).shape[0 if row.layer is None else 1 :]
                 shapes[name] = shape[::-1] if transposed else shape
         return shapes
 
@@ -82,7 +82,7 @@ class StoredAdapter(abc.ABC):
         def child(field):
             arrays = [_finite(file, name) for name, _ in (of_row[field] for of_row in names)]
             arrays = [array.T if names[0][field][1] else array for array in arrays]
-            return jnp.asarray(arrays[0] if layers[0].index is None else np.stack(arrays))
+            return jnp.asarray(arrays[0] if layers[0].layer is None else np.stack(arrays))
 
         return leaf.with_children(**{field: child(field) for field in names[0]})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from jlora._typing import Params, PyTree
 from jlora.files.names import mismatches
@@ -16,7 +17,7 @@ from jlora.weight import Inseparable, is_adapted
 from jlora.weight.roles import LINEAR
 
 
-def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]:
+def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, Any]:
     """Each weight as the plain LoRA, or DoRA, on its original that it is, whatever its kind.
 
     Raises:
@@ -25,7 +26,8 @@ def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]
     found = {}
     for module, weight in modules.items():
         try:
-            found[module] = as_lora(weight)
+            # One on top of another is written as neither: `more_than_updates` names it.
+            found[module] = weight if is_adapted(weight.base) else as_lora(weight)
         except Inseparable as error:
             raise ValueError(
                 f"Files of this format hold low-rank updates; {module!r} is {error} and cannot be written."
@@ -34,9 +36,10 @@ def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]
 
 
 def more_than_updates(params: Params, modules: Mapping[str, LoraWeight], *, dora: bool = False) -> list[str]:
-    """Paths of what is more than a low-rank update: parameters that are trained whole and, unless `dora`, magnitudes."""
+    """Paths of what is more than a low-rank update: parameters that are trained whole, updates of updates and, unless `dora`,
+    magnitudes."""
     whole = [path for path, leaf in flatten(params).items() if is_adapted(leaf) and leaf.WHOLE]
-    return whole + [module for module, weight in modules.items() if weight.magnitude is not None and not dora]
+    return whole + [m for m, w in modules.items() if is_adapted(w.base) or (w.magnitude is not None and not dora)]
 
 
 def kernel_shapes(model: Model, leaves: tuple[str, ...] = ("kernel",)) -> dict[str, tuple[int, ...]]:

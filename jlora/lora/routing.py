@@ -79,18 +79,15 @@ def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:
 
 def _as_update(path: str, name: str, leaf: Any) -> LoraWeight:
     """An adapted leaf as a plain low-rank update, whatever its kind."""
+    only = f"at {path!r}; side by side stand plain low-rank updates only. Load that adapter by itself."
     try:
         update = as_lora(leaf)
     except Inseparable as error:
-        other = str(error)
-    else:
-        other = "a DoRA magnitude" if update.magnitude is not None else ""
-        other = f"a kernel of roles {update.roles!r}" if update.roles != LINEAR else other
-    if other:
-        raise ValueError(
-            f"The adapter {name!r} has {other} at {path!r}; side by side stand plain low-rank updates only. Load that adapter by "
-            "itself."
-        )
+        raise ValueError(f"The adapter {name!r} has {error} {only}") from None
+    if update.roles != LINEAR:
+        raise ValueError(f"The adapter {name!r} has a kernel of roles {update.roles!r} {only}")
+    if update.magnitude is not None:
+        raise ValueError(f"The adapter {name!r} has a DoRA magnitude {only}")
     return update
 
 

@@ -152,6 +152,7 @@ class QuantizedTensor(Weight):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
 
     def __repr__(self):
+        # The name of that class says its format.
         inner = "" if isinstance(self, NF4Tensor) else f"{self.spec.name}, "
         flags = "".join(f", {name}" for name, on in vars(self.spec).items() if on is True)
         return f"{type(self).__name__}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{flags})"

@@ -17,14 +17,15 @@ from jlora.files import find, load, load_tokenizer, read_config, untrained_token
 from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config
-from jlora.quant import SPECS, QuantizedTensor
+from jlora.quant import SPECS
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
 from jlora.storage.checkpoint_files import base_fingerprint
 from jlora.train import evaluate
-from jlora.tree.paths import count, nbytes
+from jlora.tree.paths import count, flatten, nbytes
+from jlora.weight import is_weight, origin
 
 DEFAULT_EPOCHS = 3.0
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
@@ -197,15 +198,11 @@ def _form(config: FinetuneConfig, on_cpu: bool) -> tuple[bool, str]:
 
 def _stored(base: PyTree, dtype: str) -> str:
     """How the weights are stored, such as "bfloat16" or "nf4 (4.13 bits a parameter) and bfloat16"."""
-    packed = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_quantized) if _is_quantized(leaf)]
+    packed: list[Any] = [kernel for leaf in flatten(base).values() if is_weight(kernel := origin(leaf))]
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
     return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedTensor)
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
     """"model/layers/3/mlp/up_proj/kernel"."""
     stored: str
     """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
-    index: int | None
+    layer: int | None
     """Of the layer, where the leaf is a stack of layers."""
     leaf: Any
     """As stored: all layers of a stack."""
@@ -58,12 +58,12 @@ class Row(NamedTuple):
     @property
     def ndim(self) -> int:
         """Axes of one layer's."""
-        return self.leaf.ndim - (self.index is not None)
+        return self.leaf.ndim - (self.layer is not None)
 
     @property
     def value(self) -> Any:
         """The layer's own."""
-        return self.leaf if self.index is None else jax.tree.map(lambda x: x[self.index], self.leaf)
+        return self.leaf if self.layer is None else jax.tree.map(lambda x: x[self.layer], self.leaf)
 
 
 def rows_of(path: str, leaf: Any) -> list[Row]:
@@ -151,7 +151,7 @@ def _roles(seen: Iterable[Row], patterns: Mapping[str, str]) -> dict[str, str]:
         if row.ndim != len(roles):
             raise ValueError(
                 f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {row.ndim}"
-                f"{' besides the layers' * (row.index is not None)}: {tuple(row.leaf.shape)}. Give every axis one letter."
+                f"{' besides the layers' * (row.layer is not None)}: {tuple(row.leaf.shape)}. Give every axis one letter."
             )
         stated[path] = roles
     dead = sorted(set(patterns) - used)

@@ -168,12 +168,12 @@ def parts_of(w: Any, roles: str = LINEAR) -> Parts:
     return w.parts() if is_weight(w) else Parts(w, roles=roles)
 
 
-def as_dense(w: Array | Weight, dtype: DTypeLike) -> Array:
+def as_dense(w: Any, dtype: DTypeLike) -> Array:
     """The dense array that `w`, of any kind, stands for, in `dtype`."""
     return w.dense(dtype) if is_weight(w) else w.astype(dtype)
 
 
-def cast_to(w: Array | Weight, dtype: DTypeLike) -> Array | Weight:
+def cast_to(w: Any, dtype: DTypeLike) -> Array | Weight:
     """`w`, of any kind, standing for an array of another float dtype."""
     return w.cast(dtype) if is_weight(w) else w.astype(dtype)
 

@@ -14,13 +14,13 @@ the kind cannot do: whoever asks is told so, by the kind's name.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, overload
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform, overload
 
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Key
+from jlora._typing import AnyArray, Array, Key
 from jlora.weight import Weight, cast_to, is_weight, origin, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
@@ -184,7 +184,7 @@ class AdaptedWeight(Weight):
         """What the value and the config it was made by must agree in: fields of the config, and `scaling`."""
         return {}
 
-    def with_children(self, **children: Any) -> "AdaptedWeight":
+    def with_children(self, **children: object) -> Self:
         """The same value with these children in place of its own."""
         return rebuilt(self, **children)
 
@@ -238,7 +238,7 @@ class AdaptedWeight(Weight):
             )
         return self.with_children(key=key)
 
-    def drop(self, x: Array) -> Array:
+    def drop(self, x: AnyArray) -> AnyArray:
         """x after this step's dropout of its elements."""
         if self.key is None or self.dropout == 0.0:
             return x
@@ -261,11 +261,12 @@ class AdaptedWeight(Weight):
                 f"`kind` {cls.NAME!r} adapts kernels [in, out]; {site.path!r} is {what}. Use kind='lora' there, or name it in "
                 "`exclude`."
             )
-        drawn = [cls.draw(key, *site.leaf.shape[-2:], site.rank) for key in site.keys]
+        d_in, d_out = site.leaf.shape[-2:]
+        drawn = [cls.draw(key, d_in, d_out, site.rank) for key in site.keys]
         children = jax.tree.map(lambda *rows: jnp.stack(rows), *drawn) if site.stacked else drawn[0]
         given = {"scaling": site.scaling, "dropout": site.dropout} | dict(site.options)
         settings = {name: given[name] for name in cls.SETTINGS if name in given}
-        make: Callable[..., AdaptedWeight] = cls
+        make: Any = cls  # every kind is a dataclass of these fields
         return make(base=site.leaf, **children, **settings)
 
     # How it is written

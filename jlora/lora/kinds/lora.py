@@ -288,7 +288,8 @@ def _drawn(site: Site) -> tuple[Array, Array]:
     """The factors at first, whose product is zero: drawn for each layer by itself, so that both forms have the same."""
     init = _init_embedding if site.is_embedding else functools.partial(_init_kernel, init=site.options["init"])
     if site.roles == LINEAR:
-        factors = [init(key, *site.leaf.shape[-2:], site.rank) for key in site.keys]
+        d_in, d_out = site.leaf.shape[-2:]
+        factors = [init(key, d_in, d_out, site.rank) for key in site.keys]
     else:
         own = site.leaf.shape[site.leaf.ndim - len(site.roles) :]
         factors = [_init_axes(init, site.roles, own, site.rank, key) for key in site.keys]

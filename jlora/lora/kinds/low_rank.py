@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float
+from jlora._typing import AnyArray, Array, Float
 from jlora.lora.kinds.base import AdaptedWeight
 from jlora.lora.seam import embed, linear
 from jlora.weight import Inseparable, Parts, Update, as_dense, parts_of
@@ -36,7 +36,7 @@ class LowRankWeight(AdaptedWeight):
     def settings(self) -> Mapping[str, Any]:
         return {"rank": self.rank, "scaling": self.scaling}
 
-    def update(self, x: Array, *, transpose: bool) -> Array:
+    def update(self, x: AnyArray, *, transpose: bool) -> Array:
         """`scaling * x A B`."""
         first, second = self.factors()[:: -1 if transpose else 1]
         # Two skinny products, in this order: A @ B would cost as much as the base and gradients of its size.
