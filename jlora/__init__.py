@@ -14,8 +14,10 @@ from jlora.files import save_pretrained as save_pretrained
 from jlora.files import save_quantized as save_quantized
 from jlora.generation import generate as generate
 from jlora.lora import FullWeight as FullWeight
+from jlora.lora import LohaWeight as LohaWeight
 from jlora.lora import LoraConfig as LoraConfig
 from jlora.lora import LoraWeight as LoraWeight
+from jlora.lora import MissWeight as MissWeight
 from jlora.lora import RoutedWeight as RoutedWeight
 from jlora.lora import adapter_mask as adapter_mask
 from jlora.lora import adapter_names as adapter_names

@@ -420,7 +420,7 @@ def _ends(single):
         (_set(normalizer=normalizers.Lowercase()), "normalizer {'type': 'Lowercase'}"),
         (
             _set(model=models.BPE(vocab={tiny.EOT: 0, "a": 1}, merges=[], byte_fallback=True)),
-            "normalizer None; a token for every byte",
+            "a token for every byte",
         ),
         (_set(model=models.WordLevel({tiny.EOT: 0, "a": 1}, unk_token="a")), "model 'WordLevel'"),
         (lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]), "'<x>' has `lstrip` set"),

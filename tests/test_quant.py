@@ -380,7 +380,6 @@ def test_repr_and_casting():
         (lambda: jlora.Int4G128(block_size=64), ValueError, "block_size` of Int4G128 must be 128; got 64"),
     ],
 )
-@pytest.mark.untyped
 def test_refusals(make, error, words):
     with pytest.raises(error, match=words):
         make()

@@ -24,6 +24,7 @@ from jlora.storage import Checkpoint
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
+from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten, nest, split_layer_path
 
 
@@ -78,7 +79,7 @@ def load(
         )
     model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
-    packed_paths = quantizable(abstract_params(model)) if quantize else set()
+    packed_paths = quantizable(modules_of(abstract_params(model))) if quantize else set()
     checkpoint = Checkpoint(directory)
     names = checkpoint_names(expected, checkpoint.shapes)
     weights = {

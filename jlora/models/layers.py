@@ -12,8 +12,8 @@ import numpy as np
 from flax import struct
 
 from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int, JsonObject, PyTree
-from jlora.lora import AdaptedWeight, embed, linear
-from jlora.weight import as_dense
+from jlora.lora import embed, linear
+from jlora.weight import as_dense, origin
 
 Remat = Literal["none", "layer"]
 
@@ -470,4 +470,4 @@ def run_layers(
 
 def frozen_base(w: PyTree) -> PyTree:
     """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
-    return w.origin() if isinstance(w, AdaptedWeight) else w
+    return origin(w)

@@ -12,7 +12,7 @@ from jlora.quant.blockwise import absolute_maximum, in_blocks, pack, scale_to_un
 from jlora.quant.formats import NF4, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
 from jlora.quant.scales import NestedAbsmax, Scales
-from jlora.weight import Weight, register_node
+from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
 _DATA = ("codes", "scales")
@@ -82,6 +82,17 @@ class QuantizedTensor(Weight):
     @property
     def bits_per_param(self) -> float:
         return 8 * self.nbytes / self.size
+
+    @property
+    def packed_roles(self):
+        return None if self.axes is None else self.roles
+
+    @property
+    def unpacked_size(self):
+        return math.prod(self.kernel_shape)
+
+    def parts(self):
+        return Parts(self, roles=self.roles)
 
     def factors(self) -> Float[Array, "*stack blocks"]:
         """What the value of a code is multiplied by in each block, float32; flattened where the codes have rows."""
