@@ -1,5 +1,7 @@
 """Adapter layouts: a layout is one row, and a writer's errors name its own format."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,10 +14,12 @@ from jlora.files.peft import PEFT
 from jlora.storage import save_tensors
 from jlora.storage.whole import write_text
 
+MODEL, _ = jlora.load(Path(__file__).parents[1] / "examples/assets/tiny-llama")
+
 WRITERS = {
     "PEFT": lambda path, params, config: jlora.save_adapter(path, params, config=config, base_model="base"),
-    "mlx-lm": lambda path, params, config: jlora.save_mlx_adapter(path, params, config=config, model=None),
-    "GGUF": lambda path, params, config: jlora.save_gguf_adapter(path / "a.gguf", params, config=config, model=None),
+    "mlx-lm": lambda path, params, config: jlora.save_mlx_adapter(path, params, config=config, model=MODEL),
+    "GGUF": lambda path, params, config: jlora.save_gguf_adapter(path / "a.gguf", params, config=config, model=MODEL),
 }
 
 
@@ -44,6 +48,7 @@ def test_an_adapter_layout_is_one_row(tmp_path, monkeypatch):
             read=lambda found, params: {"read": dict(found.fields), "onto": params},
             config=lambda found: jlora.LoraConfig(rank=found.fields["tiny"]),
             module=str,
+            children=lambda kind: {},
         )
     )
     write_text(tmp_path / "adapter_config.json", '{"tiny": 3, "of": "base"}')

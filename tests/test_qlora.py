@@ -404,7 +404,7 @@ def test_both_forms_and_remat_take_the_same_step():
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("spec", [jlora.NF4(), jlora.Int8(), jlora.Int4()], ids=lambda s: s.format.name)
+@pytest.mark.parametrize("spec", [make() for make in jlora.quant.SPECS.values()], ids=lambda s: s.name)
 def test_every_format_trains(spec):
     step, (state, base, batch, key) = qlora(spec=spec)
     losses = []

@@ -11,7 +11,7 @@ from jlora._typing import Array, DTypeLike, Float, UInt8
 from jlora.quant.blockwise import absolute_maximum, in_blocks, pack, scale_to_unit, unpack
 from jlora.quant.formats import NF4, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
-from jlora.quant.scales import Scales
+from jlora.quant.scales import NestedAbsmax, Scales
 from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
@@ -162,6 +162,20 @@ class QuantizedTensor(Weight):
 @dataclasses.dataclass(frozen=True, repr=False)
 class NF4Tensor(QuantizedTensor):
     """A `QuantizedTensor` of format "nf4"; its bytes are those of bitsandbytes' `Params4bit`."""
+
+    @property
+    def double_quant(self) -> bool:
+        return isinstance(self.scales, NestedAbsmax)
+
+    @property
+    def nested_absmax(self) -> Array | None:
+        """Double quantization: scale of each 256 absmax codes."""
+        return self.scales.nested if isinstance(self.scales, NestedAbsmax) else None
+
+    @property
+    def nested_offset(self) -> Array | None:
+        """Double quantization: mean of the absmax."""
+        return self.scales.offset if isinstance(self.scales, NestedAbsmax) else None
 
 
 def fold(w: Array, roles: str) -> tuple[Array, tuple[int, ...]]:
