@@ -14,8 +14,10 @@ from jlora.files import save_pretrained as save_pretrained
 from jlora.files import save_quantized as save_quantized
 from jlora.generation import generate as generate
 from jlora.lora import FullWeight as FullWeight
+from jlora.lora import LohaWeight as LohaWeight
 from jlora.lora import LoraConfig as LoraConfig
 from jlora.lora import LoraWeight as LoraWeight
+from jlora.lora import MissWeight as MissWeight
 from jlora.lora import RoutedWeight as RoutedWeight
 from jlora.lora import adapter_mask as adapter_mask
 from jlora.lora import adapter_names as adapter_names
@@ -33,8 +35,10 @@ from jlora.lora import unstack_adapters as unstack_adapters
 from jlora.lora import unstack_layers as unstack_layers
 from jlora.lora import with_dropout as with_dropout
 from jlora.models import untie as untie
+from jlora.quant import MXFP4 as MXFP4
 from jlora.quant import NF4 as NF4
 from jlora.quant import Int4 as Int4
+from jlora.quant import Int4G128 as Int4G128
 from jlora.quant import Int8 as Int8
 from jlora.quant import NF4Tensor as NF4Tensor
 from jlora.quant import QuantizedTensor as QuantizedTensor

@@ -24,7 +24,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
-import jaxtyping
 import pytest
 import tiny
 from command import run
@@ -41,17 +40,7 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def _annotations(request):
-    """In `untyped` tests they are not checked: what they forbid is handed over, to see our own refusal."""
-    if request.node.get_closest_marker("untyped") is None:
-        yield
-        return
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    items.sort(key=_is_quick)
 
 
 @pytest.fixture(scope="session")
@@ -101,16 +90,27 @@ def records_file(tmp_path_factory):
     return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compilation():
     """Compiling is most of a run on a tiny model. For tests of what surrounds the numbers; test_resume.py runs as users do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    # Executables of both kinds round differently, so none may outlive the switch.
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+
+
+def _is_quick(item):
+    return "quick_compilation" in item.fixturenames
+
+
+@pytest.hookimpl(tryfirst=True)  # before the first fixture
+def pytest_runtest_setup(item):
+    """What is compiled is kept from test to test and module to module, which saves a fifth of the compilations."""
+    quick = _is_quick(item)
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        # Executables of both kinds round differently, so none may outlive the switch, one for each worker.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
+    elif (
+        len(jax.devices()[0].client.live_executables()) > 2000
+    ):  # each is some 15 mappings of memory, of which Linux gives 65530
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """A small model, its adapter and a batch, for tests of the training step."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +19,16 @@ LLAMA = {
 BATCH, SEQ, RANK = 6, 11, 3
 
 
+@functools.cache
+def _initial(fields: str):
+    model = model_from_config(json.loads(fields), dtype=jnp.float32)
+    return model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 def build(fields, depth=2, *, stack=False, dtype=jnp.float32, dropout=0.0, remat="none"):
     fields = fields | {"n_layer" if fields["model_type"] == "gpt2" else "num_hidden_layers": depth}
     model = model_from_config(fields, dtype=dtype, remat=remat)
-    params = jlora.cast(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"], dtype)
+    params = jlora.cast(_initial(json.dumps(fields)), dtype)
     if stack:
         params = jlora.stack_layers(params)
     config = jlora.LoraConfig(rank=RANK, dropout=dropout)

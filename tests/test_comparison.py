@@ -20,6 +20,8 @@ import jlora
 from jlora.report import Comparison, PromptComparison, next_token_distance, plot_history, print_comparison
 from jlora.train import Evaluation, perplexity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IGNORED = -100
 
 

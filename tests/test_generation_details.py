@@ -16,6 +16,8 @@ from trees import adapted
 import jlora
 from jlora.generation import _generate, truncate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Around the widths to which prompts are padded.
 PROMPTS = [list(np.random.default_rng(n).integers(2, 97, n)) for n in (1, 5, 31, 32, 33, 40)]
 NEW = 10
@@ -253,6 +255,7 @@ def test_equal_logits_are_kept_together():
 def test_calls_of_like_shape_share_a_compilation(loaded, checkpoints):
     model, params, _ = loaded["gpt2"]
     kwargs = {"max_new_tokens": 3}
+    _generate.clear_cache()
     jlora.generate(model, params, [[1, 2], [3]], key=jax.random.key(0), **kwargs)
     before = _generate._cache_size()
     for i, sampling in enumerate(({"temperature": 0.1}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 3, "top_p": 0.2})):

@@ -19,9 +19,12 @@ from oracles import torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.files.peft import _IDLE, _NEUTRAL, _PEFT
+from jlora.files.peft import known_fields
 from jlora.lora import LoraConfig
+from jlora.lora.kinds import KINDS
 from jlora.tree.modules import names_match, pattern_matches
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODEL = "examples/assets/tiny-llama"
 IDS = np.arange(100, 140)[None]
@@ -223,7 +226,9 @@ def test_peft_fields_that_nobody_knows_are_named_once(adapter, base, tmp_path):
 def test_every_field_of_peft_is_known():
     import dataclasses
 
-    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= {*_PEFT, *_NEUTRAL, *_IDLE}
+    for name, theirs in {"lora": peft.LoraConfig, "loha": peft.LoHaConfig, "miss": peft.MissConfig}.items():
+        known = known_fields(KINDS[name]) | set(KINDS[name].PEFT.training)
+        assert {field.name for field in dataclasses.fields(theirs)} <= known
 
 
 EXPRESSIONS = (

@@ -23,7 +23,7 @@ from jlora import FullWeight, LoraConfig, LoraWeight
 from jlora.cli.inspect import adapter_table
 from jlora.files.peft import from_peft
 from jlora.lora import adapted_leaves, adapted_modules
-from jlora.lora.weight import column_norms
+from jlora.lora.kinds import column_norms
 from jlora.train.checkpoints import Checkpoints
 from jlora.tree.paths import flatten
 
@@ -355,7 +355,7 @@ def test_dora_drops_out_where_peft_does():
     linear = torch.nn.Linear(d_in, d_out)
     config = peft.LoraConfig(r=rank, lora_alpha=0.5 * rank, lora_dropout=0.4, use_dora=True)
     layer = peft.tuners.lora.Linear(linear, "default", config=config, r=rank, lora_alpha=0.5 * rank)
-    dropped = torch.tensor(np.asarray(weight._drop(x)))
+    dropped = torch.tensor(np.asarray(weight.drop(x)))
 
     class Ours(torch.nn.Module):
         def forward(self, x):
@@ -559,7 +559,7 @@ def test_a_config_of_another_kind_is_not_written(loaded, tmp_path):
     config = LoraConfig(rank=2, use_dora=True, bias="all", targets=["c_attn"])
     adapted = jlora.add_lora(params, config, key=KEY)
     for change, message in (
-        ({"use_dora": False}, "DoRA magnitude; the config says use_dora=False"),
+        ({"use_dora": False}, "use_dora=True; the config says use_dora=False"),
         ({"bias": "none"}, "is trained whole; `bias` and `modules_to_save` say not"),
         ({"modules_to_save": ["ln_f"]}, "ln_f/scale is not trained whole"),
     ):

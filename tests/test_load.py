@@ -20,6 +20,8 @@ import jlora
 from jlora.storage import Checkpoint
 from jlora.tree.paths import flatten
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

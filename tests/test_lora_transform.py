@@ -443,7 +443,7 @@ def test_every_weight_has_its_own_mask(gpt2, stack):
     params = jlora.with_dropout(jlora.stack_layers(params) if stack else params, KEY)
     x = jnp.ones((64, 48))
     masks = {
-        m: np.asarray(w._drop(x)).tobytes() for m, w in jlora.lora.adapted_modules(params).items() if w.shape[0] == 48
+        m: np.asarray(w.drop(x)).tobytes() for m, w in jlora.lora.adapted_modules(params).items() if w.shape[0] == 48
     }
     assert len(masks) == 6 and len(set(masks.values())) == 6
 
@@ -485,7 +485,7 @@ def test_masks_are_equal_in_every_execution_form(gpt2):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_element_is_dropped_or_scaled_up(dtype):
     weight = LoraWeight(jnp.eye(50), jnp.eye(50), jnp.eye(50), 1.0, dropout=0.2, key=KEY)
-    dropped = weight._drop(jnp.ones((400, 50), dtype))
+    dropped = weight.drop(jnp.ones((400, 50), dtype))
     assert dropped.dtype == dtype
     assert set(np.unique(dropped.astype(jnp.float32))) == {0.0, 1.25}
     kept = float((dropped != 0).mean())

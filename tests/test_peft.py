@@ -242,7 +242,7 @@ def edit_config(directory, **fields):
         ({"target_modules": ["q_proj", "v_proj"]}, r"missing: .*v_proj\.lora_A\.weight"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"unexpected: .*layers\.1\..*q_proj"),
         ({"target_modules": ["c_attn"]}, r"`targets` 'c_attn' matches no linear kernel"),
-        ({"peft_type": "LOHA"}, r"peft_type 'LORA'; this one is 'LOHA'"),
+        ({"peft_type": "IA3"}, r"peft_type 'LOHA' or 'LORA' or 'MISS'; this one is 'IA3'"),
         ({"use_dora": True}, r"missing: .*q_proj\.lora_magnitude_vector \(64,\)"),
         ({"modules_to_save": ["lm_head"]}, r"missing: base_model\.model\.lm_head\.weight \(97, 48\)"),
         ({"lora_bias": True}, r"lora_bias = True"),

@@ -21,6 +21,8 @@ from jlora.storage.structured import read_json
 from jlora.train import init_state, make_step
 from jlora.train.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 # The part of each family's template that says where a turn begins and ends.

@@ -631,7 +631,7 @@ def test_a_file_that_the_repository_ignores_is_missed(hub, finetuned, fails):
             ],
             "cannot be read",
         ),
-        (lambda d: (d / "adapter_config.json").write_text("{}"), "peft_type 'LORA'"),
+        (lambda d: (d / "adapter_config.json").write_text("{}"), "peft_type 'LOHA' or 'LORA'"),
         (
             lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["a"]}'),
             "There is no adapter_model.safetensors",

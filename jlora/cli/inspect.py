@@ -16,14 +16,14 @@ from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
 from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
-from jlora.files.adapters import adapter_directories, factor_names, open_adapter
+from jlora.files.adapters import adapter_directories, open_adapter, update_tensors
 from jlora.files.peft import PEFT, PREFIX, to_peft
+from jlora.files.run_settings import RunSettings
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.storage import Checkpoint
-from jlora.storage.run_settings import RunSettings
-from jlora.tree.modules import linear_kernels
+from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten
 
 
@@ -117,7 +117,7 @@ def kernel_table(name: str) -> Table:
     tree = abstract_params(model)
     leaves = flatten(tree)
     groups: dict[str, list[tuple[int, ...]]] = {}
-    for module, path in linear_kernels(tree).items():
+    for module, path in modules_of(tree).kernels.items():
         tail = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
         groups.setdefault(tail, []).append(leaves[path].shape)
     table = Table(box=None, pad_edge=False, header_style="dim", title=f"{name}: linear kernels", title_justify="left")
@@ -129,24 +129,29 @@ def kernel_table(name: str) -> Table:
 
 
 def adapter_table(directory: str) -> Table:
-    """An adapter's config, and the norm of each update's B (of a PEFT embedding's: A), 0 where nothing was learned."""
+    """An adapter's config, and for each update the norm of the factor that is zero at first: 0 where nothing was learned."""
     found, config = open_adapter(directory), LoraConfig.load(directory)
     fields = {k: v for k, v in to_peft(config).items() if v not in (None, {}, [], False)}
     title = f"{directory} ({found.layout.name}): base {found.base_model}\n{json.dumps(fields)}"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
-    for column in ("module", "rank", "scaling", "norm of B"):
+    kind = config.weight
+    needed = [child for child in kind.TRAINED if child not in kind.OPTIONAL]
+    for column in ("module", "rank", "scaling", f"norm of {needed[-1].removeprefix('lora_')}"):
         table.add_column(column)
     file = Checkpoint(found.weights)
-    for module, tensors in factor_names(found.layout, sorted(file.shapes)).items():
-        norms = {factor: float(np.linalg.norm(file.read(t).astype(np.float32))) for factor, t in tensors.items()}
-        # An update is zero when one of its factors is.
-        last = "A" if "lora_embedding" in tensors.get("A", "") else "B"
+    updates = update_tensors(found.layout, sorted(file.shapes), kind)
+    for module, tensors in updates.items():
+        norms = {c: float(np.linalg.norm(file.read(tensors[c]).astype(np.float32))) for c in needed if c in tensors}
+        # An update is zero when one of its factors is. PEFT's embeddings start with the other one at zero.
+        last = needed[0] if any("lora_embedding" in tensor for tensor in tensors.values()) else needed[-1]
         shown = f"{norms[last]:.4f}" if last in norms and all(norms.values()) else "0 (untrained)"
         shown = shown if all(map(math.isfinite, norms.values())) else "not finite"
-        shown = shown if len(norms) == 2 else f"lora_{'B' if 'A' in norms else 'A'} is missing"
+        missing = [child for child in needed if child not in norms]
+        shown = f"{missing[0]} is missing" if missing else shown
         table.add_row(module, str(config.rank_of(module)), f"{config.scaling_of(module):g}", shown)
+    read = {tensor for tensors in updates.values() for tensor in tensors.values()}
     for name in sorted(file.shapes):
         # The original of an adapted embedding, which PEFT writes too, is not trained.
-        if found.layout == PEFT and ".lora_" not in name and not name.endswith(".base_layer.weight"):
+        if found.layout == PEFT and name not in read and not name.endswith(".base_layer.weight"):
             table.add_row(name.removeprefix(PREFIX), "whole", "", "")
     return table

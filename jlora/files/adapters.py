@@ -4,13 +4,12 @@ A layout is one `Layout`, which the file that knows it registers; importing `jlo
 """
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from jlora._typing import Json, Params, PyTree
-from jlora.lora import LoraConfig, stack_adapters
+from jlora.lora import AdaptedWeight, LoraConfig, stack_adapters
 from jlora.lora.config import reads_configs
 from jlora.storage.checkpoint_files import holds_checkpoint
 from jlora.storage.fields import check_fields, optional, text
@@ -35,6 +34,8 @@ class Layout(NamedTuple):
     """What its `adapter_config.json` means."""
     module: Callable[[str], str]
     """Start of a tensor's name -> the checkpoint's module path."""
+    children: Callable[[type[AdaptedWeight]], Mapping[str, str]]
+    """End of the name of a tensor -> trained child of a kind."""
     revision: str | None = None
     """The field of its config that names a revision of the base model on the hub."""
     assumed: bool = False
@@ -209,18 +210,17 @@ def base_model_of(directory: str | os.PathLike) -> str | None:
     return name
 
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AaBb])(?:\.weight)?")
+def update_tensors(layout: Layout, names: Iterable[str], kind: type[AdaptedWeight]) -> dict[str, dict[str, str]]:
+    """Module path of the checkpoint -> trained child -> name of the tensor, among the names of a file of this layout.
 
-
-def factor_names(layout: Layout, tensors: list[str]) -> dict[str, dict[str, str]]:
-    """Module path of the checkpoint -> "A" and "B" -> name of the tensor, of an adapter's tensors.
-
-    >>> factor_names(layouts()[0], ["base_model.model.h.lora_A.weight", "lm_head.lora_b"])
-    {'h': {'A': 'base_model.model.h.lora_A.weight'}, 'lm_head': {'B': 'lm_head.lora_b'}}
+    >>> from jlora import LoraWeight
+    >>> update_tensors(layouts()[0], ["base_model.model.h.lora_A.weight", "base_model.model.ln_f.weight"], LoraWeight)
+    {'h': {'lora_A': 'base_model.model.h.lora_A.weight'}}
     """
+    children = layout.children(kind)
     found: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        match = _FACTOR.fullmatch(name)
-        if match:
-            found.setdefault(layout.module(match["module"]), {})[match["factor"].upper()] = name
+    for name in names:
+        end = next((end for end in children if name.endswith(end)), None)
+        if end is not None:
+            found.setdefault(layout.module(name.removesuffix(end)), {})[children[end]] = name
     return found

@@ -24,7 +24,14 @@ from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import mismatches
-from jlora.files.updates import check_config, check_shapes, kernel_shapes, more_than_updates, without_residuals
+from jlora.files.updates import (
+    check_config,
+    check_shapes,
+    kernel_shapes,
+    more_than_updates,
+    plain_updates,
+    without_residuals,
+)
 from jlora.files.vocabulary import Vocabulary
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules
 from jlora.models import Model, abstract_params, family_of, refuse_adapted_tie
@@ -143,7 +150,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     check_config(params, config, format="GGUF", writer="save_gguf_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    modules = adapted_modules(params)
+    modules = plain_updates(adapted_modules(params))
     _check_adapter(model, params, modules)
     tensors = {}
     for module, weight in modules.items():
@@ -261,7 +268,7 @@ def _check_params(model: Model, params: Params) -> None:
     """Every parameter of the model once, in its shape; a file without one would be refused only when it is loaded."""
     depth, found = model.config.depth, {}
     for path, leaf in flatten(params).items():
-        if isinstance(leaf, LoraWeight) and any(x is None for x in (leaf.base, leaf.lora_A, leaf.lora_B)):
+        if is_weight(leaf) and leaf.absent:
             raise ValueError(
                 f"`save_gguf` writes whole parameters, and {path!r} is half of a `split`. Pass `combine(adapter, base)`."
             )

@@ -24,6 +24,7 @@ from jlora.storage import Checkpoint
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
+from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten, nest, split_layer_path
 
 
@@ -48,7 +49,8 @@ def load(
         name: a directory with config.json and safetensors, or a hub id such as "gpt2" (downloaded to the hub's cache).
         dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
             dtype they were quantized from.)
-        quantize: `jlora.NF4()`, `Int8()` or `Int4()`: packs every linear kernel but the head, as soon as it is read.
+        quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()` or `MXFP4()`: packs every linear kernel but the head, as soon
+            as it is read.
         stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
         remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
 
@@ -77,7 +79,7 @@ def load(
         )
     model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
-    packed_paths = quantizable(abstract_params(model)) if quantize else set()
+    packed_paths = quantizable(modules_of(abstract_params(model))) if quantize else set()
     checkpoint = Checkpoint(directory)
     names = checkpoint_names(expected, checkpoint.shapes)
     weights = {

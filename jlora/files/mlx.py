@@ -22,11 +22,11 @@ from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixtur
 from jlora.files.finite import refuse_not_finite
 from jlora.files.stored import StoredAdapter, misfit
 from jlora.files.updates import (
-    DORA_FIELDS,
     check_config,
     check_shapes,
     kernel_shapes,
     more_than_updates,
+    plain_updates,
     without_residuals,
 )
 from jlora.lora import LoraConfig, LoraWeight, adapted_modules, add_lora
@@ -34,7 +34,7 @@ from jlora.models import Model
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.fields import MAX_SIZE, is_integer, list_of, positive, probability, shown, text
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, embedding_tables, linear_kernels, module_path, nearest
+from jlora.tree.modules import HEADS, module_path, modules_of, nearest
 
 SUFFIXES: Mapping[str, str] = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 """Trained child -> what follows the module's path and a dot."""
@@ -243,7 +243,7 @@ def save_mlx_adapter(
     check_config(params, config, format=MLX.name, writer="save_mlx_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    modules = adapted_modules(params)
+    modules = plain_updates(adapted_modules(params))
     _check(model, params, modules)
     rank = max(weight.rank for weight in modules.values())
     # The scale of most modules, so that most lora_b stay as they are.
@@ -258,7 +258,7 @@ def save_mlx_adapter(
     fields = MlxConfig(
         rank=rank,
         scale=scale,
-        dropout=float(config.dropout),
+        dropout=max(weight.dropout for weight in modules.values()),
         use_dora=config.use_dora,
         num_layers=num_layers,
         keys=keys,
@@ -285,7 +285,7 @@ def _folded(weight: LoraWeight, rank: int, scale: float) -> dict[str, np.ndarray
 def _check(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
     """Refuses what mlx-lm's adapters do not represent."""
     problems = [
-        f"{name}: not a low-rank update" for name in dict.fromkeys(more_than_updates(params, modules, DORA_FIELDS))
+        f"{name}: not a low-rank update" for name in dict.fromkeys(more_than_updates(params, modules, dora=True))
     ]
     embeddings = kernel_shapes(model, ("embedding",))
     shapes = kernel_shapes(model) | embeddings
@@ -313,9 +313,10 @@ def _embedding_problems(embeddings: list[str], *, dora: bool, tied: bool) -> Ite
 def read_mlx_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of an mlx-lm directory on them; see `jlora.load_adapter`."""
     config, file = MlxConfig.from_json(found.fields), Checkpoint(found.weights)
-    embeddings = embedding_tables(params)
+    there = modules_of(params)
+    embeddings = there.embeddings
     # Without keys mlx-lm means linear layers; embeddings are adapted when they are named.
-    adaptable = linear_kernels(params) | ({} if config.keys is None else embeddings)
+    adaptable = {**there.kernels, **({} if config.keys is None else embeddings)}
     here = {mlx_module(module): module for module in adaptable}
     depth = 1 + max((place[0] for name in here if (place := split_block(name))), default=-1)
     meant = [module for name, module in here.items() if config.means(name, depth)]
@@ -376,6 +377,7 @@ MLX = register(
         base="model",
         read=read_mlx_adapter,
         config=lambda found: from_mlx(found.fields, Checkpoint(found.weights).shapes),
+        children=lambda kind: {f".{suffix}": child for child, suffix in SUFFIXES.items()},
         module=checkpoint_module,
     )
 )

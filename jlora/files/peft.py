@@ -4,18 +4,20 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jlora._typing import Json, JsonObject, Params, PyTree
+from jlora._typing import Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
-from jlora.files.stored import StoredAdapter, lora_modules
+from jlora.files.stored import StoredAdapter
 from jlora.files.updates import check_config, trained_half, without_residuals
-from jlora.lora import AdaptedWeight, FullWeight, LoraConfig, adapted_leaves, add_lora
+from jlora.lora import AdaptedWeight, LoraConfig, adapted_leaves, add_lora
 from jlora.lora.config import ALL_LINEAR, BIASES, INITS, MAX_ALPHA, NAMES
+from jlora.lora.kinds import KINDS, PeftForm, Place, Unwritable, kind_of_peft
 from jlora.lora.targets import without_idle
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.fields import (
@@ -33,7 +35,8 @@ from jlora.storage.fields import (
     text,
 )
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, is_embedding, module_path
+from jlora.tree.modules import HEADS, is_embedding, module_path, modules_of
+from jlora.tree.paths import flatten
 
 PREFIX = "base_model.model."
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
@@ -43,7 +46,8 @@ _WRAPPED_BIAS = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.(?=(
 def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraConfig, base_model: str) -> None:
     """Writes the adapter of `params` so that PEFT loads it. The bytes depend on the arguments alone.
 
-    lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), float32; "all-linear" is written as the
+    Every kind says itself how PEFT writes it: lora_A [in, r] is stored as PEFT's (r, in), lora_B [r, out] as (out, r), all
+    float32. (PEFT itself loads LoHa and MiSS onto linear layers alone, and refuses GPT-2's.) "all-linear" is written as the
     names it stood for, or as whole module paths where `exclude` took some out. A PiSSA adapter is written as the plain
     LoRA of twice the rank that it is on the original base, which every reader takes.
 
@@ -61,7 +65,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
     if config.init == "pissa":
         params, config = without_residuals(params, config)
     leaves = adapted_leaves(trained_half(params))
-    modules = lora_modules(leaves)
+    modules = {module_path(path) for path, weight in leaves.items() if not weight.WHOLE}
     tensors = {}
     for path, weight in leaves.items():
         for field, (name, transposed) in _stored_as(path, weight, modules).items():
@@ -73,11 +77,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
                 )
             tensors[name] = array.T if transposed else array
     fields = to_peft(config) | {
-        "base_model_name_or_path": base_model,
-        "fan_in_fan_out": any(_is_conv1d(m) for m in modules),
-        "inference_mode": True,
-        "task_type": "CAUSAL_LM",
-    }
+        "base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    if config.kind == "lora":  # the one kind that PEFT has for layers that store [in, out]
+        fields["fan_in_fan_out"] = any(_is_conv1d(m) for m in modules)
     if config.targets == ALL_LINEAR and config.exclude:
         # Last names would take in what was excluded, and names without it would leave `exclude` nothing to exclude.
         # PEFT takes whole paths whatever their layer.
@@ -100,25 +103,21 @@ def _stored_as(path: str, weight: AdaptedWeight, modules: set[str]) -> dict[str,
     """Trained child of one layer's leaf -> (name in the file, whether it is stored transposed).
 
     Args:
-        modules: those with a low-rank update: PEFT keeps their own parameters under "base_layer".
+        modules: those with an update.
     """
-    module = PREFIX + module_path(path)
-    if isinstance(weight, FullWeight):
-        layer = f"{module}.base_layer" if module_path(path) in modules else module
-        kind = "bias" if path.endswith("/bias") else "weight"
-        return {"value": (f"{layer}.{kind}", path.endswith("/kernel") and not _is_conv1d(module_path(path)))}
-    if is_embedding(path):
-        names = {"lora_A": (f"{module}.lora_embedding_A", True), "lora_B": (f"{module}.lora_embedding_B", True)}
-    else:
-        names = {"lora_A": (f"{module}.lora_A.weight", True), "lora_B": (f"{module}.lora_B.weight", True)}
-    names["magnitude"] = (f"{module}.lora_magnitude_vector", False)
-    return {field: name for field, name in names.items() if getattr(weight, field) is not None}
+    module = module_path(path)
+    place = Place(path.rpartition("/")[2], updated=module in modules, stored_in_out=_is_conv1d(module))
+    try:
+        tensors = weight.peft_tensors(place)
+    except Unwritable as error:
+        raise ValueError(f"An adapter in PEFT's layout cannot hold {path!r}: {error}.") from None
+    return {child: (f"{PREFIX}{module}{suffix}", transposed) for child, (suffix, transposed) in tensors.items()}
 
 
 def read_peft_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     """Unadapted parameters with the adapter of a PEFT directory on them; see `jlora.load_adapter`."""
     config, file = from_peft(found.fields), Checkpoint(found.weights)
-    living, idle = without_idle(params, config)
+    living, idle = without_idle(modules_of(params), config)
     # What is trained is replaced below: the key is of no consequence.
     stored = _PeftAdapter(add_lora(params, living, key=jax.random.key(0)))
     ignorable = [*stored.bases(), *stored.copies(file)]
@@ -133,7 +132,7 @@ class _PeftAdapter(StoredAdapter):
 
     def bases(self) -> dict[str, str]:
         """Name -> leaf path of the adapted embeddings and heads: PEFT writes their base too, in case it was resized."""
-        paths = {module_path(path): path for path in self.leaves if module_path(path) in self.modules}
+        paths = {row.module: row.stored for row in self.rows if not row.leaf.WHOLE}
         return {
             f"{PREFIX}{module}.base_layer.weight": path
             for module, path in paths.items()
@@ -147,11 +146,11 @@ class _PeftAdapter(StoredAdapter):
 
     def other_bases(self, file: Checkpoint) -> list[str]:
         """A line for each stored base that is not the tree's own."""
-        lines = []
+        lines, leaves = [], flatten(self.adapted)
         for name, path in self.bases().items():
             if name not in file.shapes:
                 continue
-            ours = np.asarray(self.leaves[path].origin(), np.float32)
+            ours = np.asarray(leaves[path].origin(), np.float32)
             theirs = file.read(name).astype(np.float32)
             theirs = theirs if is_embedding(path) else theirs.T
             # Either may have been rounded to bfloat16 on its way.
@@ -162,11 +161,53 @@ class _PeftAdapter(StoredAdapter):
         return lines
 
 
-def from_peft(fields: Mapping[str, Json]) -> LoraConfig:
-    """The config that the fields of a PEFT `adapter_config.json` mean; absent fields have PEFT's defaults."""
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f"jlora reads adapters with peft_type 'LORA'; this one is {fields.get('peft_type')!r}.")
-    unsupported = {k: fields[k] for k, neutral in _NEUTRAL.items() if k in fields and fields[k] not in neutral}
+def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
+    """The config that the fields of a PEFT `adapter_config.json` mean; absent fields have PEFT's defaults.
+
+    Raises:
+        ValueError: for a `peft_type` that is no kind here, and for features that are not represented, by their PEFT name.
+    """
+    kind = kind_of_peft(fields.get("peft_type"))
+    if kind is None or kind.PEFT is None:
+        there = " or ".join(repr(c.PEFT.type) for c in KINDS.values() if c.PEFT is not None)
+        raise ValueError(f"jlora reads adapters with peft_type {there}; this one is {fields.get('peft_type')!r}.")
+    form = kind.PEFT
+    _refuse_unrepresented(fields, {**form.neutral, **_NEUTRAL})
+    if fields.get("target_modules") is None:
+        raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
+    names = {**form.fields, **_OF_EVERY_KIND}
+    checks = {peft: _FIELDS[name] for name, (peft, _) in names.items()}
+    check_fields(fields, checks | {"base_model_name_or_path": optional(text())}, where="adapter_config.json")
+    _warn_of_unknown(fields, known_fields(kind), form.training)
+    given = {name: _from_json(name, fields.get(peft, default)) for name, (peft, default) in names.items()}
+    return LoraConfig(kind=kind.NAME, **given)
+
+
+def known_fields(kind: type[AdaptedWeight]) -> set[str]:
+    """PEFT's fields of a kind that are read, or refused, or change nothing of what is computed."""
+    form = kind.PEFT or PeftForm("", {})
+    read = {peft for peft, _ in (*form.fields.values(), *_OF_EVERY_KIND.values())}
+    return {*read, *form.neutral, *form.idle, *_NEUTRAL, *_IDLE}
+
+
+def to_peft(config: LoraConfig) -> dict[str, Any]:
+    """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
+    the tree replaces "all-linear" by the names it stood for.
+
+    Raises:
+        Unwritable: for a kind that PEFT does not have.
+    """
+    form = config.weight.PEFT
+    if form is None:
+        raise Unwritable(f"PEFT's files do not hold adapters of kind {config.kind!r} ({config.weight.__name__})")
+    fields = {
+        peft: _to_json(name, getattr(config, name)) for name, (peft, _) in {**form.fields, **_OF_EVERY_KIND}.items()
+    }
+    return {"peft_type": form.type} | fields | dict(form.written)
+
+
+def _refuse_unrepresented(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    unsupported = {k: fields[k] for k, values in neutral.items() if k in fields and fields[k] not in values}
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init not in INITS:
         unsupported["init_lora_weights"] = init
@@ -178,104 +219,86 @@ def from_peft(fields: Mapping[str, Json]) -> LoraConfig:
             "would give other outputs. Merge it in PEFT (`model.merge_and_unload()`) and load the merged checkpoint."
             f"{reason}"
         )
-    if fields.get("target_modules") is None:
-        raise ValueError("adapter_config.json has no `target_modules`; add the list of adapted module names.")
-    check_fields(fields, _PEFT, where="adapter_config.json")
-    unknown = {k: v for k, v in fields.items() if k not in {*_PEFT, *_NEUTRAL, *_IDLE} and v not in (*_OFF, "")}
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], known: set[str], training: Iterable[str]) -> None:
+    odd = {k: v for k, v in fields.items() if k not in known and v not in (*_OFF, "", 0)}
+    idle = {k: v for k, v in odd.items() if k in training}
+    unknown = {k: v for k, v in odd.items() if k not in training}
+    if idle:
+        warnings.warn(
+            f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in idle.items())}, which changes how PEFT trains and "
+            "nothing of what is computed afterwards. jlora has no such thing: it is left out.",
+            stacklevel=3,
+        )
     if unknown:
         warnings.warn(
             f"adapter_config.json has {', '.join(f'{k} = {shown(v)}' for k, v in unknown.items())}, which neither jlora "
             "nor PEFT 0.21 knows. It is left out, as PEFT does; if it changes what is computed, the outputs are others.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    layers = fields.get("layers_to_transform")
-    return LoraConfig(
-        rank=fields.get("r", 8),
-        alpha=fields.get("lora_alpha", 8),
-        targets=_names(fields["target_modules"]),
-        dropout=fields.get("lora_dropout", 0.0),
-        use_rslora=fields.get("use_rslora") or False,
-        use_dora=fields.get("use_dora") or False,
-        init=init if isinstance(init, str) else "kaiming",  # pyright: ignore[reportArgumentType]: checked on creation
-        rank_pattern=fields.get("rank_pattern") or {},
-        alpha_pattern=fields.get("alpha_pattern") or {},
-        exclude=_names(fields.get("exclude_modules") or ()),
-        bias=fields.get("bias") or "none",
-        modules_to_save=_names(fields.get("modules_to_save") or ()),
-        layers_to_transform=None if layers == [] else layers,  # PEFT reads an empty list as all layers
-    )
 
 
-def to_peft(config: LoraConfig) -> JsonObject:
-    """PEFT's fields, as `adapter_config.json` holds them. `target_modules` is as configured; the writer that knows
-    the tree replaces "all-linear" by the names it stood for."""
-    return {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "target_modules": _as_json(config.targets),
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "exclude_modules": _as_json(config.exclude) or None,
-        "bias": config.bias,
-        "modules_to_save": list(config.modules_to_save) or None,
-        "layers_to_transform": None if (layers := config.layers()) is None else list(layers),
-    }
+def _from_json(name: str, value: Any) -> Any:
+    """A field here, from PEFT's value of it, which may be null for the neutral one."""
+    if name in ("targets", "exclude", "modules_to_save"):
+        return _names(value or ())
+    if name == "init":
+        return value if isinstance(value, str) else "kaiming"
+    if name == "layers_to_transform":
+        return None if value == [] else value  # PEFT reads an empty list as all layers
+    neutral = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    return value or neutral[name] if name in neutral else value
 
 
-_PEFT = {
-    "peft_type": one_of("LORA"),
-    "r": integer(),
-    "lora_alpha": positive(MAX_ALPHA),
-    "target_modules": NAMES,
-    "exclude_modules": optional(NAMES),
-    "modules_to_save": optional(NAMES),
-    "lora_dropout": probability(),
+def _to_json(name: str, value: Any) -> Any:
+    if name == "init":
+        return True if value == "kaiming" else value
+    if name == "targets":
+        return _as_json(value)
+    if name in ("exclude", "modules_to_save"):
+        return _as_json(value) or None
+    if name == "layers_to_transform":
+        return None if value is None else list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+_FIELDS = {
+    "rank": integer(),
+    "alpha": positive(MAX_ALPHA),
+    "dropout": probability(),
     "use_rslora": optional(flag()),
     "use_dora": optional(flag()),
-    "init_lora_weights": either(flag(), text()),
+    "init": either(flag(), text()),
     "rank_pattern": optional(mapping_of(integer())),
     "alpha_pattern": optional(mapping_of(positive(MAX_ALPHA))),
     "bias": optional(one_of(*BIASES)),
+    "targets": NAMES,
+    "exclude": optional(NAMES),
+    "modules_to_save": optional(NAMES),
     "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
-    "base_model_name_or_path": optional(text()),
 }
-"""Fields of PEFT's `adapter_config.json` that are read."""
+"""What PEFT's files may hold of each field here, under whatever name a kind writes it."""
 
-_IDLE = (
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
-    *(
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-    ),
-)
-"""Fields of PEFT 0.21 that change nothing of a trained adapter."""
-
-# Fields of PEFT 0.21 that change the outputs, with the values under which they do not.
+_OF_EVERY_KIND = {
+    "targets": ("target_modules", None),
+    "exclude": ("exclude_modules", None),
+    "modules_to_save": ("modules_to_save", None),
+    "layers_to_transform": ("layers_to_transform", None),
+}
+"""Field here -> (PEFT's field, its default), as in `PeftForm.fields`."""
 _OFF = (None, False, [], {})
+_IDLE = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "base_model_name_or_path",
+)
 _NEUTRAL = {
-    "lora_bias": _OFF,
-    "ensure_weight_tying": _OFF,  # here a tied head keeps the base embedding
-    "trainable_token_indices": _OFF,
-    "target_parameters": _OFF,
-    "layer_replication": _OFF,
-    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"]),  # where the layers of our families are anyway
-    "alora_invocation_tokens": _OFF,
-    "use_qalora": _OFF,
-    "use_bdlora": _OFF,
-    "arrow_config": _OFF,
-    "kasa_config": _OFF,
-    "monteclora_config": _OFF,
-    "velora_config": _OFF,
+    "layers_pattern": (*_OFF, "", "layers", "h", ["layers"], ["h"])  # where the layers of our families are anyway
 }
 
 _RANDOM_RESIDUAL = (
@@ -302,6 +325,7 @@ PEFT = register(
         read=read_peft_adapter,
         config=lambda found: from_peft(found.fields),
         module=lambda name: name.removeprefix(PREFIX),
+        children=lambda kind: kind.peft_suffixes(),
         revision="revision",
         assumed=True,
         legacy=(

@@ -1,7 +1,7 @@
 """What the readers of adapter directories share: where the trained children of an adapted tree lie in a file."""
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,15 +9,11 @@ import numpy as np
 
 from jlora._typing import Params, PyTree
 from jlora.files.names import FLOATS, mismatches, wrong_dtypes
-from jlora.lora import AdaptedWeight, LoraWeight
+from jlora.lora import AdaptedWeight
 from jlora.storage import Checkpoint
-from jlora.tree.modules import layer_paths, module_path
-from jlora.tree.paths import flatten, map_with_path
-
-
-def lora_modules(paths: Mapping[str, PyTree]) -> set[str]:
-    """Modules with a low-rank update, among adapted leaves by per-layer path."""
-    return {module_path(path) for path, weight in paths.items() if isinstance(weight, LoraWeight)}
+from jlora.tree.modules import rows, rows_of
+from jlora.tree.paths import map_with_path
+from jlora.weight import is_adapted
 
 
 def misfit(directory: Path, problems: Iterable[str]) -> ValueError:
@@ -34,9 +30,8 @@ class StoredAdapter(abc.ABC):
 
     def __init__(self, adapted: Params):
         self.adapted = adapted
-        self.leaves = {path: leaf for path, leaf in flatten(adapted).items() if isinstance(leaf, AdaptedWeight)}
-        rows = {row: leaf for path, leaf in self.leaves.items() for row in layer_paths(path, leaf.lead)}
-        self.modules = lora_modules(rows)
+        self.rows = [row for row in rows(adapted) if is_adapted(row.leaf)]
+        self.modules = {row.module for row in self.rows if not row.leaf.WHOLE}
 
     @abc.abstractmethod
     def stored_as(self, path: str, weight: AdaptedWeight) -> dict[str, tuple[str, bool]]:
@@ -45,12 +40,10 @@ class StoredAdapter(abc.ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name in the file -> shape."""
         shapes = {}
-        for path, leaf in self.leaves.items():
-            rows = layer_paths(path, leaf.lead)
-            for row in rows:
-                for field, (name, transposed) in self.stored_as(row, leaf).items():
-                    shape = getattr(leaf, field).shape[0 if rows == [path] else 1 :]
-                    shapes[name] = shape[::-1] if transposed else shape
+        for row in self.rows:
+            for field, (name, transposed) in self.stored_as(row.path, row.leaf).items():
+                shape = getattr(row.leaf, field).shape[0 if row.index is None else 1 :]
+                shapes[name] = shape[::-1] if transposed else shape
         return shapes
 
     def read(
@@ -81,15 +74,15 @@ class StoredAdapter(abc.ABC):
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
     def _leaf(self, file: Checkpoint, path: str, leaf: PyTree) -> PyTree:
-        if not isinstance(leaf, AdaptedWeight):
+        if not is_adapted(leaf):
             return leaf
-        rows = layer_paths(path, leaf.lead)
-        names = [self.stored_as(row, leaf) for row in rows]
+        layers = rows_of(path, leaf)
+        names = [self.stored_as(row.path, leaf) for row in layers]
 
         def child(field):
             arrays = [_finite(file, name) for name, _ in (of_row[field] for of_row in names)]
             arrays = [array.T if names[0][field][1] else array for array in arrays]
-            return jnp.asarray(arrays[0] if rows == [path] else np.stack(arrays))
+            return jnp.asarray(arrays[0] if layers[0].index is None else np.stack(arrays))
 
         return leaf.with_children(**{field: child(field) for field in names[0]})
 

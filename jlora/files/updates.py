@@ -4,47 +4,39 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax
-
 from jlora._typing import Params, PyTree
 from jlora.files.names import mismatches
-from jlora.lora import (
-    AdaptedWeight,
-    FullWeight,
-    LoraConfig,
-    LoraWeight,
-    adapted_leaves,
-    adapted_modules,
-    remove_lora,
-)
+from jlora.lora import AdaptedWeight, LoraConfig, LoraWeight, adapted_leaves, adapted_modules, map_adapted, remove_lora
+from jlora.lora.kinds import as_lora
 from jlora.lora.targets import select, select_whole, without_idle
 from jlora.models import Model, abstract_params
-from jlora.quant import QuantizedTensor
-from jlora.tree.modules import describe, module_path
-from jlora.tree.paths import flatten, is_weight
+from jlora.tree.modules import describe, module_path, modules_of
+from jlora.tree.paths import flatten
+from jlora.weight import Inseparable, is_adapted
 from jlora.weight.roles import LINEAR
 
-_LORA_FIELDS = frozenset({"base", "lora_A", "lora_B", "scaling", "dropout", "key", "roles"})
-DORA_FIELDS = frozenset({"magnitude", "base_norm"})
+
+def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, LoraWeight]:
+    """Each weight as the plain LoRA, or DoRA, on its original that it is, whatever its kind.
+
+    Raises:
+        ValueError: for one that is none.
+    """
+    found = {}
+    for module, weight in modules.items():
+        try:
+            found[module] = as_lora(weight)
+        except Inseparable as error:
+            raise ValueError(
+                f"Files of this format hold low-rank updates; {module!r} is {error} and cannot be written."
+            ) from None
+    return found
 
 
-def more_than_updates(
-    params: Params, modules: Mapping[str, LoraWeight], allowed: frozenset[str] = frozenset()
-) -> list[str]:
-    """Paths of what is more than a low-rank update of a dense or quantized weight: parameters that are trained whole, and
-    values with children that a plain LoRA lacks, but for those `allowed`."""
-    other = [
-        path
-        for path, leaf in flatten(params).items()
-        if is_weight(leaf) and not isinstance(leaf, LoraWeight | QuantizedTensor)
-    ]
-    return other + [module for module, weight in modules.items() if _is_more(weight, _LORA_FIELDS | allowed)]
-
-
-def _is_more(weight: LoraWeight, allowed: frozenset[str]) -> bool:
-    extra = [field.name for field in dataclasses.fields(weight) if field.name not in allowed]
-    nested = is_weight(weight.base) and not isinstance(weight.base, QuantizedTensor)
-    return nested or any(getattr(weight, name) is not None for name in extra)
+def more_than_updates(params: Params, modules: Mapping[str, LoraWeight], *, dora: bool = False) -> list[str]:
+    """Paths of what is more than a low-rank update: parameters that are trained whole and, unless `dora`, magnitudes."""
+    whole = [path for path, leaf in flatten(params).items() if is_adapted(leaf) and leaf.WHOLE]
+    return whole + [module for module, weight in modules.items() if weight.magnitude is not None and not dora]
 
 
 def kernel_shapes(model: Model, leaves: tuple[str, ...] = ("kernel",)) -> dict[str, tuple[int, ...]]:
@@ -66,7 +58,7 @@ def check_shapes(modules: Mapping[str, LoraWeight], shapes: Mapping[str, tuple[i
 
 def trained_half(params: Params) -> PyTree:
     """Adapted leaves with nothing but what is trained; None elsewhere."""
-    return jax.tree.map(lambda w: w.adapter_half() if isinstance(w, AdaptedWeight) else None, params, is_leaf=is_weight)
+    return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
 
 
 def check_config(params: Params, config: LoraConfig, *, format: str, writer: str) -> None:
@@ -80,9 +72,16 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         ValueError: when nothing is adapted, a kernel is not [in, out], or `config` is not the one that the parameters were
             adapted with.
     """
-    modules = adapted_modules(trained_half(params))
+    half = trained_half(params)
+    modules = adapted_modules(half)
     if not modules:
         raise ValueError(f"`{writer}` found no adapter in these parameters. Call `add_lora` and train first.")
+    several = [m for m, w in modules.items() if w.adapters]
+    if several:
+        raise ValueError(
+            f"{format}'s files hold one adapter; {several[0]!r} holds several side by side. Save each tree of "
+            "`unstack_adapters(params)`."
+        )
     unlike = [f"{m} {w.roles!r}" for m, w in modules.items() if w.roles != LINEAR]
     if unlike:
         raise ValueError(
@@ -90,22 +89,23 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
             "adapter half of `split(params)` with Orbax, as `jlora.train` does, or the merged weights of `merge(params)`."
         )
     wrong = [
-        f"{m}: rank {w.rank}, scaling {w.scaling:g}; the config says rank {config.rank_of(m)}, scaling {config.scaling_of(m):g}"
+        f"{m}: a {type(w).__name__}; the config says kind={config.kind!r}"
         for m, w in modules.items()
-        if (w.rank, w.scaling) != (config.rank_of(m), config.scaling_of(m))
+        if w.NAME != config.kind
     ]
     wrong += [
-        f"{m}: {'no ' if w.magnitude is None else ''}DoRA magnitude; the config says use_dora={config.use_dora}"
+        f"{m}: {name}={value!r}; the config says {name}={says!r}"
         for m, w in modules.items()
-        if (w.magnitude is not None) != config.use_dora
+        for name, value in w.settings.items()
+        if value != (says := config.setting_of(name, m))
     ]
-    if all(leaf.base is not None for leaf in flatten(params).values() if isinstance(leaf, AdaptedWeight)):
-        base = remove_lora(params)
+    if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
+        base = modules_of(remove_lora(params))
         config, _ = without_idle(base, config)
         meant = set(select(base, config))
         if meant != set(modules):
             wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
-        whole = {path for path, w in adapted_leaves(trained_half(params)).items() if isinstance(w, FullWeight)}
+        whole = {path for path, w in adapted_leaves(half).items() if w.WHOLE}
         for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
             has, says = ("is", "not") if path in whole else ("is not", "so")
             wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
@@ -120,7 +120,7 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraC
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
     def one(weight):
-        if not isinstance(weight, LoraWeight):
+        if weight.WHOLE:
             return weight
         if weight.base is None:
             raise ValueError(
@@ -138,4 +138,4 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraC
         rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
         alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return jax.tree.map(one, params, is_leaf=is_weight), plain
+    return map_adapted(one, params), plain

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from jlora._typing import Json
+from jlora.lora.kinds import KINDS, AdaptedWeight, kind_named
 from jlora.storage.fields import (
     MAX_SIZE,
     anything,
@@ -26,7 +27,13 @@ from jlora.tree.modules import ALL_LINEAR, pattern_matches
 
 Init: TypeAlias = Literal["kaiming", "gaussian", "pissa"]
 Bias: TypeAlias = Literal["none", "lora_only", "all"]
+Kind: TypeAlias = Literal["lora", "loha", "miss"]
+"""Those that are here; a class of one's own brings its `NAME`."""
 INITS, BIASES = get_args(Init), get_args(Bias)
+OF_EVERY_KIND = ("targets", "exclude", "modules_to_save", "layers_to_transform")
+"""Fields that every kind reads: which leaves are adapted."""
+_PLAIN = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
+"""Fields besides that a kind reads which no file holds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,10 @@ class LoraConfig:
     Reference: PEFT `LoraConfig`; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
 
+    kind: str | type[AdaptedWeight] = "lora"
+    """What stands in the place of an adapted kernel: "lora", "loha" (an elementwise product of two low-rank products) or
+    "miss" (one block of `rank` rows, repeated); or a class of your own, see `jlora.lora.kinds`. A field that a kind does not
+    read must be left at its default."""
     rank: int = 8
     """Rank r of the update."""
     alpha: float = 16.0
@@ -85,6 +96,7 @@ class LoraConfig:
         plain["modules_to_save"] = (saved,) if isinstance(saved, str) else _tuple(saved)
         plain |= {n: _dict(getattr(self, n)) for n in ("rank_pattern", "alpha_pattern")}
         plain["layers_to_transform"] = self.layers()
+        plain["kind"] = self.kind if isinstance(self.kind, str) else self.kind.NAME
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         problems = list(wrong_fields(plain, _CONTAINERS)) or list(self._problems())
@@ -92,6 +104,15 @@ class LoraConfig:
             raise ValueError("LoraConfig is not usable:\n  " + "\n  ".join(problems))
 
     def _problems(self):
+        if self.kind not in KINDS:
+            yield f"`kind` must be one of {', '.join(map(repr, KINDS))}; got {self.kind!r}."
+            return
+        for field in dataclasses.fields(self):
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if field.name not in {"kind", *self._read, *OF_EVERY_KIND} and getattr(self, field.name) != default:
+                yield (
+                    f"`{field.name}` means nothing to kind {self.kind!r}; got {shown(getattr(self, field.name))}. Leave it out."
+                )
         ranks = {"rank": self.rank} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, value in ranks.items():
             if not is_integer(value) or not 1 <= value <= MAX_SIZE:
@@ -145,6 +166,30 @@ class LoraConfig:
         given = self.layers_to_transform
         return None if given is None else _tuple(given) if isinstance(given, Iterable) else (given,)  # pyright: ignore
 
+    @property
+    def weight(self) -> type[AdaptedWeight]:
+        """The class that `kind` means."""
+        return kind_named(str(self.kind))
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """The fields that the kind reads, besides those that every kind does."""
+        form = self.weight.PEFT
+        return _PLAIN if form is None else (*form.fields, *form.unwritten)
+
+    def as_read(self) -> dict[str, Any]:
+        """The fields that mean something to this kind."""
+        return {name: getattr(self, name) for name in ("kind", *self._read, *OF_EVERY_KIND)}
+
+    def options(self) -> dict[str, Any]:
+        """The fields that this kind reads and not every kind has."""
+        return {name: getattr(self, name) for name in self._read if name not in (*_PLAIN, "bias")}
+
+    def setting_of(self, name: str, module: str) -> Any:
+        """A field of the config, or "scaling", as it is for a module path."""
+        at = {"rank": self.rank_of, "alpha": self.alpha_of, "scaling": self.scaling_of}.get(name)
+        return getattr(self, name) if at is None else at(module)
+
     def rank_of(self, module: str) -> int:
         """Rank for a module path."""
         return _first_match(self.rank_pattern, module, self.rank)
@@ -154,7 +199,9 @@ class LoraConfig:
         return _first_match(self.alpha_pattern, module, self.alpha)
 
     def scaling_of(self, module: str) -> float:
-        """Scaling for a module path."""
+        """Scaling for a module path; 1 for a kind that has no alpha."""
+        if "alpha" not in self._read:
+            return 1.0
         rank = self.rank_of(module)
         return float(self.alpha_of(module)) / (math.sqrt(rank) if self.use_rslora else rank)
 

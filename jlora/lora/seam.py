@@ -36,6 +36,7 @@ def linear(
             " first, and run a stacked tree through the model or `unstack_layers`."
         )
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    # An array has no methods of ours: here and in `embed` the two are told apart, so that nobody else need.
     product = w.matmul if isinstance(w, Weight) else lambda x, **kw: dense_matmul(x, w, **kw)
     return product(x, transpose=transpose, out_dtype=out_dtype)
 

@@ -1,24 +1,20 @@
 """The functional transform: parameters in, parameters out."""
 
-import dataclasses
-import functools
-import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Key, PyTree
+from jlora._typing import Array, Key, Params, PyTree
 from jlora.lora.config import LoraConfig
-from jlora.lora.routing import RoutedWeight
+from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
 from jlora.lora.targets import select, select_biases, select_whole
-from jlora.lora.weight import AdaptedWeight, FullWeight, LoraWeight, column_norms
-from jlora.quant import QuantizedTensor
-from jlora.tree.modules import is_embedding, layer_paths, module_path, stated_roles
-from jlora.tree.paths import flatten, is_weight, map_with_path, path_string
-from jlora.weight import Weight, materialize
-from jlora.weight.roles import LINEAR, sizes
+from jlora.tree.modules import Row, is_embedding, module_path, modules_of, rows, rows_of
+from jlora.tree.paths import flatten, map_with_path, path_string
+from jlora.weight import is_adapted, is_weight, materialize
+from jlora.weight.roles import LINEAR
 
 
 def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
@@ -58,169 +54,90 @@ def add_lora(
         >>> adapted["proj"]["kernel"].lora_A.shape, adapted["proj"]["kernel"].lora_B.shape
         ((4, 2), (2, 6))
     """
-    adapted = [path for path, leaf in flatten(params).items() if isinstance(leaf, AdaptedWeight)]
+    there = modules_of(params, roles)
+    adapted = list(dict.fromkeys(row.stored for row in there.rows if is_adapted(row.leaf)))
     if adapted:
         raise ValueError(
             f"`add_lora` goes onto unadapted parameters; {adapted[0]!r} and {len(adapted) - 1} more are adapted already. "
             "Call `remove_lora` (drops the adapter) or `merge` (keeps its effect) first."
         )
-    stated = _roles_of(params, roles or {})
-    chosen = select(params, config, stated)
-    targets = set(chosen.values())
-    whole = select_whole(params, config, chosen)
-    if config.bias != "none" and not select_biases(params, config, chosen):
+    targets = select(there, config)
+    whole = select_whole(there, config, targets)
+    if config.bias != "none" and not select_biases(there, config, targets):
         raise ValueError(
             f"`bias` {config.bias!r} finds no bias to train{' in the adapted modules' * (config.bias == 'lora_only')}. "
             "Use bias='none'."
         )
+    updated = set(targets.values())
 
     def adapt(path, leaf):
-        rows = layer_paths(path, leaf)
-        if path in targets:
-            paths = [p for p in rows if module_path(p) in chosen]
-            return _adapted(path, leaf, paths, config, key, stated.get(path, LINEAR))
-        taken = [p for p in rows if p in whole]
-        return _trained_whole(path, leaf, taken) if taken else leaf
+        layers = rows_of(path, leaf)
+        if path in updated:
+            taken = [row for row in layers if row.module in targets]
+            return _updated(layers, taken, config, key, there.roles.get(path, LINEAR))
+        taken = [row for row in layers if row.path in whole]
+        return _trained_whole(layers, taken) if taken else leaf
 
     return map_with_path(adapt, params)
 
 
-def _roles_of(params: PyTree, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Leaf path -> roles, where they are stated: by `add_lora`, or before it by `quantize_params`."""
-    packed = {
-        path: leaf.roles
-        for path, leaf in flatten(params).items()
-        if isinstance(leaf, QuantizedTensor) and leaf.axes is not None
-    }
-    stated = stated_roles(params, patterns)
-    for path in packed.keys() & stated.keys():
-        if stated[path].lstrip("b") != packed[path]:
-            raise ValueError(
-                f"`roles` {stated[path]!r} for {path!r} differ from {packed[path]!r}, under which it was quantized. State the "
-                "same, or leave it out: a quantized kernel knows its own."
-            )
-    return packed | stated
-
-
-def _trained_whole(path: str, leaf: Array, rows: list[str]) -> FullWeight:
-    if rows != [path] and len(rows) < leaf.shape[0]:
+def _trained_whole(layers: list[Row], taken: list[Row]) -> FullWeight:
+    if len(taken) < len(layers):
         raise ValueError(
-            f"The {leaf.shape[0]} layers of the stacked leaf {path!r} must be trained alike; this config trains {len(rows)} of "
-            "them. Use the per-layer form for it: `unstack_layers(params)`, or load with `stack=False`."
+            f"The {len(layers)} layers of the stacked leaf {layers[0].stored!r} must be trained alike; this config trains "
+            f"{len(taken)} of them. Use the per-layer form for it: `unstack_layers(params)`, or load with `stack=False`."
         )
-    return FullWeight(base=leaf, value=jnp.array(leaf, jnp.float32))  # a copy: it is trained, and perhaps donated
+    return FullWeight.of(layers[0].leaf)
 
 
-def _adapted(path: str, leaf: Array | Weight, paths: list[str], config: LoraConfig, key, roles: str) -> LoraWeight:
-    modules = [module_path(p) for p in paths]
-    stacked = leaf.ndim > len(roles)
-    kinds = {(config.rank_of(m), config.scaling_of(m)) for m in modules}
-    if stacked and (len(paths) < leaf.shape[0] or len(kinds) > 1):
+def _updated(layers: list[Row], taken: list[Row], config: LoraConfig, key: Key[Array, ""], roles: str) -> AdaptedWeight:
+    """The leaf of these layers, adapted by the config's kind; `taken` are those that the config means."""
+    stored, leaf = layers[0].stored, layers[0].leaf
+    kinds = {(config.rank_of(row.module), config.scaling_of(row.module)) for row in taken}
+    if len(taken) < len(layers) or len(kinds) > 1:
         raise ValueError(
-            f"The {leaf.shape[0]} layers of the stacked kernel {path!r} must be adapted alike; this config adapts {len(paths)} of "
+            f"The {len(layers)} layers of the stacked kernel {stored!r} must be adapted alike; this config adapts {len(taken)} of "
             f"them with (rank, scaling) {sorted(kinds)}. Use the per-layer form for it: `unstack_layers(params)`, or load "
             "with `stack=False`."
         )
     ((rank, scaling),) = kinds
-    base = leaf
-    plain = roles == LINEAR
-    if not plain and (config.use_dora or config.init == "pissa"):
-        raise ValueError(
-            f"{'`use_dora`' if config.use_dora else '`init`, pissa,'} adapts kernels [in, out]; {path!r} has the roles {roles!r}. "
-            "Use plain LoRA there."
-        )
-    if config.init == "pissa" and not is_embedding(path):
-        a, b = _principal(path, leaf, rank, scaling)
-        # The residual stays a value, so that the original is never copied. Copies: what is trained may be donated.
-        base = LoraWeight(base=leaf, lora_A=jnp.copy(a), lora_B=jnp.copy(b), scaling=-scaling)
-    else:
-        init = _init_embedding if is_embedding(path) else functools.partial(_init_kernel, init=config.init)
-        one = functools.partial(_init_axes, init, roles, leaf.shape[leaf.ndim - len(roles) :], rank)
-        d_in, d_out = leaf.shape[-2:]
-        factors = [init(path_key(key, p), d_in, d_out, rank) if plain else one(path_key(key, p)) for p in paths]
-        a, b = jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if stacked else factors[0]
-    return LoraWeight(
-        base=base,
-        lora_A=a,
-        lora_B=b,
+    site = Site(
+        path=stored,
+        leaf=leaf,
+        keys=tuple(path_key(key, row.path) for row in taken),
+        stacked=leaf.ndim > len(roles),
+        roles=roles,
+        is_embedding=is_embedding(stored),
+        rank=rank,
         scaling=scaling,
         dropout=float(config.dropout),
-        magnitude=column_norms(leaf) if config.use_dora else None,
-        base_norm=column_norms(base) if config.use_dora else None,
-        roles=roles,
+        options=config.options(),
     )
+    return config.weight.adapt(site)
 
 
-def _init_axes(init, roles: str, shape: tuple[int, ...], rank: int, key: Key[Array, ""]) -> tuple[Array, Array]:
-    """Factors [*stack, *in, rank] and [*stack, rank, *out] of a kernel of `shape`, drawn as those of its [in, out]."""
-    stack, ins, outs = (sizes(roles, role, shape) for role in "bio")
-    keys = jax.random.split(key, stack).reshape(-1) if stack else key[None]
-    a, b = jax.vmap(lambda key: init(key, math.prod(ins), math.prod(outs), rank))(keys)
-    return a.reshape(*stack, *ins, rank), b.reshape(*stack, rank, *outs)
-
-
-def _init_kernel(key, d_in: int, d_out: int, rank: int, *, init: str) -> tuple[Array, Array]:
-    """PEFT's `reset_lora_parameters`: A by kaiming_uniform(a=sqrt(5)), which is U(-1/sqrt(in), 1/sqrt(in)), or N(0, 1/rank)."""
-    zero = jnp.zeros((rank, d_out), jnp.float32)
-    if init == "gaussian":
-        return jax.random.normal(key, (d_in, rank), jnp.float32) / rank, zero
-    bound = 1.0 / math.sqrt(d_in)
-    return jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound), zero
-
-
-def _init_embedding(key, vocab: int, d_model: int, rank: int) -> tuple[Array, Array]:
-    """PEFT's initialization of embeddings, whatever that of kernels: A zero, B from N(0, 1)."""
-    return jnp.zeros((vocab, rank), jnp.float32), jax.random.normal(key, (rank, d_model), jnp.float32)
-
-
-def _principal(path: str, leaf: Array | Weight, rank: int, scaling: float) -> tuple[Array, Array]:
-    """PiSSA: factors of the `rank` largest singular values of each layer's kernel, divided by the scaling.
-
-    Reference: Meng et al., PiSSA, 2024, arXiv:2404.02948.
-    """
-    if isinstance(leaf, Weight):
-        raise ValueError(
-            f"`init` 'pissa' takes the singular values of dense kernels; {path!r} is a {type(leaf).__name__}, as PEFT refuses it "
-            "too. Use init='kaiming' on a quantized base."
-        )
-    if rank > min(leaf.shape[-2:]):
-        raise ValueError(
-            f"`init` 'pissa' needs a `rank` of at most the kernel's smaller side; got rank {rank} for {path!r} "
-            f"{tuple(leaf.shape)}. Use a smaller rank there (`rank_pattern`)."
-        )
-    return _singular_factors(leaf, rank, scaling)
-
-
-@functools.partial(jax.jit, static_argnames=("rank", "scaling"))
-def _singular_factors(w: Array, rank: int, scaling: float) -> tuple[Array, Array]:
-    if w.ndim > 2:
-        return jax.lax.map(lambda row: _singular_factors(row, rank, scaling), w)
-    u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(s[:rank] / scaling)
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
-
-
-def _map_adapted(fn, params, other=lambda leaf: leaf):
-    return jax.tree.map(lambda w: fn(w) if isinstance(w, AdaptedWeight) else other(w), params, is_leaf=is_weight)
+def map_adapted(fn: Callable[[Any], Any], params: Any, other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """`fn` over the adapted weights, `other` over the other leaves; same structure."""
+    return jax.tree.map(lambda w: fn(w) if is_adapted(w) else other(w), params, is_leaf=is_weight)
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """(adapter, base): two trees of the shape of `params`, None where the leaf went to the other.
 
-    `adapter` holds what is trained (lora_A, lora_B and magnitude of `LoraWeight`, value of `FullWeight`), float32, and
-    nothing else: differentiate and optimize with respect to it.
+    `adapter` holds what is trained (such as lora_A, lora_B and magnitude of a `LoraWeight`), float32, and nothing else:
+    differentiate and optimize with respect to it.
 
     Raises:
         ValueError: when nothing in `params` is adapted.
     """
-    if not any(isinstance(leaf, AdaptedWeight) for leaf in flatten(params).values()):
+    if not any(map(is_adapted, flatten(params).values())):
         raise ValueError(
             "`split` found no adapter in these parameters: there would be nothing to train. Call "
             "`add_lora(params, config, key=key)` first; to train every parameter, pass the whole tree as the adapter "
             "and None as the base."
         )
-    adapter = _map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
-    return adapter, _map_adapted(lambda w: w.base_half(), params)
+    adapter = map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
+    return adapter, map_adapted(lambda w: w.base_half(), params)
 
 
 def combine(adapter: PyTree, base: PyTree) -> PyTree:
@@ -232,25 +149,29 @@ def combine(adapter: PyTree, base: PyTree) -> PyTree:
     if base is None:
         return adapter
 
-    def one(path, a, b):
-        child = getattr(path[-1], "name", None) if path else None
-        optional = child in (*LoraWeight.OPTIONAL, *RoutedWeight.OPTIONAL)
-        # Adapted in the base, without factors in the adapter. (The base of a value may be one: PiSSA's residual.)
-        orphan = a is None and isinstance(b, AdaptedWeight) and child != "base"
-        if orphan or ((a is None) == (b is None) and not (a is None and optional)):
-            where = path_string(path) + (f"/{b.TRAINED[0]}" if orphan else "")
+    def one(key_path, a, b):
+        path = path_string(key_path)
+        try:
+            if is_adapted(b):
+                return b.joined(a)
+            if is_adapted(a) and a.absent:
+                raise Misfit(a.absent[0], "neither half has")
+            if (a is None) == (b is None):
+                raise Misfit(None, f"{'neither half has' if a is None else 'both halves have'}")
+            return b if a is None else a
+        except Misfit as error:
+            where = f"{path}/{error.child}" if error.child else path
             raise ValueError(
-                f"`combine` takes the two halves that `split` made; {'neither half has' if a is None else 'both halves have'} "
-                f"{where!r}. Pass `combine(adapter, base)` with the results of one `split`."
-            )
-        return b if a is None else a
+                f"`combine` takes the two halves that `split` made; {error} {where!r}. Pass `combine(adapter, base)` with the "
+                "results of one `split`."
+            ) from None
 
-    return jax.tree_util.tree_map_with_path(one, adapter, base, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_map_with_path(one, adapter, base, is_leaf=lambda x: x is None or is_weight(x))
 
 
 def remove_lora(params: PyTree) -> PyTree:
     """The base as it was: every adapted weight replaced by its original."""
-    return _map_adapted(lambda w: w.origin(), params)
+    return map_adapted(lambda w: w.origin(), params)
 
 
 def merge(params: PyTree) -> PyTree:
@@ -267,7 +188,7 @@ def adapter_mask(params: PyTree) -> PyTree:
     For optax over the whole tree: `optax.partition({True: tx, False: optax.set_to_zero()}, adapter_mask(params))`. Not
     `optax.masked` alone: it passes the raw gradients of the leaves it masks out on to the update.
     """
-    return _map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
+    return map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
 
 
 def with_dropout(params: PyTree, key: Key[Array, ""]) -> PyTree:
@@ -278,32 +199,22 @@ def with_dropout(params: PyTree, key: Key[Array, ""]) -> PyTree:
     """
 
     def one(path, w):
-        if isinstance(w, RoutedWeight) and any(w.dropouts):
-            raise ValueError(
-                f"Adapters side by side are run without dropout; those at {path!r} have the rates {w.dropouts}. Train one at a "
-                "time, or give each `dropout=0.0`."
-            )
-        if not isinstance(w, LoraWeight) or w.dropout == 0.0:
+        if not is_adapted(w) or w.dropout == 0.0:
             return w
         layered = len(w.stack) > w.roles.count("b")
-        keys = [path_key(key, p) for p in (layer_paths(path, w.lora_A) if layered else [path])]
+        keys = [path_key(key, row.path) for row in (rows_of(path, w) if layered else rows_of(path, None))]
         if own := w.stack[layered:]:  # a stack that is one leaf: a mask for each row of it
             keys = [jax.random.split(k, own) for k in keys]
-        return dataclasses.replace(w, key=jnp.stack(keys) if layered else keys[0])
+        return w.with_key(jnp.stack(keys) if layered else keys[0])
 
     return map_with_path(one, params)
 
 
 def adapted_leaves(params: PyTree) -> dict[str, AdaptedWeight]:
     """Per-layer path -> adapted weight: the layers of a stacked tree are taken apart."""
-    found = {}
-    for path, leaf in flatten(params).items():
-        if isinstance(leaf, AdaptedWeight):
-            for i, p in enumerate(layer_paths(path, leaf.lead)):
-                found[p] = leaf if p == path else jax.tree.map(lambda x, i=i: x[i], leaf)
-    return found
+    return {row.path: row.value for row in rows(params) if is_adapted(row.leaf)}
 
 
-def adapted_modules(params: PyTree) -> dict[str, LoraWeight]:
-    """Module path -> weight with a low-rank update, per layer: the layers of a stacked tree are taken apart."""
-    return {module_path(path): w for path, w in adapted_leaves(params).items() if isinstance(w, LoraWeight)}
+def adapted_modules(params: Params) -> dict[str, AdaptedWeight]:
+    """Module path -> weight with an update, per layer: the layers of a stacked tree are taken apart."""
+    return {module_path(path): w for path, w in adapted_leaves(params).items() if not w.WHOLE}

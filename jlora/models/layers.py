@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, DTypeLike, Float, PyTree
-from jlora.lora import AdaptedWeight, embed, linear
+from jlora.lora import embed, linear
 from jlora.models.context import Context, alternatives
-from jlora.weight import as_dense
+from jlora.weight import as_dense, origin
 
 Remat = Literal["none", "layer"]
 
@@ -171,4 +171,4 @@ def run_layers(
 
 def frozen_base(w: PyTree) -> PyTree:
     """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
-    return w.origin() if isinstance(w, AdaptedWeight) else w
+    return origin(w)

@@ -3,11 +3,10 @@
 import dataclasses
 
 from jlora._typing import Params, PyTree
-from jlora.lora import AdaptedWeight
 from jlora.models.causal import CausalLM
 from jlora.models.layers import frozen_base
 from jlora.tree.paths import flatten
-from jlora.weight import as_dense
+from jlora.weight import as_dense, is_adapted
 
 
 def has_adapted_tie(model: CausalLM, params: Params) -> bool:
@@ -15,7 +14,7 @@ def has_adapted_tie(model: CausalLM, params: Params) -> bool:
 
     The head goes on using the original, as in PEFT, so merging makes two tensors of one: see `untie`.
     """
-    return model.config.tie_word_embeddings and isinstance(_embedding(model, params), AdaptedWeight)
+    return model.config.tie_word_embeddings and is_adapted(_embedding(model, params))
 
 
 def refuse_adapted_tie(model: CausalLM, params: Params) -> None:

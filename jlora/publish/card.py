@@ -15,11 +15,12 @@ import yaml
 from jlora._terminal import visible
 from jlora._typing import Json
 from jlora.data import is_hub_data
+from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
 from jlora.files.mlx import MLX
 from jlora.files.peft import PEFT
 from jlora.lora import LoraConfig
-from jlora.storage import Checkpoint, run_settings
+from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import TERMS, TOKENIZER
 from jlora.storage.history import read_history
 from jlora.storage.hub_id import is_hub_id
@@ -241,9 +242,9 @@ def _training(run: RunRecord, curve: bool) -> Iterator[str]:
 
 
 _SHOWN = (
-    "rank", "alpha", "dropout", "targets", "exclude", "layers_to_transform", "bias", "modules_to_save", "use_rslora", "use_dora",
-    "init", "quantize", "template", "max_length", "pack", "learning_rate", "warmup_fraction", "weight_decay", "max_grad_norm",
-    "batch_size", "accumulate", "epochs", "dtype", "seed",
+    "kind", "rank", "alpha", "dropout", "targets", "exclude", "layers_to_transform", "bias", "modules_to_save", "use_rslora",
+    "use_dora", "init", "quantize", "template", "max_length", "pack", "learning_rate", "warmup_fraction", "weight_decay",
+    "max_grad_norm", "batch_size", "accumulate", "epochs", "dtype", "seed",
 )  # fmt: skip
 
 
@@ -281,8 +282,7 @@ def _settings(publication: Publication) -> Iterator[str]:
     """Of an adapter without a run: what its own config says."""
     if publication.kind not in _ADAPTERS.values():
         return
-    config = LoraConfig.load(publication.root)
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = LoraConfig.load(publication.root).as_read()
     rows = ((n.replace("_", " "), _plain(v)) for n, v in fields.items() if v not in (None, (), {}, False, "none", 0.0))
     yield from ("## Adapter", "", *_table(("", ""), rows))
 

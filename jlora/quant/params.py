@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jlora._typing import AnyArray, Array, DTypeLike, Float, PyTree
 from jlora.quant.formats import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
-from jlora.tree.modules import ALL_LINEAR, HEADS, describe, linear_kernels, names_match, nearest, stated_roles
+from jlora.tree.modules import ALL_LINEAR, HEADS, Modules, describe, modules_of, names_match, nearest
 from jlora.tree.paths import flatten, is_weight, map_with_path
 from jlora.weight import materialize
 from jlora.weight.roles import check_roles
@@ -22,7 +22,7 @@ def quantize(
 
     Args:
         w: float32, bfloat16 or float16; quantized in float32.
-        spec: `NF4(…)`, `Int8(…)` or `Int4(…)`.
+        spec: `NF4(…)`, `Int8(…)`, `Int4(…)`, `Int4G128()` or `MXFP4()`.
         roles: what each trailing axis is for, for kernels that are not [*stack, in, out]: "ioo" for (d_model, heads,
             head_dim), "oi" for one that is stored transposed; leading axes it does not name are stack axes. The bytes
             are those of the kernel brought to [in, out], blocks along the in-axes.
@@ -43,7 +43,7 @@ def quantize(
         >>> float(dequantize(q)[0, 0])
         1.0
     """
-    if isinstance(w, QuantizedTensor):
+    if isinstance(w, QuantizedTensor):  # what this function makes: it must not be taken for an array
         raise TypeError(f"`quantize` takes a dense array; got {w!r}, which is quantized already.")
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -79,15 +79,13 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Float[Arra
     return materialize(q, dtype)
 
 
-def quantizable(
-    params: PyTree, targets: str | Sequence[str] = ALL_LINEAR, roles: Mapping[str, str] | None = None
-) -> set[str]:
-    """Leaf paths of the kernels that `targets` names, by the rules of `LoraConfig.targets`; `roles`: by leaf path.
+def quantizable(there: Modules, targets: str | Sequence[str] = ALL_LINEAR) -> set[str]:
+    """Leaf paths of the kernels that `targets` names, by the rules of `LoraConfig.targets`.
 
     Raises:
         ValueError: when a target matches no kernel, or the output head, which stays dense as in QLoRA and bitsandbytes.
     """
-    kernels = linear_kernels(params, roles)
+    kernels = there.kernels
     body = {module: path for module, path in kernels.items() if module.rpartition(".")[2] not in HEADS}
     if targets == ALL_LINEAR:
         names: list[str | tuple[str, ...]] = []
@@ -124,8 +122,8 @@ def quantize_params(
         ValueError: when a target or a pattern of `roles` matches no kernel, or a kernel is adapted or quantized already:
             quantize, then `add_lora`.
     """
-    stated = stated_roles(params, roles or {})
-    chosen = quantizable(params, targets, stated)
+    there = modules_of(params, roles)
+    chosen = quantizable(there, targets)
     wrapped = [path for path, leaf in flatten(params).items() if path in chosen and is_weight(leaf)]
     if wrapped:
         kind = type(flatten(params)[wrapped[0]]).__name__
@@ -135,6 +133,6 @@ def quantize_params(
         )
 
     def one(path, leaf):
-        return quantize(leaf, spec, roles=stated.get(path)) if path in chosen else leaf
+        return quantize(leaf, spec, roles=there.roles.get(path)) if path in chosen else leaf
 
     return map_with_path(one, params)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora._typing import Json, PyTree
-from jlora.lora import AdaptedWeight, LoraWeight, adapted_leaves, split
+from jlora.lora import AdaptedWeight, adapted_leaves
 from jlora.train import perplexity
 from jlora.tree.modules import module_path
 from jlora.tree.paths import count
@@ -22,13 +22,11 @@ _PLAIN_LINE_SECONDS = 10.0
 def trained_table(params: PyTree) -> Table:
     """What is trained, the layers of each folded into one row."""
     groups: dict[tuple[str, str, str], list[AdaptedWeight]] = {}
-    for path, weight in adapted_leaves(split(params)[0]).items():
+    for path, weight in jax.eval_shape(adapted_leaves, params).items():
         module = module_path(path) + (".bias" if path.endswith("/bias") else "")
         name = ".".join(part for part in module.split(".")[-2:] if not part.isdigit())
-        rank, shape = "whole", weight.lead.shape
-        if isinstance(weight, LoraWeight):
-            rank, shape = str(weight.rank), (weight.lora_A.shape[0], weight.lora_B.shape[1])
-        groups.setdefault((name, rank, " x ".join(map(str, shape))), []).append(weight)
+        rank = "whole" if weight.WHOLE else str(weight.settings.get("rank", ""))
+        groups.setdefault((name, rank, " x ".join(map(str, weight.shape))), []).append(weight)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("trained")
     for title in ("kernel", "layers", "rank", "parameters"):

@@ -12,11 +12,11 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._numbers import IGNORED
 from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Key, Params, PyTree
-from jlora.lora import RoutedWeight, adapter_names, linear, route, with_dropout
+from jlora.lora import adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.models.causal import capped
 from jlora.train.batch import Limits, check_form, check_numbers, model_arguments, soundness
-from jlora.weight import Weight
+from jlora.weight import Weight, is_weight
 
 LossFn: TypeAlias = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
@@ -84,7 +84,7 @@ class CausalLMLoss:
         # Without `mutable` it is an array, which Flax does not say.
         hidden: Array = model.apply({"params": params}, ids, head=False, **arguments)  # pyright: ignore
         weight, transpose = model.output_head(params)
-        if isinstance(weight, RoutedWeight) and weight.per_row:
+        if is_weight(weight) and weight.per_row:
             raise ValueError(
                 "The loss takes the tokens of all rows together, and cannot send them through a head that differs by row. Leave "
                 "`lm_head` out of the adapters' targets, or choose one adapter for the whole batch."

@@ -1,6 +1,7 @@
 """How much memory a training step will take, from shapes alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import optax
 from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
-from jlora.quant import QuantizedTensor, QuantSpec, quantize_params
+from jlora.quant import QuantSpec, quantize_params
 from jlora.train.loss import CHUNK, causal_lm_loss
 from jlora.tree.paths import flatten, layer_path, nbytes
+from jlora.weight import is_weight, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +126,17 @@ def _saved(model: Model, adapter: PyTree, base: PyTree, batch_size: int, length:
 
 def _unpacked(base: PyTree, dtype: DTypeLike) -> int:
     """Bytes of the two largest quantized kernels, unpacked."""
-    kernels = [
-        leaf.kernel_shape[0] * leaf.kernel_shape[1] * jnp.dtype(dtype).itemsize
-        for weight in flatten(base).values()
-        for leaf in (getattr(weight, "base", weight),)
-        if isinstance(leaf, QuantizedTensor)
-    ]
-    return sum(sorted(kernels)[-2:])
+    sizes = sorted(w.unpacked_size for w in flatten(base).values() if is_weight(w))
+    return sum(sizes[-2:]) * jnp.dtype(dtype).itemsize
 
 
 def _dense_stacks(base: PyTree) -> int:
     """Bytes of the dense kernels that lie in stacked layers."""
-    kernels = {path: getattr(weight, "base", weight) for path, weight in flatten(base).items()}
-    return sum(nbytes(w) for path, w in kernels.items() if layer_path(path, 0) and not isinstance(w, QuantizedTensor))
+    kernels = [origin(leaf) for path, leaf in flatten(base).items() if layer_path(path, 0)]
+    return sum(nbytes(kernel) for kernel in kernels if not is_weight(kernel))
 
 
-def planned(compiled: jax.stages.Compiled) -> int:
+def planned(compiled: Any) -> int:
     """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
     plan = compiled.memory_analysis()
     assert plan is not None  # every backend that jlora runs on makes one

@@ -1,13 +1,21 @@
-"""The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once."""
+"""The modules of a parameter tree, under the names of its checkpoint, and PEFT's rules for naming several at once.
 
+`modules_of` is the one view of a tree that all else is chosen from: each leaf under its per-layer path, whatever the form of the
+tree, and which of them are kernels and embeddings.
+"""
+
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import regex
 
 from jlora._typing import PyTree
 from jlora.tree.paths import flatten, layer_path, per_layer_paths, split_layer_path
+from jlora.weight import is_weight
 from jlora.weight.roles import check_roles
 
 ALL_LINEAR = "all-linear"
@@ -25,12 +33,57 @@ def module_path(path: str) -> str:
     return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
 
 
-def layer_paths(path: str, leaf: PyTree) -> list[str]:
-    """The per-layer paths that a leaf stands for: itself, or one for each layer of a stacked leaf."""
+class Row(NamedTuple):
+    """A leaf as the per-layer form has it: a leaf of the tree, or one layer of a stacked one."""
+
+    path: str
+    """"model/layers/3/mlp/up_proj/kernel"."""
+    stored: str
+    """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
+    index: int | None
+    """Of the layer, where the leaf is a stack of layers."""
+    leaf: Any
+    """As stored: all layers of a stack."""
+
+    @property
+    def module(self) -> str:
+        """ "model.layers.3.mlp.up_proj"."""
+        return module_path(self.path)
+
+    @property
+    def kind(self) -> str:
+        """What the leaf is to its module: "kernel", "embedding", "scale", "bias" in Flax's names."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def ndim(self) -> int:
+        """Axes of one layer's."""
+        return self.leaf.ndim - (self.index is not None)
+
+    @property
+    def value(self) -> Any:
+        """The layer's own."""
+        return self.leaf if self.index is None else jax.tree.map(lambda x: x[self.index], self.leaf)
+
+
+def rows_of(path: str, leaf: Any) -> list[Row]:
+    """The rows that one leaf stands for: itself, or one for each layer of a stacked leaf."""
+    shaped = leaf.lead if is_weight(leaf) else leaf
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
-    if layer_path(path, 0) is None or not is_array(leaf) or (path.endswith("/kernel") and leaf.ndim < 3):
-        return [path]
-    return per_layer_paths(path, leaf.shape[0])
+    if layer_path(path, 0) is None or not is_array(shaped) or (path.endswith("/kernel") and shaped.ndim < 3):
+        return [Row(path, path, None, leaf)]
+    return [Row(row, path, i, leaf) for i, row in enumerate(per_layer_paths(path, shaped.shape[0]))]
+
+
+def rows(tree: Any) -> list[Row]:
+    """The leaves of a tree as the per-layer form has them; halves of a `split` too."""
+    return [row for path, leaf in flatten(tree).items() for row in rows_of(path, leaf)]
+
+
+def layer_of(module: str) -> int | None:
+    """The layer number in a module path, by PEFT's rule."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return None if match is None else int(match[1])
 
 
 def is_array(leaf: PyTree) -> bool:
@@ -38,71 +91,89 @@ def is_array(leaf: PyTree) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def linear_kernels(params: PyTree, roles: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Module path -> leaf path in `params` of every linear kernel, one entry for each layer of a stacked kernel.
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """A tree seen once, by its modules. Of a stacked leaf, each layer is a module of its own."""
 
-    A kernel is a leaf called "kernel", or a leaf of a tree that uses none of Flax's leaf names, with two axes (three when stacked);
-    and every leaf whose axes are stated in `roles`, by leaf path.
-    """
-    found = {}
-    for path, leaf in _kernel_leaves(params, roles or {}).items():
-        paths = layer_paths(path, leaf)
-        if path in (roles or {}) or leaf.ndim == 2 + (paths != [path]):
-            found |= {module_path(p): path for p in paths}
-    return found
+    rows: tuple[Row, ...]
+    roles: Mapping[str, str]
+    """Leaf path -> what its trailing axes are for, where somebody has said so."""
+    kernels: Mapping[str, str]
+    """Module path -> leaf path of every linear kernel: a leaf called "kernel", or one of a tree that uses none of Flax's leaf
+    names, with two axes (three when stacked), and every leaf whose roles are stated."""
+    unclear: Mapping[str, str]
+    """The same of what would be kernels, but for axes that nobody has said the purpose of."""
+    embeddings: Mapping[str, str]
+    """The same of every embedding table."""
 
-
-def unclear_kernels(params: PyTree, roles: Mapping[str, str]) -> dict[str, str]:
-    """Module path -> leaf path of what would be a linear kernel, but for axes that nobody has said the purpose of."""
-    found = {}
-    for path, leaf in _kernel_leaves(params, roles).items():
-        paths = layer_paths(path, leaf)
-        if path not in roles and leaf.ndim > 2 + (paths != [path]):
-            found |= {module_path(p): path for p in paths}
-    return found
+    @property
+    def names(self) -> set[str]:
+        """Of all modules."""
+        return {row.module for row in self.rows}
 
 
-def _kernel_leaves(params: PyTree, roles: Mapping[str, str]) -> dict[str, PyTree]:
-    leaves = {path: leaf for path, leaf in flatten(params).items() if is_array(leaf)}
-    named = any(path.rpartition("/")[2] in _LEAF_NAMES for path in leaves)
-    return {
-        path: leaf for path, leaf in leaves.items() if not named or path in roles or path.rpartition("/")[2] == "kernel"
-    }
+def modules_of(tree: Any, patterns: Mapping[str, str] | None = None) -> Modules:
+    """The modules of a tree, or of a half that `split` made.
 
-
-def stated_roles(params: PyTree, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Leaf path -> roles of its trailing axes, from module patterns (those of `rank_pattern`; the first match wins).
+    Args:
+        patterns: module pattern (as in `LoraConfig.rank_pattern`; the first match wins) -> roles of the leaf's trailing axes.
 
     Raises:
-        ValueError: for roles that cannot be, do not fit a leaf's axes, or match no leaf.
+        ValueError: for roles that cannot be, do not fit a leaf's axes, match no leaf, or differ from those of a packed one.
     """
+    seen = tuple(rows(tree))
+    roles = _roles(seen, patterns or {})
+    arrays = [row for row in seen if is_array(row.leaf)]
+    named = any(row.kind in _LEAF_NAMES for row in arrays)
+    candidates = [row for row in arrays if not named or row.stored in roles or row.kind == "kernel"]
+    return Modules(
+        rows=seen,
+        roles=roles,
+        kernels={row.module: row.stored for row in candidates if row.stored in roles or row.ndim == 2},
+        unclear={row.module: row.stored for row in candidates if row.stored not in roles and row.ndim > 2},
+        embeddings={row.module: row.stored for row in arrays if is_embedding(row.path) and row.leaf.ndim == 2},
+    )
+
+
+def _roles(seen: Iterable[Row], patterns: Mapping[str, str]) -> dict[str, str]:
+    """Leaf path -> roles, where they are stated: by these patterns, or before by `quantize_params`."""
+    layers: dict[str, list[Row]] = {}
+    for row in seen:
+        if _may_be_kernel(row):
+            layers.setdefault(row.stored, []).append(row)
     stated, used = {}, set()
-    for path, leaf in flatten(params).items():
-        modules = [module_path(p) for p in layer_paths(path, leaf)] if _may_be_kernel(path, leaf) else []
-        pattern = next((p for p in patterns if any(pattern_matches(p, m) for m in modules)), None)
+    for path, of_leaf in layers.items():
+        pattern = next((p for p in patterns if any(pattern_matches(p, row.module) for row in of_leaf)), None)
         if pattern is None:
             continue
         used.add(pattern)
-        roles, stack = check_roles(patterns[pattern]), len(modules) > 1 or modules != [module_path(path)]
-        if leaf.ndim != len(roles) + stack:
+        roles, row = check_roles(patterns[pattern]), of_leaf[0]
+        if row.ndim != len(roles):
             raise ValueError(
-                f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {leaf.ndim - stack}"
-                f"{' besides the layers' * stack}: {tuple(leaf.shape)}. Give every axis one letter."
+                f"`roles` {roles!r} for {path!r} names {len(roles)} axes; the leaf has {row.ndim}"
+                f"{' besides the layers' * (row.index is not None)}: {tuple(row.leaf.shape)}. Give every axis one letter."
             )
         stated[path] = roles
     dead = sorted(set(patterns) - used)
     if dead:
-        names = [module_path(p) for p, leaf in flatten(params).items() if _may_be_kernel(p, leaf)]
+        names = [module_path(path) for path in layers]
         raise ValueError(
             f"`roles` {dead[0]!r} matches no leaf with two axes or more.{nearest(dead[0], names)} Those there are: "
             f"{describe(names)}."
         )
-    return stated
+    packed = {row.stored: row.leaf.packed_roles for row in seen if is_weight(row.leaf) and row.leaf.packed_roles}
+    for path in packed.keys() & stated.keys():
+        if stated[path].lstrip("b") != packed[path]:
+            raise ValueError(
+                f"`roles` {stated[path]!r} for {path!r} differ from {packed[path]!r}, under which it was quantized. State the "
+                "same, or leave it out: a quantized kernel knows its own."
+            )
+    return packed | stated
 
 
-def _may_be_kernel(path: str, leaf: PyTree) -> bool:
+def _may_be_kernel(row: Row) -> bool:
     """A module's name stands for its kernel; stacked, its bias and scale have two axes as well."""
-    return is_array(leaf) and leaf.ndim > 1 and path.rpartition("/")[2] not in ("bias", "scale")
+    return is_array(row.leaf) and row.leaf.ndim > 1 and row.kind not in ("bias", "scale")
 
 
 def pattern_matches(key: str, module: str) -> bool:
@@ -113,15 +184,6 @@ def pattern_matches(key: str, module: str) -> bool:
 def is_embedding(path: str) -> bool:
     """Whether the leaf is an embedding table [vocab, d_model]."""
     return path.rpartition("/")[2] == "embedding"
-
-
-def embedding_tables(params: PyTree) -> dict[str, str]:
-    """Module path -> leaf path of every embedding table."""
-    return {
-        module_path(path): path
-        for path, leaf in flatten(params).items()
-        if is_embedding(path) and is_array(leaf) and leaf.ndim == 2
-    }
 
 
 def names_match(names: str | Sequence[str], module: str) -> bool:
@@ -163,9 +225,9 @@ def describe(modules: Iterable[str]) -> str:
     """Module names for a message, layers folded: "self_attn.q_proj (layers 0-15), lm_head"."""
     groups: dict[str, list[int]] = {}
     for module in modules:
-        layer = split_layer_path(module.replace(".", "/"))
-        tail = module if layer is None else re.split(r"\.\d+\.", module, maxsplit=1)[-1]
-        groups.setdefault(tail, []).extend([] if layer is None else [layer[1]])
+        found = split_layer_path(module.replace(".", "/"))
+        tail = module if found is None else module.split(f".{found[1]}.", 1)[1]
+        groups.setdefault(tail, []).extend([] if found is None else [found[1]])
     shown = [name + (f" (layers {spans(layers)})" if layers else "") for name, layers in groups.items()]
     return (", ".join(shown[:24]) + (f" and {len(shown) - 24} more" if len(shown) > 24 else "")) or "none"
 

@@ -5,22 +5,19 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora._typing import DTypeLike, PyTree
-from jlora.weight import Weight
+from jlora.weight import is_weight as is_weight
 
 LAYER_CONTAINERS = ("layers", "h")
 """Names of the nodes whose children "0", "1", … are the layers, in Llama-like and GPT-2 checkpoints."""
 
 
-def is_weight(x: object) -> bool:
-    return isinstance(x, Weight)
-
-
-def path_string(key_path: Iterable[object]) -> str:
+def path_string(key_path: Iterable[Any]) -> str:
     """A JAX key path as "a/b/c"."""
     parts = []
     for entry in key_path:

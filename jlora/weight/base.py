@@ -1,17 +1,54 @@
 """`Weight`: what a stored weight can do, and the one product everything is made of.
 
 A dense weight is a plain `jax.Array`. Every other kind (a LoRA-adapted kernel, a quantized one) is a `Weight`: an
-immutable pytree node that knows how to multiply, to be looked up, and to become dense.
+immutable pytree node that knows how to multiply, to be looked up, and to become dense, and that answers whatever else is
+asked of a weight: nobody outside looks at its type.
 """
 
 import abc
 import functools
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora._typing import AnyArray, Array, DTypeLike
+from jlora._typing import AnyArray, Array, DTypeLike, Float, Key
+from jlora.weight.roles import LINEAR
+
+
+class Inseparable(TypeError):
+    """A weight is not known to be a frozen weight and low-rank updates of it; the message names its kind and says why."""
+
+    def __init__(self, weight: "Weight", reason: str):
+        super().__init__(f"a {type(weight).__name__}, which {reason},")
+        self.kind, self.reason = type(weight).__name__, reason
+
+
+class Update(NamedTuple):
+    """A low-rank update, `scaling * A @ B`; with a key, of what dropout leaves of the input."""
+
+    A: Float[Array, "..."]
+    """[*stack, *in, rank]"""
+    B: Float[Array, "..."]
+    """[*stack, rank, *out]"""
+    scaling: float
+    dropout: float = 0.0
+    key: Key[Array, "*stack"] | None = None
+
+
+class Parts(NamedTuple):
+    """A weight taken apart: `base` and the sum of the updates; with a magnitude, that with its columns at these norms."""
+
+    base: "Array | Weight | None"
+    """Dense or packed, with no parts of its own; None in a half that `split` made."""
+    updates: tuple[Update, ...] = ()
+    """Innermost first."""
+    roles: str = LINEAR
+    """What each of the trailing axes of the base is for."""
+    magnitude: Float[Array, "*stack d_out"] | None = None
+    base_norm: Float[Array, "*stack d_out"] | None = None
+    """Norms of the columns of the innermost base but for the last update."""
 
 
 class Weight(abc.ABC):
@@ -57,6 +94,48 @@ class Weight(abc.ABC):
     def size(self) -> int:
         """Number of parameters stored, the adapter's own included."""
 
+    # What else is asked of a weight. These are the answers of one that is frozen and known as a whole.
+
+    TRAINED: ClassVar[tuple[str, ...]] = ()
+    """The children that are trained. A kind that has some is adapted."""
+
+    @property
+    def packed_roles(self) -> str | None:
+        """What its axes are for, where it was packed under other roles than [in, out]."""
+        return None
+
+    @property
+    def lead(self) -> Any:
+        """What has the weight's number of axes, and the stack's in front, in either half that `split` makes too."""
+        return self
+
+    @property
+    def per_row(self) -> bool:
+        """Whether each row of a batch goes through parameters of its own."""
+        return False
+
+    @property
+    def unpacked_size(self) -> int:
+        """Elements of the dense kernel that a product by it unpacks for a while; 0: none."""
+        return 0
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of children that it should have and lacks, such as those that went to the other half in `split`."""
+        return ()
+
+    def origin(self) -> "Array | Weight":
+        """The weight as it was before it was adapted."""
+        return self
+
+    def parts(self) -> Parts:
+        """What it is the sum of.
+
+        Raises:
+            Inseparable: when it is no sum of a frozen weight and low-rank updates.
+        """
+        raise Inseparable(self, "does not say what it is the sum of (`parts`)")
+
     def __jax_array__(self, *args, **kwargs):  # NumPy passes `dtype` and `copy` to `__array__`
         raise TypeError(
             f"A `{type(self).__name__}` of shape {self.shape} was used as an array, which would form the dense weight. "
@@ -68,9 +147,35 @@ class Weight(abc.ABC):
     __array__ = __jax_array__
 
 
+def is_weight(x: object) -> bool:
+    """Whether a leaf is a `Weight`."""
+    # The one question that cannot be asked of the leaf itself: it may be an array.
+    return isinstance(x, Weight)
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether something in a leaf is trained and something else kept frozen beside it."""
+    return is_weight(x) and bool(x.TRAINED)
+
+
+def origin(w: Any) -> Any:
+    """The leaf as it was before it was adapted."""
+    return w.origin() if is_weight(w) else w
+
+
+def parts_of(w: Any, roles: str = LINEAR) -> Parts:
+    """`w.parts()`; a plain array, whose trailing axes have these roles, is its own only part."""
+    return w.parts() if is_weight(w) else Parts(w, roles=roles)
+
+
 def as_dense(w: Array | Weight, dtype: DTypeLike) -> Array:
     """The dense array that `w`, of any kind, stands for, in `dtype`."""
-    return w.dense(dtype) if isinstance(w, Weight) else w.astype(dtype)
+    return w.dense(dtype) if is_weight(w) else w.astype(dtype)
+
+
+def cast_to(w: Array | Weight, dtype: DTypeLike) -> Array | Weight:
+    """`w`, of any kind, standing for an array of another float dtype."""
+    return w.cast(dtype) if is_weight(w) else w.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -13,13 +13,12 @@ from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jlora._typing import PyTree
-from jlora.lora import AdaptedWeight
 from jlora.tree.paths import is_weight, path_string
-from jlora.weight import Weight
+from jlora.weight import is_adapted
 from jlora.wrapping.interpreter import Context, Recorder, policy_of
 from jlora.wrapping.liveness import needed
 from jlora.wrapping.report import RETURNED, UNUSED, Report, Use
-from jlora.wrapping.values import Value, check_kind, factored, is_value
+from jlora.wrapping.values import Value, factored, stays_factored
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -131,7 +130,7 @@ class Wrapped(Generic[P, R]):
         traced = [k for k, leaf in enumerate(leaves) if _is_traced(leaf)]
         paths = {k: _path(self._fn, key_path) for k, (key_path, leaf) in enumerate(found) if is_weight(leaf)}
         for k, path in paths.items():
-            check_kind(leaves[k], path)
+            stays_factored(leaves[k], path)
         shapes = {}
 
         def flat(*arrays):
@@ -161,7 +160,7 @@ class Wrapped(Generic[P, R]):
         returned = [traced_leaf for kind, traced_leaf in passed if kind == "argument" and traced_leaf in paths]
         uses += [Use(paths[k], "-", RETURNED, "-", "", 0) for k in returned]
         uses += self._unread(original.jaxpr, live, traced, leaves, paths, uses)
-        adapted = tuple(paths[k] for k in paths if isinstance(leaves[k], AdaptedWeight))
+        adapted = tuple(paths[k] for k in paths if is_adapted(leaves[k]))
         count = iter(range(len(jaxpr.jaxpr.outvars)))
         results = tuple((kind, k if kind == "argument" else next(count)) for kind, k in passed)
         report = Report(tuple(sorted(uses, key=lambda use: list(paths.values()).index(use.leaf))), adapted, named)
@@ -174,7 +173,7 @@ class Wrapped(Generic[P, R]):
         for k, is_read in zip(traced, read, strict=True):
             if k not in paths or paths[k] in seen:
                 continue
-            whole = is_read and not is_value(factored(leaves[k], paths[k]))
+            whole = is_read and not stays_factored(leaves[k], paths[k])
             rows.append(Use(paths[k], "-", "factored: a dense array" if whole else UNUSED, "-", "", 0))
         return rows
 
@@ -185,7 +184,7 @@ def _passed_on(jaxpr: Jaxpr, traced: list[int], leaves: list[Value]) -> tuple[tu
     found = []
     for var in jaxpr.outvars:
         number = None if isinstance(var, core.Literal) else numbers.get(var)
-        weight = number is not None and isinstance(leaves[number], Weight)
+        weight = number is not None and is_weight(leaves[number])
         found.append(("argument", number) if weight else ("value", -1))
     return tuple(found)
 

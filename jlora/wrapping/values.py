@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, DTypeLike
-from jlora.lora import FullWeight, LoraWeight
-from jlora.quant import NF4Tensor, QuantizedTensor
+from jlora.lora import LoraWeight
+from jlora.quant import QuantizedTensor
 from jlora.quant.matmul import not_before
-from jlora.weight import Weight, register_node
+from jlora.weight import Inseparable, Parts, Weight, is_weight, register_node
 from jlora.weight.roles import order, sizes
 from jlora.wrapping.sides import SideOp
 
@@ -153,23 +153,23 @@ class Factored:
 
     base: Array | Packed
     """[*stack, *ins, *outs]"""
-    factors: tuple[tuple[Array, Array], ...]
-    """A [*stack, *ins, rank] and B [*stack, rank, *outs]; innermost first: with PiSSA the residual's, then the trained."""
-    scale: Array | None
-    """A pending scalar factor, float32 [*stack or nothing]."""
-    key: Array | None
-    """Dropout key [*stack], of the last factors, as are the next two."""
-    magnitude: Array | None
-    base_norm: Array | None
-    scalings: tuple[float, ...]
     axes: tuple[int, ...]
     """Canonical axis of each axis that the program sees; -n for an axis of size n that the weight does not depend on."""
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     dtype: str
-    dropout: float
     paths: tuple[str, ...]
     """The leaves it was made from, several after stacking."""
+    factors: tuple[tuple[Array, Array], ...] = ()
+    """A [*stack, *ins, rank] and B [*stack, rank, *outs]; innermost first: with PiSSA the residual's, then the trained."""
+    scalings: tuple[float, ...] = ()
+    scale: Array | None = None
+    """A pending scalar factor, float32 [*stack or nothing]."""
+    dropout: float = 0.0
+    key: Array | None = None
+    """Dropout key [*stack], of the last factors, as are the next two."""
+    magnitude: Array | None = None
+    base_norm: Array | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -352,91 +352,77 @@ def weights_in(value: object) -> list[Factored]:
     return [value] if isinstance(value, Factored) else []
 
 
-def _from_quantized(q: QuantizedTensor, path: str) -> Factored:
-    if len(q.kernel_shape) == 1:
-        raise TypeError(f"`jlora.wrap` takes quantized kernels; {path!r} is a quantized vector of {q.kernel_shape[0]}.")
-    axes = q.axes or q.kernel_shape
-    ins, outs = sizes(q.roles, "i", axes), sizes(q.roles, "o", axes)
-    return Factored(
-        Packed(q.linear()),
-        (),
-        None,
-        None,
-        None,
-        None,
-        (),
-        _seen(len(q.stack), q.roles),
-        ins,
-        outs,
-        q.dtype.name,
-        0.0,
-        (path,),
-    )
-
-
-def _from_lora(w: LoraWeight, path: str) -> Factored:
-    roles = w.roles.lstrip("b")
-    if isinstance(w.base, LoraWeight | QuantizedTensor):
-        inner = factored(w.base, path)
-    else:
-        base = _check_base(w.base, path)
-        lead = base.ndim - len(roles)
-        ins, outs = (sizes(roles, role, base.shape) for role in "io")
-        stored = jnp.transpose(base, (*range(lead), *(lead + axis for axis in order(roles))))
-        seen = _seen(lead, roles)
-        inner = Factored(stored, (), None, None, None, None, (), seen, ins, outs, base.dtype.name, 0.0, (path,))
-    return inner.replace(
-        factors=(*inner.factors, (w.lora_A, w.lora_B)),
-        scalings=(*inner.scalings, w.scaling),
-        key=w.key if w.dropout else None,
-        dropout=w.dropout,
-        magnitude=w.magnitude,
-        base_norm=w.base_norm,
-    )
-
-
-def _check_base(base: Array | Weight, path: str) -> Array:
-    if isinstance(base, Weight):
-        raise TypeError(
-            f"`jlora.wrap` does not know how a {type(base).__name__} is used, the base of the `LoraWeight` at {path!r}. It knows "
-            "arrays, quantized kernels and PiSSA's residuals."
-        )
-    return base
-
-
 def _seen(lead: int, roles: str) -> tuple[int, ...]:
     """Canonical axis of each axis as stored."""
     places = {axis: k for k, axis in enumerate(order(roles))}
     return (*range(lead), *(lead + places[axis] for axis in range(len(roles))))
 
 
-KINDS = {
-    LoraWeight: _from_lora,
-    FullWeight: lambda w, path: w.dense(),
-    NF4Tensor: _from_quantized,
-    QuantizedTensor: _from_quantized,
-}
-"""What each kind of weight is to the interpreter; a `FullWeight` is the array that is trained. Other kinds are refused."""
+def stays_factored(w: Weight, path: str) -> bool:
+    """Whether a weight is more to the interpreter than the dense array that it stands for, as a leaf trained whole is not.
 
-
-def check_kind(w: Weight, path: str) -> None:
-    """Raises:
-    TypeError: for a kind of weight that is in no table here, and for the half of one that `split` made.
+    Raises:
+        TypeError: for a kind that does not say what it is the sum of, and for the half of a weight that `split` made.
     """
-    if any(getattr(w, name, 0) is None for name in ("base", "lora_A", "lora_B", "value")):
+    if w.absent:
         raise TypeError(
             f"{path!r} is one half of a {type(w).__name__}: the other went elsewhere in `split`. Pass "
             "`combine(adapter, base)` to the wrapped function."
         )
-    if type(w) not in KINDS:
+    found: list[Parts] = []
+    try:
+        jax.eval_shape(lambda w: found.append(w.parts()), w)  # it may hold shapes alone
+    except Inseparable as error:
+        place = "the weight" if error.kind == type(w).__name__ else f"the base of the `{type(w).__name__}`"
         raise TypeError(
-            f"`jlora.wrap` does not know how a {type(w).__name__} is used, the weight at {path!r}. It knows "
-            f"{', '.join(kind.__name__ for kind in KINDS)}; use this one through `jlora.linear` and `jlora.embed`, or make it "
-            "dense with `jlora.merge`."
-        )
+            f"`jlora.wrap` does not know how a {error.kind} is used, {place} at {path!r}: it {error.reason}. Use it through "
+            "`jlora.linear` and `jlora.embed`, or make it dense with `jlora.merge`."
+        ) from None
+    return bool(found[0].updates) or is_weight(found[0].base)
 
 
 def factored(w: Weight, path: str) -> Any:
     """What stands for an argument."""
-    check_kind(w, path)
-    return KINDS[type(w)](w, path)
+    parts = w.parts()
+    if not stays_factored(w, path):
+        return parts.base
+    value = _packed(parts, path) if is_weight(parts.base) else _dense(parts, path)
+    if not parts.updates:
+        return value
+    last = parts.updates[-1]
+    return value.replace(
+        factors=tuple((update.A, update.B) for update in parts.updates),
+        scalings=tuple(update.scaling for update in parts.updates),
+        dropout=last.dropout,
+        key=last.key,
+        magnitude=parts.magnitude,
+        base_norm=parts.base_norm,
+    )
+
+
+def _packed(parts: Parts, path: str) -> Factored:
+    q: Any = parts.base
+    if len(q.kernel_shape) == 1:
+        raise TypeError(f"`jlora.wrap` takes quantized kernels; {path!r} is a quantized vector of {q.kernel_shape[0]}.")
+    sides = q.axes or q.kernel_shape
+    return Factored(
+        base=Packed(q.linear()),
+        axes=_seen(len(q.stack), q.roles),
+        ins=sizes(q.roles, "i", sides),
+        outs=sizes(q.roles, "o", sides),
+        dtype=q.dtype.name,
+        paths=(path,),
+    )
+
+
+def _dense(parts: Parts, path: str) -> Factored:
+    base: Any = parts.base
+    roles, lead = parts.roles, base.ndim - len(parts.roles)
+    return Factored(
+        base=jnp.transpose(base, (*range(lead), *(lead + axis for axis in order(roles)))),
+        axes=_seen(lead, roles),
+        ins=sizes(roles, "i", base.shape),
+        outs=sizes(roles, "o", base.shape),
+        dtype=base.dtype.name,
+        paths=(path,),
+    )
