@@ -15,7 +15,9 @@ from trees import perturbed
 
 import jlora
 from jlora.models import FAMILIES, family_of, model_from_config, replace
-from jlora.models.layers import LayerKind, Rope, attention
+from jlora.models.attention import attention
+from jlora.models.context import LayerKind
+from jlora.models.rope import Rope
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

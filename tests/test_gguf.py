@@ -25,7 +25,7 @@ from jlora.files.gguf import tensor_name
 from jlora.files.ollama import ChatTemplate, modelfile
 from jlora.files.vocabulary import Vocabulary, pre_tokenizer_name
 from jlora.models import FAMILIES, abstract_params, family_of, model_from_config
-from jlora.models.layers import Llama3Scaling
+from jlora.models.rope import Llama3Scaling
 from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 from jlora.tree.paths import flatten
 

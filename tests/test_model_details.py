@@ -13,7 +13,7 @@ from oracles import LLAMA3_ROPE, VOCAB, make_torch_model, torch_logits
 
 import jlora
 from jlora.models import FAMILIES, abstract_params, model_from_config, replace
-from jlora.models.layers import Llama3Scaling, rope_angles, rope_frequencies
+from jlora.models.rope import Llama3Scaling, rope_angles, rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,7 +11,8 @@ from oracles import LLAMA3_ROPE, VOCAB, make_torch_model
 
 import jlora
 from jlora.models import abstract_params, model_from_config
-from jlora.models.layers import Llama3Scaling, attention_kernel, rope_frequencies
+from jlora.models.attention import attention_kernel
+from jlora.models.rope import Llama3Scaling, rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

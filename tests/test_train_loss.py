@@ -10,8 +10,8 @@ from jaxprs import walk
 
 from jlora.data import IGNORED
 from jlora.lora import LoraWeight, linear
+from jlora.models.attention import attention
 from jlora.models.gpt2 import gelu
-from jlora.models.layers import attention
 from jlora.train.loss import cross_entropy, next_tokens
 from jlora.weight import einsum
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jlora._typing import DTypeLike, Json, PyTree
 from jlora.models.causal import CausalLM as CausalLM
 from jlora.models.config import ModelConfig as ModelConfig
+from jlora.models.context import KVCache as KVCache
 from jlora.models.families import FAMILIES as FAMILIES
 from jlora.models.family import Family as Family
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
-from jlora.models.layers import KVCache as KVCache
 from jlora.models.llama import Llama as Llama
 from jlora.models.llama import LlamaConfig as LlamaConfig
 from jlora.models.tied import has_adapted_tie as has_adapted_tie

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int, Params, PyTree
 from jlora.lora import linear
 from jlora.models.config import ModelConfig
-from jlora.models.layers import Head, KVCache, Remat, frozen_base, make_context
+from jlora.models.context import KVCache, make_context
+from jlora.models.layers import Head, Remat, frozen_base
 
 
 class CausalLM(nn.Module):

@@ -9,8 +9,9 @@ from jlora.models.family import Family, GGUFLayout
 from jlora.models.gemma3 import LAYERS as GEMMA3_LAYERS
 from jlora.models.gemma3 import Gemma3, Gemma3Config, Gemma3Fields
 from jlora.models.gpt2 import GPT2, GPT2Config, GPT2Fields
-from jlora.models.layers import LinearScaling, Llama3Scaling, rope_frequencies
-from jlora.models.llama import NO_ROPE, SWITCHED, WINDOW, Llama, LlamaConfig, LlamaFields
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.llama_fields import NO_ROPE, SWITCHED, WINDOW, LlamaFields
+from jlora.models.rope import LinearScaling, Llama3Scaling, rope_frequencies
 
 
 def _gpt2_hyperparameters(config: GPT2Config) -> JsonObject:

@@ -12,20 +12,11 @@ import jax.numpy as jnp
 from jlora._typing import DTypeLike, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import ConfigReader
-from jlora.models.layers import Embed, KVCache, Remat, Rope, contexts_of, gelu, normed, run_layers, vector
-from jlora.models.llama import (
-    FULL,
-    MLP,
-    SLIDING,
-    LayerFields,
-    LlamaConfig,
-    LlamaFields,
-    SelfAttention,
-    each,
-    layers_of,
-    read_rope,
-    write_rope,
-)
+from jlora.models.context import KVCache, contexts_of
+from jlora.models.layers import Embed, Remat, gelu, normed, run_layers, vector
+from jlora.models.llama import FULL, MLP, SLIDING, LlamaConfig, SelfAttention, each
+from jlora.models.llama_fields import LayerFields, LlamaFields, layers_of, read_rope, write_rope
+from jlora.models.rope import Rope
 from jlora.storage.fields import shown
 
 

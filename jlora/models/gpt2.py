@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jlora._typing import DTypeLike, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import MAX_LAYERS, ConfigReader, ModelConfig
-from jlora.models.layers import Embed, KVCache, LayerNorm, Linear, Remat, attend, gelu, run_layers
+from jlora.models.context import KVCache, attend
+from jlora.models.layers import Embed, LayerNorm, Linear, Remat, gelu, run_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
