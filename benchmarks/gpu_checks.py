@@ -48,6 +48,7 @@ def _compute(smoke: bool) -> dict[str, np.ndarray]:
     from gpu_models import in_threads
 
     import jlora
+    from jlora.quant.scales import NestedAbsmax
     from jlora.train import causal_lm_loss
 
     found: dict[str, np.ndarray] = {}
@@ -58,16 +59,17 @@ def _compute(smoke: bool) -> dict[str, np.ndarray]:
         w = (rng.standard_normal(shape) * rng.choice([0.02, 1.0], (shape[0], 1))).astype(np.float32)
         q = jlora.quantize(jnp.asarray(w, dtype), jlora.NF4(double_quant=double))
         name = f"NF4{' double' if double else ''} of {dtype}"
-        for field in ("codes", "absmax", "nested_absmax", "nested_offset"):
-            if getattr(q, field) is not None:
-                found[f"{name}: {field}"] = np.asarray(getattr(q, field))
+        for path, stored in jax.tree_util.tree_leaves_with_path(q):
+            found[f"{name}: {jax.tree_util.keystr(path, simple=True, separator=' ')}"] = np.asarray(stored)
         if double:  # of the same bytes on both sides; quantizing may round a sum otherwise
             q = dataclasses.replace(
                 q,
                 codes=jnp.asarray(rng.integers(0, 256, q.codes.shape, np.uint8)),
-                absmax=jnp.asarray(rng.integers(0, 256, q.absmax.shape, np.uint8)),
-                nested_absmax=jnp.asarray(rng.uniform(0.1, 4.0, q.nested_absmax.shape).astype(np.float32)),
-                nested_offset=jnp.asarray(np.float32(0.7)),
+                scales=NestedAbsmax(
+                    blocks=jnp.asarray(rng.integers(0, 256, q.scales.blocks.shape, np.uint8)),
+                    nested=jnp.asarray(rng.uniform(0.1, 4.0, q.scales.nested.shape).astype(np.float32)),
+                    offset=jnp.asarray(np.float32(0.7)),
+                ),
             )
         for out in ("float32", "bfloat16"):
             found[f"{name}: values in {out}"] = np.asarray(jlora.dequantize(q, jnp.dtype(out)), np.float32)

@@ -26,7 +26,9 @@ import jlora
 from jlora.quant import quantize_rows
 
 SHORT = (("GPT-2", "c_fc"), ("Llama-3.2-1B", "down_proj"), ("Llama-3.1-8B", "q_proj"))
-SPECS = {"NF4-DQ": jlora.NF4(), "NF4": jlora.NF4(double_quant=False), "int8": jlora.Int8(), "int4": jlora.Int4()}
+SPECS = {"NF4-DQ": jlora.NF4(), "NF4": jlora.NF4(double_quant=False)} | {
+    name: spec() for name, spec in jlora.quant.SPECS.items() if name != "nf4"
+}
 OPERATIONS = ("quantize", "dequantize")
 PEER_FORMATS = {"NF4-DQ": True, "NF4": False}
 """Format -> bitsandbytes' `compress_statistics`."""

@@ -73,7 +73,8 @@ def candidates(w: jax.Array, rows: int) -> dict[str, Candidate]:
     for dtype, name in ((jnp.bfloat16, DENSE), (jnp.float32, "dense f32")):
         dense = w.astype(dtype)
         found[name] = Candidate(dense, lambda x, w: dense_matmul(x, w, transpose=False, out_dtype=x.dtype), dtype)
-    specs = {"NF4-DQ": jlora.NF4(), "NF4": jlora.NF4(double_quant=False), "int8": jlora.Int8()}
+    specs = {"NF4-DQ": jlora.NF4(), "NF4": jlora.NF4(double_quant=False)}
+    specs |= {name: spec() for name, spec in jlora.quant.SPECS.items() if name != "nf4"}
     chosen = implementation(rows, jax.default_backend())
     for label, spec in specs.items():
         q = jlora.quantize(w.astype(jnp.bfloat16), spec)

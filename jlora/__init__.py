@@ -35,8 +35,10 @@ from jlora.lora import unstack_adapters as unstack_adapters
 from jlora.lora import unstack_layers as unstack_layers
 from jlora.lora import with_dropout as with_dropout
 from jlora.models import untie as untie
+from jlora.quant import MXFP4 as MXFP4
 from jlora.quant import NF4 as NF4
 from jlora.quant import Int4 as Int4
+from jlora.quant import Int4G128 as Int4G128
 from jlora.quant import Int8 as Int8
 from jlora.quant import NF4Tensor as NF4Tensor
 from jlora.quant import QuantizedTensor as QuantizedTensor

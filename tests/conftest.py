@@ -24,7 +24,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
-import jaxtyping
 import pytest
 import tiny
 from command import run
@@ -42,17 +41,6 @@ def pytest_collection_modifyitems(items):
         if (few := item.get_closest_marker("few")) and seen[test] > few.args[0]:
             item.add_marker(pytest.mark.slow)
     items.sort(key=_is_quick)
-
-
-@pytest.fixture(autouse=True)
-def _annotations(request):
-    """In `untyped` tests they are not checked: what they forbid is handed over, to see our own refusal."""
-    if request.node.get_closest_marker("untyped") is None:
-        yield
-        return
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +107,9 @@ def pytest_runtest_setup(item):
         # Executables of both kinds round differently, so none may outlive the switch, one for each worker.
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
-    elif len(jax.devices()[0].client.live_executables()) > 3000:
+    elif (
+        len(jax.devices()[0].client.live_executables()) > 2000
+    ):  # each is some 15 mappings of memory, of which Linux gives 65530
         jax.clear_caches()
 
 

@@ -14,8 +14,8 @@ import transformers
 
 import jlora
 from jlora.files.hf import AdapterBeside
+from jlora.files.run_settings import FILE, RunSettings
 from jlora.storage.checkpoint_files import base_fingerprint
-from jlora.storage.run_settings import FILE, RunSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

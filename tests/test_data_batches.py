@@ -146,7 +146,6 @@ def test_packed_rows_supervise_what_the_rows_do():
     assert set(row.segment_ids.tolist()) == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.untyped
 def test_preview_needs_a_row():
     with pytest.raises(ValueError, match=r"`rows` must be >= 1; got 0"):
         preview(Rows(2), None, rows=0)

@@ -464,7 +464,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
 def test_a_learning_rate_that_breaks_the_model(run, tmp_path):
     """The loss of step 1 is that of the base; its evaluation shows what the step did, and that state is not kept."""
     config = dataclasses.replace(
-        run.config, output=tmp_path / "out", learning_rate=1e30, eval_every=1, checkpoint_every=1
+        run.config, output=str(tmp_path / "out"), learning_rate=1e30, eval_every=1, checkpoint_every=1
     )
     with pytest.raises(TrainingDiverged, match="Step 1 .*No checkpoint was saved.*lower --learning-rate"):
         jlora.finetune(config)

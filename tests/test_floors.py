@@ -24,7 +24,10 @@ GROUND = ["_start", "_terminal", "_typing", "weight", "tree", "_numbers"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 
-PUBLIC_JAX = {"jax", "jax.numpy", "jax.lax", "jax.extend", "jax.custom_derivatives", "jax.sharding", "jax.tree_util"}
+PUBLIC_JAX = {
+    "jax", "jax.numpy", "jax.lax", "jax.core", "jax.extend", "jax.extend.core", "jax.custom_derivatives", "jax.sharding",
+    "jax.tree_util", "jax.typing",
+}  # fmt: skip
 OUTSIDE = {"data": {"numpy", "datasets"}}
 """Room -> all that it imports besides jlora and the standard library: records are read and tokenized without jax."""
 LATE = {"data": {"datasets", "jlora.storage.jinja"}}

@@ -418,7 +418,10 @@ def _ends(single):
         (_set(pre_tokenizer=pre_tokenizers.Metaspace()), "'Metaspace'"),
         (_set(pre_tokenizer=split_by(r"\p{N}+")), "pre-tokenizer"),
         (_set(normalizer=normalizers.Lowercase()), "normalizer {'type': 'Lowercase'}"),
-        (_set(model=models.BPE(vocab={tiny.EOT: 0, "a": 1}, merges=[], byte_fallback=True)), "normalizer None; a token for every byte"),
+        (
+            _set(model=models.BPE(vocab={tiny.EOT: 0, "a": 1}, merges=[], byte_fallback=True)),
+            "a token for every byte",
+        ),
         (_set(model=models.WordLevel({tiny.EOT: 0, "a": 1}, unk_token="a")), "model 'WordLevel'"),
         (lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]), "'<x>' has `lstrip` set"),
         (lambda backend: backend.add_tokens([f"<{i}>" for i in range(200)]), f"the embedding has {ROWS} rows"),

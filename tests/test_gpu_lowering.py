@@ -122,7 +122,9 @@ def test_generation(nf4, stack, batch):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("spec", [jlora.NF4(), jlora.NF4(double_quant=False), jlora.Int8(), jlora.Int4()], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [jlora.NF4(double_quant=False), *(make() for make in jlora.quant.SPECS.values())], ids=repr
+)
 @pytest.mark.parametrize("way", ["reduce", "dequantize"])
 def test_quantized_products_and_their_gradient(way, spec, transpose):
     q = jax.eval_shape(lambda w: jlora.quantize(w, spec), of((128, 256)))

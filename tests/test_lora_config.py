@@ -72,14 +72,12 @@ def trees(tmp_path_factory):
         ),
     ],
 )
-@pytest.mark.untyped
 def test_a_field_out_of_range_names_the_rule_and_the_value(fields, parts):
     with pytest.raises(ValueError, match="LoraConfig is not usable") as error:
         LoraConfig(**fields)
     assert [part for part in parts if part not in str(error.value)] == []
 
 
-@pytest.mark.untyped
 def test_every_problem_is_in_one_error():
     with pytest.raises(ValueError) as error:
         LoraConfig(rank=0, alpha=-1, dropout=2.0, init="x", targets=())

@@ -34,6 +34,16 @@ class Rows8:
         return jax.tree.unflatten(jax.tree.structure(q), leaves)
 
 
+ROWS8 = packing.Packing(
+    name="rows of int8",
+    declared=lambda says: says.get("quant_method") == "rows8",
+    find=Rows8.find,
+    format=jlora.Int8,
+    tensors=lambda name, q: {name: np.asarray(q.codes), f"{name}.scale": np.asarray(q.absmax)},
+    declaration=lambda spec, dtype, skipped: {"quant_method": "rows8"},
+)
+
+
 @pytest.fixture
 def packed_dir(llama_dir, tmp_path):
     """The tiny Llama with its `mlp.up_proj` kernels in the layout of `Rows8`."""
@@ -47,13 +57,12 @@ def packed_dir(llama_dir, tmp_path):
     return tmp_path
 
 
-def test_a_packed_layout_is_one_row(packed_dir, llama_dir, monkeypatch):
+def test_a_packed_layout_is_one_row(packed_dir, llama_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"quantized \('rows8'\).*bitsandbytes' 4-bit NF4"):
         jlora.load(packed_dir, dtype=jnp.float32)
-    row = packing.Packing("rows of int8", lambda says: says.get("quant_method") == "rows8", Rows8.find)
-    monkeypatch.setattr(packing, "PACKINGS", (*packing.PACKINGS, row))
+    monkeypatch.setattr(packing, "PACKINGS", (*packing.PACKINGS, ROWS8))
     for stack in (False, True):
-        _, params = jlora.load(packed_dir, dtype=jnp.float32, stack=stack)
+        model, params = jlora.load(packed_dir, dtype=jnp.float32, stack=stack)
         _, dense = jlora.load(llama_dir, dtype=jnp.float32, stack=stack)
         ours, expected = flatten(params), flatten(dense)
         packed = [path for path, leaf in ours.items() if isinstance(leaf, jlora.QuantizedTensor)]
@@ -62,13 +71,17 @@ def test_a_packed_layout_is_one_row(packed_dir, llama_dir, monkeypatch):
             wanted = jlora.dequantize(jlora.quantize(leaf, Rows8.spec)) if path in packed else leaf
             got = jlora.dequantize(ours[path]) if path in packed else ours[path]
             np.testing.assert_array_equal(got, wanted)
+        jlora.save_quantized(tmp_path / f"again {stack}", model, params)
+        _, back = jlora.load(tmp_path / f"again {stack}", dtype=jnp.float32, stack=stack)
+        assert jax.tree.structure(back) == jax.tree.structure(params)
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"quantized already, as Int8.*cannot be loaded as NF4"):
         jlora.load(packed_dir, quantize=jlora.NF4())
 
 
 def test_what_a_packed_layout_lacks_is_named(packed_dir, monkeypatch):
-    row = packing.Packing("rows of int8", lambda says: True, Rows8.find)
-    monkeypatch.setattr(packing, "PACKINGS", (row,))
+    monkeypatch.setattr(packing, "PACKINGS", (ROWS8,))
     tensors = load_file(packed_dir / "model.safetensors")
     name = next(name for name in tensors if name.endswith("up_proj.weight"))
     tensors[f"{name}.scale"] = tensors[f"{name}.scale"].astype(np.float16)

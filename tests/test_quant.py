@@ -1,5 +1,6 @@
 """Quantized weights against bitsandbytes (CPU), and as values in jit, grad, vmap and scan."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -14,10 +15,9 @@ import pytest
 import torch
 
 import jlora
-from jlora.quant import formats
+from jlora.quant import SPECS
+from jlora.quant import codes as tables
 from jlora.quant.matmul import IMPLEMENTATIONS, quantized_matmul
-
-SPECS = {"nf4": jlora.NF4, "int8": jlora.Int8, "int4": jlora.Int4}
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -54,7 +54,7 @@ WEIGHTS = {  # [out, in], as PyTorch and bitsandbytes have them
     "odd count": draw(3, 7),
     "one element": draw(1, 1),
     "exact thresholds": np.tile(
-        np.concatenate([(formats.NF4_CODE[1:] + formats.NF4_CODE[:-1]) / np.float32(2), np.ones(1, np.float32)]), (8, 4)
+        np.concatenate([(tables.NF4_CODE[1:] + tables.NF4_CODE[:-1]) / np.float32(2), np.ones(1, np.float32)]), (8, 4)
     ),
     "golden": golden(32, 128),
 }
@@ -114,28 +114,29 @@ def test_double_quantization_is_bitsandbytes(name, dtype):
     q = quantize_rows(w.astype(jnp.dtype(dtype)), jlora.NF4())
     np.testing.assert_array_equal(np.asarray(q.codes).reshape(-1), packed.numpy().reshape(-1))
     codes, theirs = np.asarray(q.absmax, np.int32).reshape(-1), state.absmax.numpy().astype(np.int32)
-    if float(q.nested_absmax.max()) > 1e-6 * float(q.nested_offset):  # else all codes stand for the mean
+    if float(q.scales.nested.max()) > 1e-6 * float(q.scales.offset):  # else all codes stand for the mean
         assert np.abs(codes - theirs).max() <= 1
         assert (codes != theirs).sum() <= max(1, 0.005 * codes.size)
-    np.testing.assert_allclose(np.asarray(q.nested_absmax), state.state2.absmax.numpy(), rtol=1e-5, atol=1e-6)
-    assert abs(float(q.nested_offset) - float(state.offset)) <= 1e-6 * max(1, abs(float(state.offset)))
+    np.testing.assert_allclose(np.asarray(q.scales.nested), state.state2.absmax.numpy(), rtol=1e-5, atol=1e-6)
+    assert abs(float(q.scales.offset) - float(state.offset)) <= 1e-6 * max(1, abs(float(state.offset)))
 
 
 def bitsandbytes_tensor(w, dtype=torch.float32, block_size=64, **kwargs):
     """(bitsandbytes' packed weight and state, the same bytes as an NF4Tensor)."""
     packed, state = bnb_quantize(w, dtype=dtype, block_size=block_size, **kwargs)
     q = quantize_rows(w, jlora.NF4(block_size=block_size, double_quant=state.nested))
+    nested = {}
+    if state.nested:
+        nested = {"nested": jnp.asarray(state.state2.absmax.numpy()), "offset": jnp.float32(state.offset.item())}
     return (
         packed,
         state,
-        type(q)(
+        dataclasses.replace(
+            q,
             codes=jnp.asarray(packed.numpy()).reshape(q.codes.shape),
-            absmax=jnp.asarray(state.absmax.numpy()).reshape(q.absmax.shape),
-            nested_absmax=jnp.asarray(state.state2.absmax.numpy()) if state.nested else None,
-            nested_offset=jnp.float32(state.offset.item()) if state.nested else None,
-            kernel_shape=q.kernel_shape,
-            format_name="nf4",
-            block_size=block_size,
+            scales=dataclasses.replace(
+                q.scales, blocks=jnp.asarray(state.absmax.numpy()).reshape(q.absmax.shape), **nested
+            ),
             logical_dtype=str(dtype).removeprefix("torch."),
         ),
     )
@@ -185,13 +186,13 @@ def test_golden_vectors(shape, bytes_, absmax, dense, nested):
     codes, scale, offset = nested
     q = quantize_rows(golden(*shape), jlora.NF4())
     assert np.asarray(q.absmax).reshape(-1)[: len(codes)].tolist() == codes
-    np.testing.assert_allclose([float(q.nested_absmax[0]), float(q.nested_offset)], [scale, offset], rtol=1e-7)
+    np.testing.assert_allclose([float(q.scales.nested[0]), float(q.scales.offset)], [scale, offset], rtol=1e-7)
 
 
 def test_code_tables_are_bitsandbytes():
-    np.testing.assert_array_equal(formats.NF4_CODE, bnb.get_4bit_type("nf4", device="cpu").numpy())
-    np.testing.assert_array_equal(formats.DYNAMIC_CODE, bnb.create_dynamic_map().numpy())
-    assert hashlib.sha256(formats.DYNAMIC_CODE.astype("<f4").tobytes()).hexdigest().startswith("e732639a65f497b4")
+    np.testing.assert_array_equal(tables.NF4_CODE, bnb.get_4bit_type("nf4", device="cpu").numpy())
+    np.testing.assert_array_equal(tables.DYNAMIC_CODE, bnb.create_dynamic_map().numpy())
+    assert hashlib.sha256(tables.DYNAMIC_CODE.astype("<f4").tobytes()).hexdigest().startswith("e732639a65f497b4")
 
 
 def test_nf4_code_is_the_papers_quantiles():
@@ -202,15 +203,13 @@ def test_nf4_code_is_the_papers_quantiles():
     positive = [NormalDist().inv_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
     negative = [-NormalDist().inv_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
     code = np.sort(np.array([*positive, *negative, 0.0]))
-    np.testing.assert_allclose(code / code.max(), formats.NF4_CODE, atol=1e-6)
+    np.testing.assert_allclose(code / code.max(), tables.NF4_CODE, atol=1e-6)
 
 
 def test_every_way_to_decode_is_the_table():
     codes = np.arange(256, dtype=np.uint8) % 16
-    for decode in (formats.look_up, formats.choose_by_bits):
-        np.testing.assert_array_equal(
-            jax.jit(lambda c, d=decode: d(formats.NF4_CODE, c))(codes), formats.NF4_CODE[codes]
-        )
+    for decode in (tables.look_up, tables.choose_by_bits):
+        np.testing.assert_array_equal(jax.jit(lambda c, d=decode: d(tables.NF4_CODE, c))(codes), tables.NF4_CODE[codes])
 
 
 def test_error_on_a_normal_weight():
@@ -228,6 +227,8 @@ def test_error_on_a_normal_weight():
         (jlora.Int8(), 8.5),
         (jlora.Int4(), 4.5),
         (jlora.Int8(double_quant=True), 8.127),
+        (jlora.Int4G128(), 4.125),
+        (jlora.MXFP4(), 4.25),
     ],
 )
 def test_bits_per_parameter(spec, bits):
@@ -238,27 +239,31 @@ def test_bits_per_parameter(spec, bits):
 
 # ---- every format ----------------------------------------------------------------------------------------------------
 
+SETTINGS = [
+    (name, double)
+    for name, spec in SPECS.items()
+    for double in ((False, True) if hasattr(spec, "double_quant") else (None,))
+]
 SHAPES = [(64,), (100,), (128, 96), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8), (2, 50, 6)]
 
 
 @pytest.mark.few(6)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "double_quant"), SETTINGS)
 def test_round_trip(name, double_quant, shape):
     w = draw(*shape)
-    spec = SPECS[name](double_quant=double_quant)
+    spec = SPECS[name](**({} if double_quant is None else {"double_quant": double_quant}))
     q = jlora.quantize(w, spec)
     assert (q.shape, q.ndim, q.dtype, q.size) == (shape, len(shape), jnp.float32, w.size)
     assert isinstance(q, jlora.NF4Tensor) == (name == "nf4")
     dense = jlora.dequantize(q)
     assert dense.shape == shape and dense.dtype == jnp.float32
     # Half the widest gap between two codes, of the block's absmax, which is at most the weight's; more for its own coding.
-    gap = {"nf4": 0.152, "int8": 0.5 / 127, "int4": 0.5 / 7}[name]
+    gap = {"nf4": 0.152, "int8": 0.5 / 127, "int4": 0.5 / 7, "int4-g128": 0.503 / 7.5, "mxfp4": 0.25}[name]
     assert np.abs(dense - w).max() <= (gap + 0.05 * double_quant) * np.abs(w).max()
     assert jlora.dequantize(q, jnp.bfloat16).dtype == jnp.bfloat16
     again = jlora.quantize(dense, spec)
-    if not double_quant:
+    if not double_quant and name != "int4-g128":  # whose largest code is not its absmax
         np.testing.assert_array_equal(again.codes, q.codes)
     layers = jax.tree.leaves(jax.jit(lambda w: jlora.quantize(w, spec))(w))
     for a, b in zip(layers, jax.tree.leaves(q), strict=True):
@@ -371,9 +376,10 @@ def test_repr_and_casting():
         ),
         (lambda: jlora.NF4(block_size=48), ValueError, "block_size.*48"),
         (lambda: jlora.Int8(block_size=64.0), ValueError, "block_size"),
+        (lambda: jlora.MXFP4(block_size=64), ValueError, "block_size` of MXFP4 must be 32; got 64"),
+        (lambda: jlora.Int4G128(block_size=64), ValueError, "block_size` of Int4G128 must be 128; got 64"),
     ],
 )
-@pytest.mark.untyped
 def test_refusals(make, error, words):
     with pytest.raises(error, match=words):
         make()

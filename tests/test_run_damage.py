@@ -15,10 +15,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import jlora
+from jlora.files.run_settings import FILE
 from jlora.runs import Stopped, TrainingDiverged, job, loop, outcome
 from jlora.runs.run import Run
 from jlora.storage.lock import InUse, only_writer
-from jlora.storage.run_settings import FILE
 from jlora.storage.whole import NoSpace
 from jlora.train import checkpoints
 

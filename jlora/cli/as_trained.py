@@ -9,8 +9,8 @@ from jlora._terminal import console, say
 from jlora._typing import Json, JsonObject
 from jlora.files import find
 from jlora.files.adapters import adapter_directories, open_adapter
+from jlora.files.run_settings import FILE, RunSettings
 from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
-from jlora.storage.run_settings import FILE, RunSettings
 
 Options = TypeVar("Options")
 

@@ -21,9 +21,9 @@ from jlora.data.tokens import fingerprint
 from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
 from jlora.files.hf import AdapterBeside, add_stops
 from jlora.files.origin import Origin
+from jlora.files.run_settings import RunSettings
 from jlora.models import Model, has_adapted_tie, untie
-from jlora.quant import SPECS
-from jlora.storage.run_settings import RunSettings
+from jlora.quant import SPECS, FormatName
 
 Split = Literal["validation", "train", "all"]
 
@@ -36,7 +36,7 @@ class Weights:
     """Hugging Face directory or hub id; default: the base that --adapter names."""
     adapter: str | None = None
     """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's. (`jlora generate`: or of several of them.)"""
-    quantize: Literal["none", "nf4", "int8", "int4"] | None = None
+    quantize: Literal["none"] | FormatName | None = None
     """Pack the base's linear kernels; default: as the adapter's run did, otherwise none."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""

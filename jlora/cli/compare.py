@@ -12,8 +12,8 @@ from jlora.cli.as_trained import as_trained
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import eval_batches
+from jlora.files.run_settings import RunSettings
 from jlora.report import compare, print_comparison
-from jlora.storage.run_settings import RunSettings
 from jlora.storage.whole import check_writable, whole_files, write_text
 
 

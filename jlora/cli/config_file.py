@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,7 @@ def _scalars(hint: object) -> set[type]:
 
 
 def _is_sequence(hint: object) -> bool:
-    return typing.get_origin(hint) in (tuple, list) or any(map(_is_sequence, typing.get_args(hint)))
+    return typing.get_origin(hint) in (tuple, list, Sequence) or any(map(_is_sequence, typing.get_args(hint)))
 
 
 def positional(options: type) -> set[str]:

@@ -18,11 +18,11 @@ from jlora.data import preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
 from jlora.files.adapters import adapter_directories, open_adapter, update_tensors
 from jlora.files.peft import PEFT, PREFIX, to_peft
+from jlora.files.run_settings import RunSettings
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.storage import Checkpoint
-from jlora.storage.run_settings import RunSettings
 from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten
 

@@ -14,7 +14,7 @@ from jlora.data import row_length
 from jlora.files import find, read_config
 from jlora.lora import split
 from jlora.models import model_from_config
-from jlora.quant import SPECS
+from jlora.quant import SPECS, FormatName
 from jlora.runs import FinetuneConfig
 from jlora.runs.flags import AdapterFlags
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
@@ -48,7 +48,7 @@ class Memory(AdapterFlags, Subject):
     """Micro-batches in a step."""
     max_length: int | None = None
     """Tokens in a row; default: as `jlora finetune`."""
-    quantize: Literal["nf4", "int8", "int4"] | None = None
+    quantize: FormatName | None = FinetuneConfig.quantize
     """Pack the frozen linear kernels."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass."""

@@ -12,13 +12,13 @@ from tyro.conf import Positional, arg
 
 from jlora._terminal import console, say
 from jlora.data import is_hub_data
+from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
+from jlora.files.run_settings import RunSettings
 from jlora.publish.card import CARD, CURVE, Publication, model_card, read_publication, refuse_links
 from jlora.publish.hub import push_files
 from jlora.report import plot_history
-from jlora.storage import run_settings
 from jlora.storage.hub_id import check_name, is_hub_id
-from jlora.storage.run_settings import RunSettings
 from jlora.storage.whole import Content, size_of
 
 Extra = Literal["metrics", "config", "checkpoints"]

@@ -9,18 +9,21 @@ from jlora._terminal import console, say
 from jlora.files import load, save_quantized
 from jlora.files.hf_save import refuse_checkpoint
 from jlora.files.origin import Origin
-from jlora.quant import NF4
+from jlora.files.packing import writable, writable_said
+from jlora.quant import NF4, FormatName
 from jlora.tree.paths import count, nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Write a 4-bit NF4 checkpoint in bitsandbytes' format, which transformers and jlora load."""
+    """Write a checkpoint that is packed: in 4-bit NF4, bitsandbytes' format, which transformers and jlora load."""
 
     model: str
     """Hugging Face directory or hub id of a dense checkpoint."""
     output: str
     """Directory to write; it must not hold weights yet."""
+    format: FormatName = "nf4"
+    """Of the kernels. Checkpoints hold nf4; any model is packed in the others as it is loaded (--quantize of other commands)."""
     block_size: int = NF4.block_size
     """Elements that share one scale: 32 to 4096."""
     double_quant: bool = NF4.double_quant
@@ -30,7 +33,14 @@ class Quantize:
 
 
 def run(options: Quantize) -> None:
-    spec = NF4(block_size=options.block_size, double_quant=options.double_quant)
+    held = writable()
+    if options.format not in held:
+        raise ValueError(
+            f"Checkpoints hold {writable_said()}, not {options.format!r}. Leave the checkpoint dense and give commands that load "
+            f"it --quantize {options.format}."
+        )
+    kind = held[options.format].format
+    spec = kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
     refuse_checkpoint(options.output)
     origin = Origin.read(options.model)
     dtype = origin.dtype if options.dtype == "auto" else jnp.dtype(options.dtype)

@@ -12,8 +12,9 @@ import numpy as np
 
 from jlora._typing import Json, JsonObject
 from jlora.quant import NF4, NF4Tensor
-from jlora.quant.blockwise import NESTED_BLOCK
-from jlora.quant.formats import BLOCK_SIZES, DYNAMIC_CODE, NF4_CODE
+from jlora.quant.codes import DYNAMIC_CODE, NF4_CODE
+from jlora.quant.formats import BLOCK_SIZES
+from jlora.quant.scales import NESTED_BLOCK, Absmax, NestedAbsmax
 from jlora.quant.tensor import keeps_rows
 from jlora.storage import Checkpoint
 from jlora.storage.fields import Kind, check_fields, integer, is_number, list_of, one_of, shown
@@ -111,17 +112,13 @@ class QuantState:
                 )
         kernel_shape = self.shape[::-1]
         rows = (self.shape[0], -1) if keeps_rows(kernel_shape, self.spec.block_size) else (-1,)
-        nested = self.spec.double_quant
-        return NF4Tensor(
-            codes=jnp.array(checkpoint.read(name).view(np.uint8).reshape(rows)),
-            absmax=jnp.array(checkpoint.read(f"{name}.absmax").reshape(rows)),
-            nested_absmax=jnp.array(checkpoint.read(f"{name}.nested_absmax")) if nested else None,
-            nested_offset=jnp.float32(self.nested_offset) if nested else None,
-            kernel_shape=kernel_shape,
-            format_name="nf4",
-            block_size=self.spec.block_size,
-            logical_dtype=self.dtype,
-        )
+        blocks = jnp.array(checkpoint.read(f"{name}.absmax").reshape(rows))
+        scales = Absmax(blocks)
+        if self.nested_offset is not None:
+            nested = jnp.array(checkpoint.read(f"{name}.nested_absmax"))
+            scales = NestedAbsmax(blocks, nested, jnp.float32(self.nested_offset))
+        codes = jnp.array(checkpoint.read(name).view(np.uint8).reshape(rows))
+        return NF4Tensor(codes, scales, kernel_shape, self.spec, self.dtype)
 
 
 def _state_fields(checkpoint: Checkpoint, tensor: str, where: str) -> Mapping[str, Json]:
@@ -149,12 +146,12 @@ def to_tensors(name: str, q: NF4Tensor) -> dict[str, np.ndarray]:
     }
     tensors = {
         name: np.asarray(q.codes).reshape(-1, 1),
-        f"{name}.absmax": np.asarray(q.absmax).reshape(-1),
+        f"{name}.absmax": np.asarray(q.scales.blocks).reshape(-1),
         f"{name}.quant_map": NF4_CODE,
     }
-    if q.nested_offset is not None:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.nested_offset)}
-        tensors |= {f"{name}.nested_absmax": np.asarray(q.nested_absmax), f"{name}.nested_quant_map": DYNAMIC_CODE}
+    if isinstance(q.scales, NestedAbsmax):
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.scales.offset)}
+        tensors |= {f"{name}.nested_absmax": np.asarray(q.scales.nested), f"{name}.nested_quant_map": DYNAMIC_CODE}
     tensors[f"{name}{STATE_SUFFIX}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return tensors
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._typing import DTypeLike, Json, Params, PretrainedTokenizer, PyTree
-from jlora.files.bnb import quantization_config, to_tensors
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
+from jlora.files.packing import Packing, writable, writable_said
 from jlora.lora import merge
 from jlora.models import Model, family_of, refuse_adapted_tie
-from jlora.quant import NF4, NF4Tensor
+from jlora.quant import QuantizedTensor, QuantSpec
 from jlora.storage import save_sharded
 from jlora.storage.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
 from jlora.storage.stops import GENERATION_CONFIG, stop_ids, token_ids, with_stops
@@ -100,17 +100,18 @@ def save_quantized(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """A 4-bit checkpoint in bitsandbytes' format, which transformers loads; the packed bytes are written as they are.
+    """A checkpoint whose kernels stay packed (NF4: bitsandbytes' format, which transformers loads); the bytes are written as
+    they are.
 
     Args:
-        params: with NF4 kernels, from `load(…, quantize=NF4())` or `quantize_params`.
+        params: with kernels in one format of `PACKINGS`, NF4, from `load(…, quantize=NF4())` or `quantize_params`.
         tokenizer, base: as in `save_pretrained`.
         dtype: of the weights that stay dense, and to which the others decode; None: as in `save_pretrained`.
 
     Raises:
         FileExistsError: when the directory holds weights already, or a file that would be overwritten.
-        ValueError: when nothing is quantized to NF4, or kernels are adapted or quantized in other ways: `merge` and
-            quantize again, or save the adapter beside the quantized base.
+        ValueError: when nothing is quantized, kernels are adapted or quantized in several ways (`merge` and quantize again, or
+            save the adapter beside the quantized base), or no checkpoint holds the format.
     """
     directory = Path(directory)
     refuse_checkpoint(directory)
@@ -118,16 +119,20 @@ def save_quantized(
     as_loaded = next(leaf.dtype for leaf in flatten(params).values() if not is_weight(leaf))
     chosen = jnp.dtype(dtype) if dtype is not None else origin.dtype if origin is not None else as_loaded
     tensors: dict[str, np.ndarray] = {}
-    packed: dict[str, NF4Tensor] = {}
+    packings: dict[str, tuple[Packing, QuantSpec]] = {}
     dense = []
     for path, leaf in layer_rows(model, params):
-        if isinstance(leaf, NF4Tensor):  # the kind whose bytes are bitsandbytes' own
-            packed[path] = leaf
+        packing = writable().get(leaf.spec.name) if isinstance(leaf, QuantizedTensor) else None
+        if packing is not None:
+            packings.setdefault(packing.name, (packing, leaf.spec))
             decoded = str(chosen) if dtype is not None or origin is not None else leaf.logical_dtype
-            tensors |= to_tensors(hf_name(path), dataclasses.replace(leaf, logical_dtype=decoded))
+            tensors |= packing.tensors(hf_name(path), dataclasses.replace(leaf, logical_dtype=decoded))
         elif is_weight(leaf):
+            kind = (
+                f"{leaf.spec.name} {type(leaf).__name__}" if isinstance(leaf, QuantizedTensor) else type(leaf).__name__
+            )
             raise ValueError(
-                f"`save_quantized` writes NF4 and dense weights; {path!r} is a {type(leaf).__name__}. Save an adapter with "
+                f"`save_quantized` writes dense weights and {writable_said()}; {path!r} is a {kind}. Save an adapter with "
                 "`save_adapter`, or `merge` it into dense weights (`save_pretrained`)."
             )
         else:
@@ -136,16 +141,20 @@ def save_quantized(
                 chosen if dtype is not None or origin is not None else leaf.dtype, copy=False
             )
             tensors[hf_name(path)] = array.T if is_transposed(path, model) else array
-    if not packed:
+    if not packings:
+        formats = " or ".join(packing.format.__name__ for packing in writable().values())
         raise ValueError(
-            "`save_quantized` found no NF4 weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`."
+            f"`save_quantized` found no {formats} weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`."
         )
-    example = next(iter(packed.values()))
-    spec = NF4(block_size=example.block_size, double_quant=example.double_quant)
+    if len(packings) > 1:
+        raise ValueError(
+            f"A checkpoint is packed in one way; these kernels are in {' and in '.join(packings)}. Quantize all of them alike."
+        )
+    ((packing, spec),) = packings.values()
     # transformers leaves the head dense by itself, but a list of other modules replaces that rule.
     skipped = [hf_name(path).removesuffix(".weight") for path in dense]
     only_head = not any(split_layer_path(path) for path in dense)
-    said = quantization_config(spec, str(chosen), [] if only_head else sorted({*skipped, "lm_head"}))
+    said = packing.declaration(spec, str(chosen), [] if only_head else sorted({*skipped, "lm_head"}))
     files = _companions(model, origin, tokenizer, str(chosen), quantization=said)
     _write(directory, tensors, files, tokenizer, max_shard_bytes)
 

@@ -1,15 +1,16 @@
-"""How the checkpoints that are read store one weight: as floats, or packed; a row of `PACKINGS` each."""
+"""How checkpoints store one weight: as floats, or packed; a row of `PACKINGS` each."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._typing import Array, DTypeLike, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
-from jlora.quant import QuantizedTensor, QuantSpec
+from jlora.quant import NF4, QuantizedTensor, QuantSpec
 from jlora.storage import Checkpoint
 from jlora.storage.fields import shown
 
@@ -50,9 +51,34 @@ class Packing(NamedTuple):
     find: Callable[[Checkpoint, str], PackedWeight | None]
     """Of the kernel called so; None: it is not packed this way. Raises a ValueError for what is packed in a near way that is
     not read."""
+    format: type[QuantSpec]
+    """What it holds."""
+    tensors: Callable[..., dict[str, np.ndarray]]
+    """All that is stored for a kernel, by its name and the `QuantizedTensor` [in, out]."""
+    declaration: Callable[..., Mapping[str, Json]]
+    """The `quantization_config` that says so: of the spec, the dtype of what is dense, and the modules that are not packed."""
 
 
-PACKINGS: tuple[Packing, ...] = (Packing("bitsandbytes' 4-bit NF4", bnb.is_declared, bnb.QuantState.of),)
+PACKINGS: tuple[Packing, ...] = (
+    Packing(
+        name="bitsandbytes' 4-bit NF4",
+        declared=bnb.is_declared,
+        find=bnb.QuantState.of,
+        format=NF4,
+        tensors=bnb.to_tensors,
+        declaration=bnb.quantization_config,
+    ),
+)
+
+
+def writable() -> dict[str, Packing]:
+    """Name of a format -> the packing in which a checkpoint can hold it."""
+    return {packing.format.name: packing for packing in PACKINGS}
+
+
+def writable_said() -> str:
+    """The same in words."""
+    return ", ".join(f"{name} ({packing.name})" for name, packing in writable().items())
 
 
 def check_declared(quantization: Json, *, where: str) -> None:

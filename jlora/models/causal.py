@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jlora._typing import Array, DTypeLike, Float, Int, Params, PyTree
+from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int, Params, PyTree
 from jlora.lora import linear
 from jlora.models.config import ModelConfig
 from jlora.models.layers import Head, KVCache, Remat, frozen_base, make_context
@@ -26,11 +26,11 @@ class CausalLM(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"],
+        input_ids: Int[AnyArray, "batch seq"],
         *,
-        positions: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Int[Array, "batch seq"] | None = None,
+        positions: Int[AnyArray, "batch seq"] | None = None,
+        segment_ids: Int[AnyArray, "batch seq"] | None = None,
+        attention_mask: Int[AnyArray, "batch seq"] | Bool[AnyArray, "batch seq"] | None = None,
         cache: list[KVCache] | KVCache | None = None,
         head: bool = True,
     ) -> Any:

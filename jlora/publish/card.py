@@ -15,11 +15,12 @@ import yaml
 from jlora._terminal import visible
 from jlora._typing import Json
 from jlora.data import is_hub_data
+from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
 from jlora.files.mlx import MLX
 from jlora.files.peft import PEFT
 from jlora.lora import LoraConfig
-from jlora.storage import Checkpoint, run_settings
+from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import TERMS, TOKENIZER
 from jlora.storage.history import read_history
 from jlora.storage.hub_id import is_hub_id

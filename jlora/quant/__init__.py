@@ -1,8 +1,11 @@
-"""Blockwise quantized weights: NF4 with double quantization, int8 and int4."""
+"""Blockwise quantized weights: NF4 with double quantization, int8, int4, MXFP4."""
 
+from jlora.quant.formats import MXFP4 as MXFP4
 from jlora.quant.formats import NF4 as NF4
 from jlora.quant.formats import SPECS as SPECS
+from jlora.quant.formats import FormatName as FormatName
 from jlora.quant.formats import Int4 as Int4
+from jlora.quant.formats import Int4G128 as Int4G128
 from jlora.quant.formats import Int8 as Int8
 from jlora.quant.formats import QuantSpec as QuantSpec
 from jlora.quant.params import dequantize as dequantize

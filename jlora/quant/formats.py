@@ -1,175 +1,177 @@
-"""The table of the quantized formats: what a code stands for, and which code a scaled value gets.
+"""The quantized formats: codes, blocks, and how the scales of the blocks are stored; a class each.
 
-A block of weights is scaled by `unit / absmax` into [-unit, unit] and each value becomes an unsigned code; decoding is
-`value(code) * (absmax / unit)`, in float32.
+To add one: its class here, its name in `FormatName` and `SPECS`. Everything else asks the spec, which travels with the tensor.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable, Mapping
-from importlib.resources import files
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora._typing import Array
-
-NF4_CODE = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
-"""NormalFloat: means of neighbouring quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
-
-Reference: Dettmers et al., QLoRA, 2023, arXiv:2305.14314, section 3 and appendix E; the float32 values are bitsandbytes'.
-"""
-
-DYNAMIC_CODE = np.load(str(files("jlora.quant") / "dynamic_map.npy"))
-"""bitsandbytes' signed 8-bit dynamic map (`create_dynamic_map()`), float32 [256], for the absmax of double quantization.
-
-Stored rather than computed: a float32 regeneration differs in the last bit of some entries.
-
-Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, arXiv:2110.02861, section 2.
-"""
-
-
-def nearest_code(scaled: Array, code: np.ndarray) -> Array:
-    """The index, uint8, of the entry of the increasing `code` nearest to each value; a tie goes to the lower one."""
-    thresholds = (code[1:] + code[:-1]) / np.float32(2)
-    if code.size > 16:
-        return jnp.searchsorted(jnp.asarray(thresholds), scaled, side="left").astype(jnp.uint8)
-    # Counting is one fused pass of comparisons; a binary search gathers.
-    return sum(((scaled > t).astype(jnp.uint8) for t in thresholds), start=jnp.zeros(scaled.shape, jnp.uint8))
-
-
-def look_up(code: np.ndarray, index: Array) -> Array:
-    """`code[index]` without the range check that every index of these tables passes."""
-    return jnp.asarray(code).at[index].get(mode="promise_in_bounds")
-
-
-def choose_by_bits(code: np.ndarray, index: Array) -> Array:
-    """`code[index]` by halving: a tree of selects on the bits of the index, which vectorizes where a lookup does not."""
-    level = [jnp.float32(value) for value in code]
-    bit = 1
-    while len(level) > 1:
-        odd = (index & bit) != 0
-        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-        bit <<= 1
-    return level[0]
-
-
-DECODERS: Mapping[str, Callable[[np.ndarray, Array], Array]] = {"cpu": choose_by_bits}
-"""How 16 values are looked up, by backend; elsewhere `look_up`, whose table is one cache line of a GPU. On two CPU cores with
-AVX-512 a 3072 x 768 weight decodes to bfloat16 at 3.1 G elements/s by bits and at 2.3 by lookup."""
-
-
-def decode_nf4(codes: Array) -> Array:
-    return DECODERS.get(jax.default_backend(), look_up)(NF4_CODE, codes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One way to write a block of weights as unsigned codes."""
-
-    name: str
-    bits: int
-    unit: float
-    """Blocks are scaled into [-unit, unit]."""
-    encode: Callable[[Array], Array]
-    """float32 in [-unit, unit] -> uint8 codes below 2**bits."""
-    decode: Callable[[Array], Array]
-    """The inverse: codes -> float32."""
-
-
-def _integer(bits: int) -> Format:
-    """Symmetric absmax: `round(unit / absmax * x)`, stored with an offset so that codes are unsigned."""
-    unit = 2 ** (bits - 1) - 1
-    return Format(
-        name=f"int{bits}",
-        bits=bits,
-        unit=float(unit),
-        encode=lambda scaled: (jnp.round(scaled) + (unit + 1)).astype(jnp.uint8),
-        decode=lambda codes: codes.astype(jnp.float32) - (unit + 1),
-    )
-
-
-FORMATS: Mapping[str, Format] = {
-    f.name: f
-    for f in (
-        Format(
-            name="nf4",
-            bits=4,
-            unit=1.0,
-            encode=lambda scaled: nearest_code(scaled, NF4_CODE),
-            decode=decode_nf4,
-        ),
-        _integer(8),
-        _integer(4),
-    )
-}
-
+from jlora.quant.codes import E2M1_CODE, NF4_CODE, choose, nearest_code, nearest_e2m1
+from jlora.quant.scales import E8M0, Absmax, BFloat16, NestedAbsmax, Scales
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own range
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantSpec:
-    """How to quantize: a format, the block that shares an absmax, and whether the absmax is quantized itself."""
+class QuantSpec(abc.ABC):
+    """How to quantize: the codes, the block that shares a scale, and how the scale is stored."""
 
     block_size: int = 64
-    """Consecutive elements of the [out, in] weight that share one absmax: a power of two from 32 to 4096."""
-    double_quant: bool = False
-    """Store the absmax as 8-bit codes in blocks of 256 rather than as float32 (QLoRA, section 3)."""
+    """Consecutive elements of the [out, in] weight that share one scale."""
 
-    format: ClassVar[Format]
+    name: ClassVar[str]
+    """On the command line and in a tensor's repr."""
+    bits: ClassVar[int]
+    """Of a code: 4 or 8."""
+    unit: ClassVar[float]
+    """Blocks are scaled into [-unit, unit]."""
+    block_sizes: ClassVar[tuple[int, ...]] = BLOCK_SIZES
 
     def __post_init__(self):
         size = self.block_size
-        if not isinstance(size, int) or size not in BLOCK_SIZES:
-            raise ValueError(f"`block_size` must be one of {', '.join(map(str, BLOCK_SIZES))}; got {size!r}.")
+        if not isinstance(size, int) or size not in self.block_sizes:
+            sizes = ", ".join(map(str, self.block_sizes))
+            only = "one of " if len(self.block_sizes) > 1 else ""
+            raise ValueError(f"`block_size` of {type(self).__name__} must be {only}{sizes}; got {size!r}.")
+
+    @property
+    @abc.abstractmethod
+    def scales(self) -> type[Scales]:
+        """How the scales are stored."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def encode(scaled: Array) -> Array:
+        """float32 in [-unit, unit] -> uint8 codes below 2**bits."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def decode(codes: Array) -> Array:
+        """The inverse: codes -> float32."""
 
 
 @dataclasses.dataclass(frozen=True)
-class NF4(QuantSpec):
+class Blockwise(QuantSpec):
+    """Formats whose scale is the absmax of a block, from 32 to 4096 elements."""
+
+    double_quant: bool = False
+    """Store the absmax as 8-bit codes in blocks of 256 rather than as float32 (QLoRA, section 3)."""
+
+    @property
+    def scales(self):
+        return NestedAbsmax if self.double_quant else Absmax
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4(Blockwise):
     """4-bit NormalFloat with double quantization: 4.127 bits a parameter in blocks of 64; bitsandbytes' bytes.
 
     Reference: Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
     """
 
     double_quant: bool = True
-    format = FORMATS["nf4"]
+    name, bits, unit = "nf4", 4, 1.0
+
+    @staticmethod
+    def encode(scaled):
+        return nearest_code(scaled, NF4_CODE)
+
+    @staticmethod
+    def decode(codes):
+        return choose(NF4_CODE, codes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8(QuantSpec):
-    """Blockwise symmetric int8, `round(127 / absmax * x)`. Reference: QLoRA, arXiv:2305.14314, equation 1."""
+class Int8(Blockwise):
+    """Blockwise symmetric int8, `round(127 / absmax * x)`, stored with an offset of 128.
 
-    format = FORMATS["int8"]
+    Reference: QLoRA, arXiv:2305.14314, equation 1.
+    """
+
+    name, bits, unit = "int8", 8, 127.0
+
+    @staticmethod
+    def encode(scaled):
+        return (jnp.round(scaled) + 128).astype(jnp.uint8)
+
+    @staticmethod
+    def decode(codes):
+        return codes.astype(jnp.float32) - 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4(QuantSpec):
-    """Blockwise symmetric int4, `round(7 / absmax * x)`."""
+class Int4(Blockwise):
+    """Blockwise symmetric int4, `round(7 / absmax * x)`, stored with an offset of 8."""
 
-    format = FORMATS["int4"]
+    name, bits, unit = "int4", 4, 7.0
+
+    @staticmethod
+    def encode(scaled):
+        return (jnp.round(scaled) + 8).astype(jnp.uint8)
+
+    @staticmethod
+    def decode(codes):
+        return codes.astype(jnp.float32) - 8
 
 
-SPECS: Mapping[str, type[QuantSpec]] = {"nf4": NF4, "int8": Int8, "int4": Int4}
-"""Name on the command line -> spec."""
+@dataclasses.dataclass(frozen=True)
+class Int4G128(QuantSpec):
+    """Symmetric int4 in groups of 128 along `in`, the format of hardware and its kernels: 4.125 bits a parameter.
+
+    Two's complement codes from -8 to 7 times a bfloat16 scale, `absmax / 7.5`: an element is at most half a step from its code
+    also at both ends, where codes from -7 to 7 would leave one of the sixteen unused and make the steps 7 % wider.
+
+    Reference: the weights of "W4A16 g128" as compressed-tensors, torchao and qwix define them (symmetric, int4, group size 128).
+    """
+
+    block_size: int = 128
+    name, bits, unit = "int4-g128", 4, 7.5
+    block_sizes = (128,)
+
+    @property
+    def scales(self):
+        return BFloat16
+
+    @staticmethod
+    def encode(scaled):
+        return jnp.clip(jnp.round(scaled), -8, 7).astype(jnp.int8).astype(jnp.uint8) & 15
+
+    @staticmethod
+    def decode(codes):
+        return (codes ^ 8).astype(jnp.float32) - 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP4(QuantSpec):
+    """OCP Microscaling FP4: E2M1 floats in blocks of 32 with a power of two for a scale; 4.25 bits a parameter.
+
+    Reference: Open Compute Project, OCP Microscaling Formats (MX) Specification, version 1.0, 2023.
+    """
+
+    block_size: int = 32
+    name, bits, unit = "mxfp4", 4, 6.0
+    block_sizes = (32,)
+
+    @property
+    def scales(self):
+        return E8M0
+
+    @staticmethod
+    def encode(scaled):
+        return nearest_e2m1(scaled)
+
+    @staticmethod
+    def decode(codes):
+        return choose(E2M1_CODE, codes)
+
+
+FormatName: TypeAlias = Literal["nf4", "int8", "int4", "int4-g128", "mxfp4"]
+"""What `--quantize` may be."""
+
+SPECS: Mapping[str, type[QuantSpec]] = {spec.name: spec for spec in (NF4, Int8, Int4, Int4G128, MXFP4)}
+"""Name -> spec."""

@@ -22,7 +22,7 @@ def quantize(
 
     Args:
         w: float32, bfloat16 or float16; quantized in float32.
-        spec: `NF4(…)`, `Int8(…)` or `Int4(…)`.
+        spec: `NF4(…)`, `Int8(…)`, `Int4(…)`, `Int4G128()` or `MXFP4()`.
         roles: what each trailing axis is for, for kernels that are not [*stack, in, out]: "ioo" for (d_model, heads,
             head_dim), "oi" for one that is stored transposed; leading axes it does not name are stack axes. The bytes
             are those of the kernel brought to [in, out], blocks along the in-axes.

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, DTypeLike, Float, UInt8
-from jlora.quant.blockwise import decode, decode_absmax, encode, encode_absmax
-from jlora.quant.formats import FORMATS, Format, QuantSpec
+from jlora.quant.blockwise import absolute_maximum, in_blocks, pack, scale_to_unit, unpack
+from jlora.quant.formats import NF4, QuantSpec
 from jlora.quant.matmul import implementation, quantized_matmul
+from jlora.quant.scales import Scales
 from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
-_DATA = ("codes", "absmax", "nested_absmax", "nested_offset")
-_META = ("kernel_shape", "format_name", "block_size", "logical_dtype", "roles", "axes")
+_DATA = ("codes", "scales")
+_META = ("kernel_shape", "spec", "logical_dtype", "roles", "axes")
 
 
 @functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
@@ -30,16 +31,12 @@ class QuantizedTensor(Weight):
     """
 
     codes: UInt8[Array, "*stack d_out packed"] | UInt8[Array, "*stack packed"]
-    absmax: Float[Array, "*stack d_out blocks"] | Float[Array, "*stack blocks"] | UInt8[Array, "..."]
-    """Scale of each block, flat where the codes are: float32, or 8-bit codes with double quantization."""
-    nested_absmax: Float[Array, "*stack nested"] | None
-    """Double quantization: scale of each 256 absmax codes, counted through the flattened absmax of one layer."""
-    nested_offset: Float[Array, "*stack"] | None
-    """Double quantization: mean of the absmax."""
+    scales: Scales
+    """Of the blocks; its `blocks` is [*stack, out, blocks], or [*stack, blocks] where the codes are flat."""
     kernel_shape: tuple[int, ...]
     """(in, out), or (n,)."""
-    format_name: str
-    block_size: int
+    spec: QuantSpec
+    """The format, with its settings."""
     logical_dtype: str
     """Dtype of the weight that was quantized, and of `dense()`; products decode to the dtype of the other operand."""
     roles: str = LINEAR
@@ -48,12 +45,13 @@ class QuantizedTensor(Weight):
     """Sizes of the axes that `roles` names, stack axes left out; None: `kernel_shape`."""
 
     @property
-    def format(self) -> Format:
-        return FORMATS[self.format_name]
+    def block_size(self) -> int:
+        return self.spec.block_size
 
     @property
-    def double_quant(self) -> bool:
-        return self.nested_absmax is not None
+    def absmax(self) -> Array:
+        """Scale of each block as it is stored."""
+        return self.scales.blocks
 
     @property
     def _has_rows(self) -> bool:
@@ -78,7 +76,7 @@ class QuantizedTensor(Weight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every stored array: codes, absmax, and with double quantization its scales and offset."""
+        """Bytes of every stored array: the codes, and all that the scales are made of."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -96,20 +94,21 @@ class QuantizedTensor(Weight):
     def parts(self):
         return Parts(self, roles=self.roles)
 
-    def scales(self) -> Float[Array, "*stack blocks"]:
-        """The absmax of every block, float32; flattened where the codes have rows."""
-        flat = self.absmax.reshape(*self.absmax.shape[: -2 if self._has_rows else -1], -1)
-        if self.nested_absmax is None or self.nested_offset is None:
-            return flat
-        return decode_absmax(flat, self.nested_absmax, self.nested_offset)
+    def factors(self) -> Float[Array, "*stack blocks"]:
+        """What the value of a code is multiplied by in each block, float32; flattened where the codes have rows."""
+        stored = self.scales.blocks
+        flat = stored.reshape(*stored.shape[: -2 if self._has_rows else -1], -1)
+        return dataclasses.replace(self.scales, blocks=flat).decode(self.spec.unit)
 
     def rows(self, dtype: DTypeLike) -> Array:
         """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
         """
-        stack = self.stack
-        flat = decode(self.codes.reshape(*stack, -1), self.scales(), self.block_size, self.format, jnp.dtype(dtype))
+        stack, per_byte = self.stack, 8 // self.spec.bits
+        blocks = in_blocks(self.codes.reshape(*stack, -1), self.block_size // per_byte)
+        values = self.spec.decode(unpack(blocks) if per_byte == 2 else blocks) * self.factors()[..., None]
+        flat = values.astype(dtype).reshape(*stack, -1)
         return flat[..., : math.prod(self.kernel_shape)].reshape(*stack, *self.kernel_shape[::-1])
 
     def matmul(self, x, *, transpose, out_dtype):
@@ -124,13 +123,12 @@ class QuantizedTensor(Weight):
         d_in, d_out = self.kernel_shape
         # Element (id, o) of [in, out] is number o * in + id of the stored order.
         at = jnp.clip(ids, 0, d_in - 1)[..., None] + d_in * jnp.arange(d_out)
-        if self.format.bits == 4:
+        if self.spec.bits == 4:
             byte = self.codes.reshape(-1)[at // 2]
             codes = jnp.where(at % 2 == 0, byte >> 4, byte & 15)
         else:
             codes = self.codes.reshape(-1)[at]
-        scale = self.scales() / self.format.unit
-        return (self.format.decode(codes) * scale[at // self.block_size]).astype(self.dtype)
+        return (self.spec.decode(codes) * self.factors()[at // self.block_size]).astype(self.dtype)
 
     def dense(self, dtype=None):
         rows = self.rows(dtype or self.dtype)
@@ -154,11 +152,10 @@ class QuantizedTensor(Weight):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
 
     def __repr__(self):
-        kind = type(self).__name__
         # The name of that class says its format.
-        inner = "" if isinstance(self, NF4Tensor) else f"{self.format_name}, "
-        nested = ", double_quant" if self.double_quant else ""
-        return f"{kind}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{nested})"
+        inner = "" if isinstance(self, NF4Tensor) else f"{self.spec.name}, "
+        flags = "".join(f", {name}" for name, on in vars(self.spec).items() if on is True)
+        return f"{type(self).__name__}({inner}shape={self.shape}, dtype={self.logical_dtype}, block_size={self.block_size}{flags})"
 
 
 @functools.partial(register_node, data_fields=_DATA, meta_fields=_META)
@@ -201,11 +198,13 @@ def quantize_rows(rows: Array, spec: QuantSpec) -> QuantizedTensor:
     """`quantize` of a weight that is given transposed, [*stack, out, in] or [n], as PyTorch stores it."""
     kernel_shape = rows.shape[-2:][::-1]
     stack = rows.shape[: -len(kernel_shape)]
-    codes, absmax = encode(rows.reshape(*stack, -1), spec.block_size, spec.format)
-    nested = offset = None
-    if spec.double_quant:
-        absmax, nested, offset = encode_absmax(absmax)
+    blocks = in_blocks(rows.astype(jnp.float32).reshape(*stack, -1), spec.block_size)
+    scales, absmax = spec.scales.encode(absolute_maximum(blocks), spec.unit)
+    codes = spec.encode(scale_to_unit(blocks, absmax, spec.unit)).reshape(*stack, -1)
+    codes = codes if spec.bits == 8 else pack(codes)
+    codes = codes[..., : math.ceil(math.prod(kernel_shape) * spec.bits / 8)]
     if keeps_rows(kernel_shape, spec.block_size):
-        codes, absmax = (part.reshape(*stack, kernel_shape[1], -1) for part in (codes, absmax))
-    kind = NF4Tensor if spec.format.name == "nf4" else QuantizedTensor
-    return kind(codes, absmax, nested, offset, kernel_shape, spec.format.name, spec.block_size, rows.dtype.name)
+        codes, per_block = (part.reshape(*stack, kernel_shape[1], -1) for part in (codes, scales.blocks))
+        scales = dataclasses.replace(scales, blocks=per_block)
+    kind = NF4Tensor if isinstance(spec, NF4) else QuantizedTensor
+    return kind(codes, scales, kernel_shape, spec, rows.dtype.name)

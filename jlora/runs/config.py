@@ -6,6 +6,7 @@ import os
 from typing import Literal
 
 from jlora._numbers import MAX_COUNT, check_seed
+from jlora.quant import FormatName
 from jlora.runs.flags import AdapterFlags
 
 
@@ -69,8 +70,9 @@ class FinetuneConfig(AdapterFlags, Source):
     save: Literal["last", "best"] = "last"
     """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
 
-    quantize: Literal["nf4", "int8", "int4"] | None = None
-    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter. A bitsandbytes 4-bit checkpoint is used as it is."""
+    quantize: FormatName | None = None
+    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5. A
+    bitsandbytes 4-bit checkpoint is used as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from jlora._typing import JsonObject
 from jlora.lora import LoraConfig
@@ -21,15 +22,15 @@ class AdapterFlags:
     """The update is scaled by alpha / rank."""
     dropout: float = LoraConfig.dropout
     """Dropout on the input of the update."""
-    targets: tuple[str, ...] = (ALL_LINEAR,)
+    targets: Sequence[str] = (ALL_LINEAR,)
     """Module names to adapt, such as q_proj v_proj; or one regular expression for whole module paths."""
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
     """Module names not to adapt."""
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: Sequence[int] | None = None
     """Adapt these layers only."""
     bias: Bias = LoraConfig.bias
     """Biases to train as they are: none, those of the adapted modules, or all."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Sequence[str] = ()
     """Modules to train whole, such as lm_head."""
     use_rslora: bool = LoraConfig.use_rslora
     """Scale the update by alpha / sqrt(rank)."""
@@ -58,7 +59,7 @@ class AdapterFlags:
         return LoraConfig(**fields)
 
 
-def _targets(names: tuple[str, ...]) -> str | tuple[str, ...]:
+def _targets(names: Sequence[str]) -> str | Sequence[str]:
     """One word that is "all-linear" or has characters no module name has is meant as PEFT's string form."""
     if len(names) == 1 and (names[0] == ALL_LINEAR or re.search(r"[\\*+?()\[\]|^$]", names[0])):
         return names[0]

@@ -14,6 +14,7 @@ from jlora import data as data_lib
 from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
 from jlora.data import InstructDataset, TextDataset
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
+from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config
 from jlora.quant import SPECS
@@ -22,7 +23,6 @@ from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
 from jlora.storage.checkpoint_files import base_fingerprint
-from jlora.storage.run_settings import RunSettings
 from jlora.train import evaluate
 from jlora.tree.paths import count, flatten, nbytes
 from jlora.weight import is_weight, origin
@@ -202,7 +202,7 @@ def _stored(base: PyTree, dtype: str) -> str:
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
-    return f"{packed[0].format.name} ({bits:.2f} bits a parameter) and {dtype}"
+    return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:

@@ -255,10 +255,10 @@ def _read_record(path: Path, step: int) -> Record:
     if digest != _own_digest(fields) or fields.get("step") != step:
         raise Damaged(f"{path / RECORD}: not what was written for step {step}")
     try:
-        record = Record(**fields)
-    except TypeError as error:
+        best = fields.pop("best")
+        return Record(best=best and (best[0], best[1]), **fields)
+    except (KeyError, TypeError) as error:
         raise Damaged(f"{path / RECORD}: of another version of jlora") from error
-    return dataclasses.replace(record, best=record.best and (record.best[0], record.best[1]))
 
 
 @contextmanager

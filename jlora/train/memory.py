@@ -1,6 +1,7 @@
 """How much memory a training step will take, from shapes alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def _dense_stacks(base: PyTree) -> int:
     return sum(nbytes(kernel) for kernel in kernels if not is_weight(kernel))
 
 
-def planned(compiled: jax.stages.Compiled) -> int:
+def planned(compiled: Any) -> int:
     """Peak bytes in the plan of a compiled step: arguments, results that are not donated arguments, and temporaries."""
     plan = compiled.memory_analysis()
     assert plan is not None  # every backend that jlora runs on makes one

@@ -140,7 +140,7 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
 
     def step(state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]):
         loss, tokens, grads = mean(state.adapter, base, batch, key)
-        metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.tree.norm(grads)}
         again = functools.partial(mean, base=base, batch=batch, key=key)
         extra = {"value": loss, "grad": grads, **_functions(again)}
         updates, opt_state = _updated(tx, grads, state, extra)

@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 
 
 def register_node(cls: _Class, data_fields: tuple[str, ...], meta_fields: tuple[str, ...]) -> _Class:
-    """`register_node`, but that `cls.__init__` is not called to rebuild a value from its children."""
+    """`jax.tree_util.register_dataclass`, but that `cls.__init__` is not called to rebuild a value from its children."""
     keys = [GetAttrKey(name) for name in data_fields]
     data, meta = _getter(data_fields), _getter(meta_fields)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jlora._typing import Json
+from jlora.quant import SPECS
 from jlora.storage.structured import read_json
 from jlora.storage.whole import whole_file
 
@@ -92,7 +93,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "seed": ("an integer from 0", lambda v: _is_int(v, 0)),
     "max_length": ("an integer from 2", lambda v: _is_int(v, 2)),
     "pack": ("true or false", lambda v: isinstance(v, bool)),
-    "quantize": ("'nf4', 'int8', 'int4' or null", lambda v: v in (None, "nf4", "int8", "int4")),
+    "quantize": (f"{', '.join(map(repr, SPECS))} or null", lambda v: v is None or (isinstance(v, str) and v in SPECS)),
     "base": ("a fingerprint or null", _is_text),
 }
 """Field -> (what it must be, whether a value is)."""
