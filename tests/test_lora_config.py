@@ -130,6 +130,8 @@ def test_the_order_of_patterns_is_part_of_a_config():
 @pytest.mark.parametrize(
     "change",
     [
+        {"kind": "loha"},
+        {"kind": "miss"},
         {"rank": 4},
         {"alpha": 8.0},
         {"targets": ("q_proj",)},
@@ -251,7 +253,7 @@ def test_every_field_of_the_installed_peft_is_accounted_for():
         # Details of initializations, which `init_lora_weights` names; and of Megatron's parallel layers.
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
     }
-    assert set(peft.LoraConfig().to_dict()) - represented - set(_NEUTRAL) - without_effect_on_outputs == set()
+    assert set(peft.LoraConfig().to_dict()) - represented - set(NEUTRAL) - without_effect_on_outputs == set()
 
 
 @pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])

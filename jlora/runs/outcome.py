@@ -48,7 +48,11 @@ def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Seque
             "\nperplexity ", (f"{before:.2f}", "bold"), " before, ", (f"{after:.2f}", "bold"), f" after{change}"
         )
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
-    display.say(f"adapter of step {chosen}: ", (str(run.adapter), "bold"), f" ({size / 1024:,.0f} KiB, loads in PEFT)")
+    # PEFT has kinds other than LoRA for linear layers alone.
+    reader = "PEFT" if job.lora.kind == "lora" or job.model.config.transposed_kernels else "jlora"
+    display.say(
+        f"adapter of step {chosen}: ", (str(run.adapter), "bold"), f" ({size / 1024:,.0f} KiB, loads in {reader})"
+    )
     return result
 
 
