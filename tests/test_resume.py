@@ -1,5 +1,6 @@
 """Runs that are killed or stopped, in processes of their own, and resumed: to the byte what they would have become."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -71,9 +72,10 @@ class Child:
         return self
 
     def end(self, number=None):
-        """(exit code, stderr), after a signal."""
+        """(exit code, stderr), after a signal if it has not ended before."""
         if number is not None:
-            os.kill(self.process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
         self.process.join(DEADLINE)
         return self.process.exitcode, self._stderr.read_text()
 
