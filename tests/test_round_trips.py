@@ -36,6 +36,8 @@ ADAPTERS = {
     },
     "DoRA": lambda f: {"targets": LINEAR[f], "use_dora": True},
     "PiSSA": lambda f: {"targets": LINEAR[f], "init": "pissa"},
+    "LoHa (`kind`)": lambda f: {"targets": LINEAR[f], "kind": "loha"},
+    "MiSS (`kind`)": lambda f: {"targets": LINEAR[f], "kind": "miss", "alpha": LoraConfig.alpha},
     "trained biases": lambda f: {"targets": LINEAR[f], "bias": "all"},
     "modules trained whole": lambda f: {"targets": LINEAR[f], "modules_to_save": [NORM[f]]},
     "on the embedding": lambda f: {"targets": [*LINEAR[f], EMBEDDING[f]]},
@@ -65,6 +67,8 @@ def cells(wanted: str) -> list:
 def meaning(row: str, cell: str, family: str) -> tuple[str, ...]:
     if row == "trained biases" and family == "llama":  # which has none
         return ("no",)
+    if cell == "not GPT-2":
+        return () if family == "gpt2" else ("both", "out")
     if cell == "untied only":
         cell = "both" if family == "llama" else "no"
     return ("both", "out") if cell == "both" else (cell,)
@@ -172,7 +176,7 @@ WRITERS = {
 def test_the_table_is_about_these():
     assert {row for row, _ in CELLS} == set(ADAPTERS)
     assert {column for _, column in CELLS} == set(WRITERS)
-    assert set(CELLS.values()) <= {"both", "out", "no", "untied only"}
+    assert set(CELLS.values()) <= {"both", "out", "no", "untied only", "not GPT-2"}
 
 
 @pytest.mark.few(24)
@@ -212,9 +216,10 @@ def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
     """tests/test_mlx.py has the reverse for mlx-lm, among the slow tests."""
     _, model, params = loaded(family)
     config = config_of(row, family)
-    fields = {k: v for k, v in to_peft(config).items() if k != "peft_type"}
+    fields = dict(to_peft(config))
+    made_by = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")]
     torch.manual_seed(5)
-    theirs = peft.get_peft_model(peft_model(family), peft.LoraConfig(**fields, task_type="CAUSAL_LM")).eval()
+    theirs = peft.get_peft_model(peft_model(family), made_by(**fields, task_type="CAUSAL_LM")).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
