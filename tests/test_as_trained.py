@@ -138,6 +138,7 @@ def test_a_file_to_evaluate_on(llama_dir, records_file, tmp_path, call):
     assert loss(call("evaluate", "--adapter", result.adapter_dir, "--data", held_out)) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_held_nothing_out(llama_dir, records_file, tmp_path, fails):
     result = train(llama_dir, records_file, tmp_path / "r", eval_fraction=0.0)
     assert "all of the data were trained on" in fails("evaluate", "--adapter", result.adapter_dir)
@@ -319,6 +320,7 @@ def test_every_command_says_it(chat_run, other_dir, records_file, tmp_path, call
     assert base_notes(call("evaluate", "--model", tmp_path / "m")) == []
 
 
+@pytest.mark.slow
 def test_each_of_several_adapters_is_named(moving_base, other_dir, tmp_path, call):
     directory, *adapters = moving_base
     for name, adapter in zip("ab", adapters, strict=True):
@@ -415,6 +417,7 @@ def test_sampling_as_the_checkpoint_says(llama_dir, tmp_path, call):
 # A tokenizer beside the adapter
 
 
+@pytest.mark.slow
 def test_an_adapters_own_tokenizer(gpt2_dir, tmp_path, call):
     """TRL gives a base model a chat template and saves it beside the adapter."""
     model, params = jlora.load(gpt2_dir, dtype=jnp.float32)
@@ -451,6 +454,7 @@ def grown(gpt2_dir, tmp_path):
 NO_ROW = "a text that holds '<pad>' is refused, for which the embedding has no row (nor for 1 more of its tokens)"
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_tokens_that_no_text_holds_is_taken(grown, text_file, tmp_path, call):
     for command in (
         ("generate", "--prompts", "The keeper", "--max-new-tokens", 2),

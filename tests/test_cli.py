@@ -117,6 +117,7 @@ def test_finetune(finetuned, gpt2_dir):
     assert sorted(written["target_modules"]) == ["c_attn", "c_fc"]
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_is_a_config_file(finetuned, tmp_path, call):
     """Flags win over it, wherever they stand, and `--config=` reads like `--config `."""
     again = tmp_path / "again"
@@ -216,6 +217,7 @@ def test_generate(finetuned, tmp_path, call):
     assert "The tide" in said and "Old [bold]rope[/bold]" in said
 
 
+@pytest.mark.slow
 def test_several_adapters(finetuned, gpt2_dir, tmp_path, call, fails):
     """A directory of adapters: each continues each prompt as it does alone; other commands ask which one."""
     _, params = jlora.load(gpt2_dir)

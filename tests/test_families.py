@@ -213,6 +213,7 @@ def test_families_without_windows_keep_the_mask_free_attention():
 SEGMENTS = np.array([[1] * 17 + [2] * 5 + [3] * 12 + [0] * 6, [5] * 4 + [2] * 28 + [0] * 8], np.int32)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v in ONE_EACH or "windows" in v])
 def test_each_segment_equals_the_segment_alone(variant, loaded):
     _, _, model, params = loaded(variant)
@@ -242,7 +243,7 @@ def test_padding_on_the_left_is_that_of_transformers(variant, loaded):
 # Training
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("variant", ["gemma3_text, untied, caps", *ONE_EACH])
 def test_loss_and_gradients_are_those_of_peft(variant, loaded, tmp_path):
     """On linear kernels and, where Gemma scales it, on the embedding; in both forms, the stack's layers rematerialized."""
@@ -296,7 +297,7 @@ def test_loss_and_gradients_are_those_of_peft(variant, loaded, tmp_path):
 GENERATING = [v for v in reversed(VARIANTS) if v in ("mistral", "qwen3", "smollm3") or "windows" in v or "caps" in v]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("variant", GENERATING)
 def test_greedy_continuations_beyond_the_window_are_those_of_transformers(variant, loaded):
     _, oracle, model, params = loaded(variant)

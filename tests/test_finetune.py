@@ -208,6 +208,7 @@ def test_evaluation_file(gpt2_dir, records_file, tmp_path):
     assert result.base_eval_loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_records(llama_dir, records_file, tmp_path):
     """Packing changes the rows, not the loss on the held-out records; without --steps there are three epochs."""
     kind = {"template": "chat", "max_length": 64}
@@ -294,6 +295,7 @@ def test_best_state_becomes_the_adapter(best_run, tmp_path):
     assert again.loss == pytest.approx(best_run.result.eval_loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_change_the_best(best_run, llama_dir, records_file, tmp_path, monkeypatch):
     """Stopped between two checkpoints, at the best state of all: the uninterrupted run must have saved it as well."""
     at = best_step(best_run)

@@ -141,6 +141,7 @@ def test_the_same_key_gives_the_same_and_another_key_another(loaded, graph):
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.slow
 def test_the_form_does_not_change_the_sample(loaded):
     model, params, _ = loaded["llama"]
     runs = [

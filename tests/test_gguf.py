@@ -265,6 +265,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(variant, changes, says, load
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 def test_an_adapter_on_a_quantized_base_is_merged_in_float32(variant, loaded, tok, tmp_path):
     _, model, params = loaded(variant)

@@ -93,7 +93,7 @@ def wrapped(family, *, noise=0.1, tied=None, **fields):
 # Against PEFT
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", PARITY)
 def test_files_go_both_ways(checkpoints, loaded, case, tmp_path):
     family, fields = PARITY[case]
@@ -309,6 +309,7 @@ def dora_weight(base, rank=3, **fields):
     return LoraWeight(base, *factors, 0.5, magnitude=norms + 0.1 * normal(d_out, seed=3), base_norm=norms, **fields)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora_is_the_product_by_the_merged_kernel(quantized):
     base = normal(128, 40)

@@ -301,7 +301,7 @@ def is_float(aval):
     return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_scan_stacks_dense_layers(remat, accumulate):
@@ -386,6 +386,7 @@ def test_forward_and_backward_unpack_separately():
         assert sum(e.primitive.name == primitive for e in equations) >= 2 * kernels - 3
 
 
+@pytest.mark.slow
 def test_the_base_is_usable_after_a_step():
     """T6: the base is never donated."""
     step, args = qlora()

@@ -76,6 +76,7 @@ def test_the_adapter_gives_the_same_logits_in_peft(packed_dir, text_file, tmp_pa
     np.testing.assert_allclose(model.apply({"params": params}, ids), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param("stacked", marks=pytest.mark.slow), "per-layer"])
 def test_a_stopped_run_on_a_packed_base_ends_as_if_it_had_not(llama_dir, text_file, tmp_path, form, monkeypatch):
     flags = ("--quantize", "nf4", "--form", form, "--checkpoint-every", "2", "--dropout", "0.1")

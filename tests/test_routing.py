@@ -140,6 +140,7 @@ def test_generation_sends_each_prompt_through_its_adapter(checkpoints, peft_mode
     assert mixed != jlora.generate(model, params, prompts, **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spec", [None, jlora.NF4()], ids=["dense", "nf4"])
 def test_embeddings_heads_and_quantized_bases(checkpoints, spec):
     model, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32, quantize=spec)

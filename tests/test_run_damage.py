@@ -441,6 +441,7 @@ def test_data_without_a_config_is_somebodys(begun):
     assert tree(output)
 
 
+@pytest.mark.slow
 def test_after_a_run_that_failed_before_its_first_checkpoint_others_settings_are_free(finished, tmp_path, monkeypatch):
     """As where memory does not suffice: a smaller batch is what the message asks for."""
     config = dataclasses.replace(finished, output=str(tmp_path / "out"))

@@ -63,6 +63,7 @@ def test_tokens_beyond_the_embedding_are_refused(command, data, holed, files, tm
     assert not list((tmp_path / "p").glob("*.npy"))
 
 
+@pytest.mark.slow
 def test_padding_that_no_text_holds_may_lie_beyond_the_embedding(files, tmp_path):
     model = checkpoint(tmp_path / "m", added=[("<pad>", 1536)])
     config = json.loads((model / "tokenizer_config.json").read_text())

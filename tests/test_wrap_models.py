@@ -79,6 +79,7 @@ def test_our_models_give_what_the_explicit_path_gives(fields, quantize, stack, q
     assert_same(value_and_grad(wrapped), value_and_grad(model.apply), 1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 def test_overhead_of_a_training_step(stack):
     """Two layers of full width and all of the loss; `benchmarks/wrap_overhead.py` measures the whole GPT-2 likewise."""
@@ -223,6 +224,7 @@ def test_linen_helper_with_other_collections(quick_compilation):
     assert_same(quiet, model.apply({"params": merged, **theirs[1]}, x, training=False), 1e-4)
 
 
+@pytest.mark.slow
 def test_nnx_helper_with_other_state(quick_compilation):
     model, x = NnxNorm(nnx.Rngs(0)), jax.random.normal(KEY, (5, 20))
     wrapped, params, state = jlora.wrap_nnx(model, mutable=True)
