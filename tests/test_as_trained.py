@@ -259,6 +259,7 @@ def moving_base(llama_dir, tmp_path):
 PROMPT = ("--prompts", "Write salt.", "--max-new-tokens", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "run"])
 def test_an_adapter_on_another_base(kind, moving_base, other_dir, tmp_path, call):
     """LlamaFactory#6105, peft#1932: it fits, and gives other answers."""

@@ -265,6 +265,7 @@ def test_merge(finetuned, gpt2_dir, tmp_path, call, fails):
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"targets": ["wte", "c_attn"]}, {"targets": ["c_fc"], "modules_to_save": ["wte"]}])
 def test_merging_unties_a_head_and_says_so(fields, gpt2_dir, tmp_path, call, fails):
     config = jlora.LoraConfig(rank=4, alpha=8.0, **fields)

@@ -202,7 +202,7 @@ def p_value(counts, expected):
     return scipy.stats.chisquare(*pooled).pvalue
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", DRAWS)
 def test_tokens_come_as_often_as_they_should(loaded, draw):
     model, params, _ = loaded["gpt2"]

@@ -191,7 +191,7 @@ OURS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", OURS)
 def test_the_tree_invariants(loaded, case):
     config = LoraConfig(rank=3, **OURS[case])
@@ -239,7 +239,7 @@ def test_nothing_is_trained_in_the_buffer_of_the_frozen(loaded):
     assert not pointers[0] & pointers[1]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "dropout": 0.3}], ids=str)
 def test_nothing_of_a_frozen_kernel_is_made(stack, kind):
@@ -443,6 +443,7 @@ def test_what_does_not_fit_is_refused(loaded, family, fields, message):
         jlora.add_lora(loaded(family)[1], LoraConfig(**fields), key=KEY)
 
 
+@pytest.mark.slow
 def test_quantized_bases(loaded):
     model, params = loaded("llama")
     packed = jlora.quantize_params(params, jlora.NF4())

@@ -61,7 +61,7 @@ def test_prediction_is_near_the_compilers_plan(case):
     assert 0.8 < predicted.peak / peak < 1.5, (predicted, peak)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_prediction_of_every_kind_of_adapter(kind):
     """Measured 1.02 to 1.17; what is trained is counted exactly."""

@@ -74,7 +74,7 @@ def bytes_of(directory, *names):
     return {name: (Path(directory) / name).read_bytes() for name in names}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("command", [("merge",), ("export", "--to", "transformers")], ids=lambda c: c[0])
 def test_the_files_are_the_bases(dtype, command, tmp_path):
@@ -143,6 +143,7 @@ def test_a_head_of_its_own(tmp_path):
     assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_a_packed_base(tmp_path):
     """A 4-bit checkpoint is written dense in its own 16 bits, and says no longer that it is packed."""
     directory = base(tmp_path / "m")

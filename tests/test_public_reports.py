@@ -255,7 +255,7 @@ def _chats(path, pairs):
     return tiny.write_records(path, [{"messages": messages} for messages in turns])
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", ["file", "share"])
 def test_what_is_cut_of_the_evaluation_data_is_said(base, tmp_path, capsys, held_out):
     """trl#1053: an evaluation over what was left."""

@@ -83,6 +83,7 @@ def test_a_checkpoint_of_transformers_gives_its_logits(four_bit, family, stack):
     np.testing.assert_allclose(our_logits(model, params), torch_logits(theirs), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_double_quantization_and_in_bfloat16(dense, family, tmp_path):
     theirs = quantized_by_transformers(dense[family], dtype=torch.bfloat16, double_quant=False)
     theirs.save_pretrained(tmp_path / "bnb")
@@ -142,7 +143,7 @@ def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp
         jlora.save_quantized(tmp_path / "ours", model, params)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_loading_quantized_is_quantizing_what_is_loaded(checkpoint):
     directory, _ = checkpoint
     for spec in (jlora.NF4(), jlora.Int8(), jlora.Int4(block_size=32)):

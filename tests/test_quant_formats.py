@@ -216,7 +216,7 @@ def test_a_model_in_them(name, llama_dir, tmp_path, capsys):
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_commands_take_them(name, llama_dir, text_file, tmp_path, capsys):
     main(["memory", "--model", str(llama_dir), "--quantize", name, "--max-length", "16", "--json"])

@@ -128,6 +128,7 @@ def test_another_choice_compiles_nothing(checkpoints, peft_models, tmp_path):
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_generation_sends_each_prompt_through_its_adapter(checkpoints, peft_models, tmp_path):
     peft_models("gpt2").save_pretrained(tmp_path)
     model, params = jlora.load(checkpoints["gpt2"][0], dtype=jnp.float32)
@@ -140,7 +141,7 @@ def test_generation_sends_each_prompt_through_its_adapter(checkpoints, peft_mode
     assert mixed != jlora.generate(model, params, prompts, **options)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [None, jlora.NF4()], ids=["dense", "nf4"])
 def test_embeddings_heads_and_quantized_bases(checkpoints, spec):
     model, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32, quantize=spec)

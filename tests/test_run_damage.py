@@ -96,6 +96,7 @@ def raising(error):
 # Checkpoints
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "damage",
     [

@@ -155,6 +155,7 @@ def test_the_base_is_bit_identical_after_training_and_yours_stays_usable():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_the_same_step():
     model, adapter, base = build(GPT2)
     params = jlora.merge(jlora.combine(adapter, base))

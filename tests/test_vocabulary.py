@@ -130,6 +130,7 @@ def test_numbers_without_bound_are_refused(options):
         jlora.FinetuneConfig(model="m", data="d", output="o", **options)
 
 
+@pytest.mark.slow
 def test_sampling_takes_every_number_that_means_something():
     model, params = jlora.load(ASSET, dtype="float32")
     ids, key = [[5, 6, 7]], jax.random.key(0)
