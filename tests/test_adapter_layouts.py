@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
@@ -52,7 +53,7 @@ def test_an_adapter_layout_is_one_row(tmp_path, monkeypatch):
         )
     )
     write_text(tmp_path / "adapter_config.json", '{"tiny": 3, "of": "base"}')
-    save_tensors(tmp_path / "tiny.safetensors", {"x": jnp.ones(2)})
+    save_tensors(tmp_path / "tiny.safetensors", {"x": np.ones(2, np.float32)})
     assert jlora.LoraConfig.load(tmp_path).rank == 3
     assert jlora.load_adapter(tmp_path, {})["read"]["tiny"] == 3
     assert adapters.base_model_of(tmp_path) == "base"

@@ -15,7 +15,7 @@ the kind cannot do: whoever asks is told so, by the kind's name.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jlora.weight.roles import LINEAR
 
 _CHILD, _TRAINED, _FROZEN = "child", "trained", "frozen"
 _Kind = TypeVar("_Kind", bound=type)
+_Adapted = TypeVar("_Adapted", bound="AdaptedWeight")
 
 
 @overload
@@ -184,7 +185,7 @@ class AdaptedWeight(Weight):
         """What the value and the config it was made by must agree in: fields of the config, and `scaling`."""
         return {}
 
-    def with_children(self, **children: object) -> Self:
+    def with_children(self: _Adapted, **children: object) -> _Adapted:
         """The same value with these children in place of its own."""
         return rebuilt(self, **children)
 
