@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ _BUCKET = 32
 def generate(
     model: Model,
     params: Params,
-    prompt_ids: Sequence[Sequence[int]] | Int[AnyArray, "batch seq"],
+    prompt_ids: Sequence[Sequence[SupportsIndex]] | Int[AnyArray, "batch seq"],
     *,
     max_new_tokens: int = SAMPLING.max_new_tokens,
     temperature: float = SAMPLING.temperature,
