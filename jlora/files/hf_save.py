@@ -120,17 +120,16 @@ def save_quantized(
     chosen = jnp.dtype(dtype) if dtype is not None else origin.dtype if origin is not None else as_loaded
     tensors: dict[str, np.ndarray] = {}
     packings: dict[str, tuple[Packing, QuantSpec]] = {}
-    dense = []
+    dense, held = [], writable()
     for path, leaf in layer_rows(model, params):
-        packing = writable().get(leaf.spec.name) if isinstance(leaf, QuantizedTensor) else None
-        if packing is not None:
-            packings.setdefault(packing.name, (packing, leaf.spec))
+        spec = leaf.spec if isinstance(leaf, QuantizedTensor) else None
+        packing = held.get(spec.name) if spec is not None else None
+        if spec is not None and packing is not None:
+            packings.setdefault(packing.name, (packing, spec))
             decoded = str(chosen) if dtype is not None or origin is not None else leaf.logical_dtype
             tensors |= packing.tensors(hf_name(path), dataclasses.replace(leaf, logical_dtype=decoded))
         elif is_weight(leaf):
-            kind = (
-                f"{leaf.spec.name} {type(leaf).__name__}" if isinstance(leaf, QuantizedTensor) else type(leaf).__name__
-            )
+            kind = f"{spec.name} {type(leaf).__name__}" if spec is not None else type(leaf).__name__
             raise ValueError(
                 f"`save_quantized` writes dense weights and {writable_said()}; {path!r} is a {kind}. Save an adapter with "
                 "`save_adapter`, or `merge` it into dense weights (`save_pretrained`)."
@@ -142,7 +141,7 @@ def save_quantized(
             )
             tensors[hf_name(path)] = array.T if is_transposed(path, model) else array
     if not packings:
-        formats = " or ".join(packing.format.__name__ for packing in writable().values())
+        formats = " or ".join(packing.format.__name__ for packing in held.values())
         raise ValueError(
             f"`save_quantized` found no {formats} weight. Load with `quantize=jlora.NF4()`, or use `save_pretrained`."
         )

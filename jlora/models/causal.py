@@ -9,7 +9,8 @@ from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int, Params, 
 from jlora.lora import linear
 from jlora.models.config import ModelConfig
 from jlora.models.context import KVCache, make_context
-from jlora.models.layers import Head, Remat, frozen_base
+from jlora.models.layers import Head, Remat
+from jlora.weight import origin
 
 
 class CausalLM(nn.Module):
@@ -56,7 +57,7 @@ class CausalLM(nn.Module):
         table: Any = params
         for name in self.config.embedding_path.split("/"):
             table = table[name]
-        return frozen_base(table), True
+        return origin(table), True  # its base where it is adapted, as in PEFT
 
     @nn.nowrap
     def logits(self, params: Params, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:

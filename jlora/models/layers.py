@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, DTypeLike, Float, PyTree
+from jlora._typing import Array, DTypeLike, Float
 from jlora.lora import embed, linear
 from jlora.models.context import Context, alternatives
-from jlora.weight import as_dense, origin
+from jlora.weight import as_dense
 
 Remat = Literal["none", "layer"]
 
@@ -167,8 +167,3 @@ def run_layers(
     )
     own = cache, jnp.asarray(kinds) if differing else None
     return scanned(block(**kwargs, name=name), x, own, contexts[0], differing)
-
-
-def frozen_base(w: PyTree) -> PyTree:
-    """The weight as it was before it was adapted: a tied head multiplies by the embedding's base, as in PEFT."""
-    return origin(w)

@@ -4,9 +4,8 @@ import dataclasses
 
 from jlora._typing import Params, PyTree
 from jlora.models.causal import CausalLM
-from jlora.models.layers import frozen_base
 from jlora.tree.paths import flatten
-from jlora.weight import as_dense, is_adapted
+from jlora.weight import as_dense, is_adapted, origin
 
 
 def has_adapted_tie(model: CausalLM, params: Params) -> bool:
@@ -56,7 +55,7 @@ def untie(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     """
     if not model.config.tie_word_embeddings:
         return model, params
-    head = frozen_base(_embedding(model, params))
+    head = origin(_embedding(model, params))
     if head is None:
         raise ValueError(
             f"`untie` makes a head of the embedding {model.config.embedding_path!r}, which these parameters lack. Pass "
