@@ -2,17 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test typed slow lint bench clean
+.PHONY: quickstart test slow lint bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
-
-# The same with every annotation of the package checked at every call.
-typed: .venv/installed-test
-	PYTHONPATH=tests $(BIN)/python -m pytest -p typed
 
 # Builds llama.cpp first: about eight minutes on one core, with gcc and g++.
 slow: .venv/installed-slow

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._numbers import NotFinite
-from jlora._typing import AnyArray, Array, Float, Int, Key, Params
+from jlora._typing import AnyArray, Array, Float, Int, Params, PRNGKeyArray
 from jlora.lora import is_stacked
 from jlora.models import Model, empty_cache
 from jlora.storage.stops import stop_ids, token_ids
@@ -42,7 +42,7 @@ def generate(
     temperature: float = SAMPLING.temperature,
     top_k: int = SAMPLING.top_k,
     top_p: float = SAMPLING.top_p,
-    key: Key[Array, ""] | None = None,
+    key: PRNGKeyArray | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues prompts of any lengths.

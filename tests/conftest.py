@@ -23,6 +23,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# isort: off
+import typed  # noqa: F401 (first of all that import jlora: from here on its annotations are checked)
+
+# isort: on
 import jax
 import pytest
 import tiny

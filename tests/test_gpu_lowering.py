@@ -57,7 +57,8 @@ def training_step(*, dtype="bfloat16", nf4=False, stack=True, segments=False, re
     tx = gpu_models.optimizer()
     state = jax.eval_shape(lambda a: jlora.train.init_state(a, tx), adapter)
     step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
-    return lowered(step, state, base, abstract_batch(2, 64, segments=segments), None)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return lowered(step, state, base, abstract_batch(2, 64, segments=segments), key)
 
 
 @pytest.mark.few(4)
@@ -103,7 +104,7 @@ def test_a_step_of_every_family_attends_by_cudnn(family, stack):
     tx = gpu_models.optimizer()
     state = jax.eval_shape(lambda a: jlora.train.init_state(a, tx), adapter)
     step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
-    text = lowered(step, state, base, abstract_batch(2, 64, segments=False), None)
+    text = lowered(step, state, base, abstract_batch(2, 64, segments=False), jax.eval_shape(lambda: jax.random.key(0)))
     backward = r"(__cudnn\$fmhaScaleBias|__cudnn\$fmha)SoftmaxBackward\(.*?sliding_window_length\\22: (\d+)"
     calls = [(int(window), "Bias" in name) for name, window in re.findall(backward, text)]
     assert sorted(calls) == sorted(stacked if stack else per_layer)

@@ -1,4 +1,4 @@
-"""Annotations that are checked (`make typed`): imported before `jlora`, this makes every call of the package check its
+"""Annotations that are checked: imported before `jlora` (by conftest.py), this makes every call of the package check its
 arguments and its result.
 
 Shapes by jaxtyping, types by beartype. As everywhere in Python's typing (PEP 484), an int will do where a float is asked for.

@@ -113,8 +113,9 @@ class QuantState:
         kernel_shape = self.shape[::-1]
         rows = (self.shape[0], -1) if keeps_rows(kernel_shape, self.spec.block_size) else (-1,)
         blocks = jnp.array(checkpoint.read(f"{name}.absmax").reshape(rows))
-        scales = Absmax(blocks)
-        if self.nested_offset is not None:
+        if self.nested_offset is None:
+            scales = Absmax(blocks)
+        else:
             nested = jnp.array(checkpoint.read(f"{name}.nested_absmax"))
             scales = NestedAbsmax(blocks, nested, jnp.float32(self.nested_offset))
         codes = jnp.array(checkpoint.read(name).view(np.uint8).reshape(rows))

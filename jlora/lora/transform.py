@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Key, Params, PyTree
+from jlora._typing import Params, PRNGKeyArray, PyTree
 from jlora.lora.config import LoraConfig
 from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
 from jlora.lora.targets import select, select_biases, select_whole
@@ -17,13 +17,13 @@ from jlora.weight import is_adapted, is_weight, materialize
 from jlora.weight.roles import LINEAR
 
 
-def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+def path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """The key of one leaf: depends on the key and the path alone, so adding a layer does not reshuffle the others."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def add_lora(
-    params: PyTree, config: LoraConfig, *, key: Key[Array, ""], roles: Mapping[str, str] | None = None
+    params: PyTree, config: LoraConfig, *, key: PRNGKeyArray, roles: Mapping[str, str] | None = None
 ) -> PyTree:
     """Adapts what the config targets; every other leaf is the same object as before.
 
@@ -90,7 +90,7 @@ def _trained_whole(layers: list[Row], taken: list[Row]) -> FullWeight:
     return FullWeight.of(layers[0].leaf)
 
 
-def _updated(layers: list[Row], taken: list[Row], config: LoraConfig, key: Key[Array, ""], roles: str) -> AdaptedWeight:
+def _updated(layers: list[Row], taken: list[Row], config: LoraConfig, key: PRNGKeyArray, roles: str) -> AdaptedWeight:
     """The leaf of these layers, adapted by the config's kind; `taken` are those that the config means."""
     stored, leaf = layers[0].stored, layers[0].leaf
     kinds = {(config.rank_of(row.module), config.scaling_of(row.module)) for row in taken}
@@ -191,7 +191,7 @@ def adapter_mask(params: PyTree) -> PyTree:
     return map_adapted(lambda w: w.mask(), params, lambda leaf: jax.tree.map(lambda _: False, leaf))
 
 
-def with_dropout(params: PyTree, key: Key[Array, ""]) -> PyTree:
+def with_dropout(params: PyTree, key: PRNGKeyArray) -> PyTree:
     """Puts this step's dropout key into every adapted weight with a dropout rate. Call it inside the loss.
 
     Each weight's key is `fold_in(key, crc32(path))` of its per-layer path, so a mask depends on the key and the path

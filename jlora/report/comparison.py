@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora._numbers import json_number
 from jlora._terminal import visible
-from jlora._typing import Array, Batch, Float, JsonObject, Key, Params
+from jlora._typing import Array, Batch, Float, JsonObject, Params, PRNGKeyArray
 from jlora.data import continuation
 from jlora.generation import SAMPLING, generate
 from jlora.lora import remove_lora
@@ -85,7 +85,7 @@ def compare(
     prompts: Sequence[tuple[str, Sequence[int]]],
     *,
     decode: Callable[[Sequence[int]], str],
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     max_new_tokens: int = SAMPLING.max_new_tokens,
     temperature: float = SAMPLING.temperature,
     top_k: int = SAMPLING.top_k,

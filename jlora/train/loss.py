@@ -11,14 +11,14 @@ from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jlora._numbers import IGNORED
-from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Key, Params, PyTree
+from jlora._typing import AnyArray, Array, Batch, Bool, Float, Int, Params, PRNGKeyArray, PyTree
 from jlora.lora import adapter_names, linear, route, with_dropout
 from jlora.models import Model
 from jlora.models.causal import capped
 from jlora.train.batch import Limits, check_form, check_numbers, model_arguments, soundness
 from jlora.weight import Weight, is_weight
 
-LossFn: TypeAlias = Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, Array]]
+LossFn: TypeAlias = Callable[[PyTree, Batch, PRNGKeyArray], tuple[Array, Array]]
 """(params, batch, key) -> (summed loss, float32 []; supervised tokens, int32 [])."""
 
 CHUNK = {"cpu": 256, "gpu": 512}
@@ -70,7 +70,7 @@ class CausalLMLoss:
         check_form(batch, self.limits)
         check_numbers(batch, self.limits, wait=wait)
 
-    def __call__(self, params: Params, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Array]:
+    def __call__(self, params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array]:
         self.check(batch, wait=True)
         model = self.model
         if key is not None:

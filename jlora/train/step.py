@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._typing import Array, Batch, Int, Key, PyTree
+from jlora._typing import Array, Batch, Int, PRNGKeyArray, PyTree
 from jlora.lora import combine
 from jlora.train.loss import LossFn
 from jlora.tree.paths import path_string
@@ -138,7 +138,7 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
         weight = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         return loss * weight, tokens, jax.tree.map(lambda g: g * weight, grads)
 
-    def step(state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]):
+    def step(state: TrainState, base: PyTree, batch: Batch, key: PRNGKeyArray):
         loss, tokens, grads = mean(state.adapter, base, batch, key)
         metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.tree.norm(grads)}
         again = functools.partial(mean, base=base, batch=batch, key=key)
@@ -157,7 +157,7 @@ class Step:
         functools.update_wrapper(self, jitted, updated=())
 
     def __call__(
-        self, state: TrainState, base: PyTree, batch: Batch, key: Key[Array, ""]
+        self, state: TrainState, base: PyTree, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         if self._check is not None:
             self._check(batch)

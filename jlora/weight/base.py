@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora._typing import AnyArray, Array, DTypeLike, Float, Key
+from jlora._typing import AnyArray, Array, DTypeLike, Float, Keys
 from jlora.weight.roles import LINEAR
 
 
@@ -34,7 +34,7 @@ class Update(NamedTuple):
     """[*stack, rank, *out]"""
     scaling: float
     dropout: float = 0.0
-    key: Key[Array, "*stack"] | None = None
+    key: Keys | None = None
 
 
 class Parts(NamedTuple):

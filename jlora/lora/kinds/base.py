@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, over
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import AnyArray, Array, Key
+from jlora._typing import AnyArray, Array, Keys, PRNGKeyArray
 from jlora.weight import Weight, cast_to, is_weight, origin, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
@@ -74,7 +74,7 @@ class Site(NamedTuple):
     path: str
     leaf: Array | Weight
     """[*stack, in, out], or with the axes that `roles` names."""
-    keys: tuple[Key[Array, ""], ...]
+    keys: tuple[PRNGKeyArray, ...]
     """One for each layer of a stacked leaf, else one."""
     stacked: bool
     roles: str
@@ -230,7 +230,7 @@ class AdaptedWeight(Weight):
 
     # Dropout
 
-    def with_key(self, key: Key[Array, "*stack"]) -> "AdaptedWeight":
+    def with_key(self, key: Keys) -> "AdaptedWeight":
         """The same value with this step's dropout key."""
         if "key" not in self.FROZEN:
             raise TypeError(
@@ -249,7 +249,7 @@ class AdaptedWeight(Weight):
     # How it is made
 
     @classmethod
-    def draw(cls, key: Key[Array, ""], d_in: int, d_out: int, rank: int) -> dict[str, Array]:
+    def draw(cls, key: PRNGKeyArray, d_in: int, d_out: int, rank: int) -> dict[str, Array]:
         """The trained children of one kernel [in, out], float32, under which it computes what it did."""
         raise NotImplementedError(f"{cls.__name__} does not say how its children are drawn (`draw`).")
 

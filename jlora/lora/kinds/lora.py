@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Key
+from jlora._typing import Array, Float, Keys, PRNGKeyArray
 from jlora.lora.kinds.base import AdaptedWeight, PeftForm, Site, frozen, kind, trained
 from jlora.lora.kinds.low_rank import LowRankWeight, product
 from jlora.lora.seam import embed, linear
@@ -96,7 +96,7 @@ class LoraWeight(LowRankWeight):
     """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
     dropout: float = 0.0
     """Probability that an element of the update's input is dropped, when there is a key. Lookups drop nothing, as in PEFT."""
-    key: Key[Array, "*stack"] | None = frozen(default=None)
+    key: Keys | None = frozen(default=None)
     """This step's dropout key; put there by `with_dropout` and nowhere else."""
     magnitude: Float[Array, "*stack d_out"] | None = trained(default=None)
     """DoRA: trained, float32; the norms of the base's columns at first. None: plain LoRA."""
@@ -296,7 +296,7 @@ def _drawn(site: Site) -> tuple[Array, Array]:
     return jax.tree.map(lambda *rows: jnp.stack(rows), *factors) if site.stacked else factors[0]
 
 
-def _init_axes(init, roles: str, shape: tuple[int, ...], rank: int, key: Key[Array, ""]) -> tuple[Array, Array]:
+def _init_axes(init, roles: str, shape: tuple[int, ...], rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
     """Factors [*stack, *in, rank] and [*stack, rank, *out] of a kernel of `shape`, drawn as those of its [in, out]."""
     stack, ins, outs = (sizes(roles, role, shape) for role in "bio")
     keys = jax.random.split(key, stack).reshape(-1) if stack else key[None]
