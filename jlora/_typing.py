@@ -12,16 +12,13 @@ from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Int as Int
-from jaxtyping import Key, UInt32
+from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
 from jaxtyping import PyTree as PyTree
 from jaxtyping import UInt8 as UInt8
 
 AnyArray: TypeAlias = Array | np.ndarray
 """Of JAX (a tracer too) or of NumPy: `Float[AnyArray, "batch d_in"]`."""
-
-Keys: TypeAlias = Key[Array, "*stack"] | UInt32[Array, "*stack 2"]
-"""A random key for each layer of a stack, of `jax.random.key` or of `jax.random.PRNGKey`; a single one without a stack."""
 
 Params: TypeAlias = Mapping[str, Any]
 """A Flax `params` tree: nested mappings whose leaves are arrays or `Weight` values. Functions of any tree take a `PyTree`."""

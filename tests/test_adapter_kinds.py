@@ -185,6 +185,8 @@ def test_lohas_dropout_is_of_outputs(llama):
     ratio = np.asarray(jlora.linear(x, jlora.with_dropout(weight, KEY)["w"]) / plain)
     np.testing.assert_allclose(ratio.mean(axis=1), 1.0, atol=1e-4)
     assert (ratio == 0).mean() == pytest.approx(0.4, abs=0.08) and (ratio[0] == ratio[1]).all()
+    raw = jlora.with_dropout(weight, jax.random.PRNGKey(0))["w"]
+    assert (jlora.linear(x, raw) == jlora.linear(x, jlora.with_dropout(weight, jax.random.key(0))["w"])).all()
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -59,6 +59,6 @@ def test_an_adapter_layout_is_one_row(tmp_path, monkeypatch):
     assert adapters.base_model_of(tmp_path) == "base"
     with pytest.raises(FileExistsError, match=r"tiny's layout .*Write PEFT's into another"):
         adapters.refuse_mixture(tmp_path, PEFT)
-    save_tensors(tmp_path / MLX.weights, {"x": jnp.ones(2)})
+    save_tensors(tmp_path / MLX.weights, {"x": np.ones(2, np.float32)})
     with pytest.raises(ValueError, match="is tiny's, and adapters.safetensors is mlx-lm's"):
         jlora.LoraConfig.load(tmp_path)

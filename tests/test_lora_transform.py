@@ -425,8 +425,9 @@ def test_dropout_needs_a_key_and_follows_it(gpt2):
         lambda _, w: dataclasses.replace(w, dropout=0.0) if isinstance(w, LoraWeight) else w, params
     )
     assert (plain == logits(without)).all()
-    one, same, two = (logits(jlora.with_dropout(params, jax.random.key(i))) for i in (1, 1, 2))
-    assert (one == same).all()
+    keys = jax.random.key(1), jax.random.key(1), jax.random.PRNGKey(1), jax.random.key(2)
+    one, same, raw, two = (logits(jlora.with_dropout(params, key)) for key in keys)
+    assert (one == same).all() and (one == raw).all()
     assert jnp.abs(one - two).max() > 1e-2 and jnp.abs(one - plain).max() > 1e-2
 
 

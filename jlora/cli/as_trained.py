@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jlora._terminal import console, say
 from jlora._typing import Json, JsonObject
@@ -12,7 +12,20 @@ from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.files.run_settings import FILE, RunSettings
 from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
 
-Options = TypeVar("Options")
+
+@runtime_checkable
+class _OfAModel(Protocol):
+    """Options of a command: a dataclass with these fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def model(self) -> str | None: ...
+
+
+Options = TypeVar("Options", bound=_OfAModel)
 
 _NONE = {"template": "none", "quantize": "none"}
 """What a flag calls the null of a setting."""
@@ -43,7 +56,7 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
     Raises:
         ValueError: when the adapters of a directory were trained with different settings, and a flag is to choose.
     """
-    settings = settings_of(getattr(options, "adapter"), getattr(options, "model"))  # noqa: B009
+    settings = settings_of(options.adapter, options.model)
     if not settings:
         return options, None
     _refuse_differing(options, settings, names)
@@ -64,7 +77,7 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
         note(f"as in the run that trained this ({FILE}): {_listed(said)}")
     if other:
         note(_differs(other, measured=data is not None, split=any(name in known for name in other)))
-    return dataclasses.replace(options, **taken), run  # pyright: ignore[reportArgumentType, reportReturnType]
+    return dataclasses.replace(options, **taken), run
 
 
 def merged_settings(run: RunSettings) -> RunSettings:
@@ -96,14 +109,13 @@ def _other_base(adapter: Path, model: str) -> str | None:
     return f"says that it was trained on {named!r}, and nothing says that {model!r} is the same"
 
 
-def _refuse_differing(options: object, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
-    adapter = getattr(options, "adapter")  # noqa: B009
+def _refuse_differing(options: _OfAModel, settings: Mapping[str, RunSettings], names: tuple[str, ...]) -> None:
     for name in names:
         values = {named: getattr(run, name) for named, run in settings.items()}
         if getattr(options, name) is None and len(set(values.values())) > 1:
             listed = ", ".join(f"{named}: {value}" for named, value in values.items())
             raise ValueError(
-                f"The adapters in {adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
+                f"The adapters in {options.adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
                 f"use, --{name.replace('_', '-')}, or one of the adapters."
             )
 

@@ -20,7 +20,7 @@ import numpy as np
 from jlora._typing import Json, JsonObject, Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.finite import refuse_not_finite
-from jlora.files.stored import StoredAdapter, misfit
+from jlora.files.stored import StoredAdapter, does_not_fit
 from jlora.files.updates import (
     check_config,
     check_shapes,
@@ -325,7 +325,7 @@ def read_mlx_adapter(found: AdapterDirectory, params: Params) -> PyTree:
     problems = list(_embedding_problems([m for m in meant if m in embeddings], dora=config.use_dora, tied=tied))
     if not meant:
         # Nothing to compare tensors with.
-        raise misfit(found.path, [*problems, *idle] or ["none of its modules is here"])
+        raise does_not_fit(found.path, [*problems, *idle] or ["none of its modules is here"])
     lora = LoraConfig(
         rank=config.rank, alpha=config.alpha, targets=meant, dropout=config.dropout, use_dora=config.use_dora
     )

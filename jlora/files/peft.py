@@ -132,7 +132,7 @@ class _PeftAdapter(StoredAdapter):
 
     def bases(self) -> dict[str, str]:
         """Name -> leaf path of the adapted embeddings and heads: PEFT writes their base too, in case it was resized."""
-        paths = {row.module: row.stored for row in self.rows if not row.leaf.WHOLE}
+        paths = {row.module: row.leaf_path for row in self.rows if not row.leaf.WHOLE}
         return {
             f"{PREFIX}{module}.base_layer.weight": path
             for module, path in paths.items()

@@ -16,7 +16,7 @@ from jlora.tree.paths import map_with_path
 from jlora.weight import is_adapted
 
 
-def misfit(directory: Path, problems: Iterable[str]) -> ValueError:
+def does_not_fit(directory: Path, problems: Iterable[str]) -> ValueError:
     """The error that lists all that speaks against loading an adapter."""
     return ValueError(
         f"The adapter in {str(directory)!r} does not fit these parameters:\n  "
@@ -70,7 +70,7 @@ class StoredAdapter(abc.ABC):
         problems = [*also, *mismatches(shapes, file.shapes, ignorable)]
         problems += wrong_dtypes(dict.fromkeys(shapes, FLOATS), file.dtypes)
         if problems:
-            raise misfit(directory, [*problems, *hints])
+            raise does_not_fit(directory, [*problems, *hints])
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
     def _leaf(self, file: Checkpoint, path: str, leaf: PyTree) -> PyTree:

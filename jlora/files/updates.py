@@ -122,7 +122,7 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
 def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraConfig]:
     """PiSSA as plain LoRA on the original base; with the rank, alpha grows so that the scaling stays."""
 
-    def one(weight):
+    def without_residual(weight):
         if weight.WHOLE:
             return weight
         if weight.base is None:
@@ -141,4 +141,4 @@ def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraC
         rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
         alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return map_adapted(one, params), plain
+    return map_adapted(without_residual, params), plain

@@ -45,10 +45,9 @@ def stack_adapters(trees: Mapping[str, Params]) -> Any:
                 "parameters."
             )
 
-    def one(path, leaf):
-        return _side_by_side(path, {name: leaves[path] for name, leaves in flat.items()})
-
-    return map_with_path(one, trees[first[0]])
+    return map_with_path(
+        lambda path, _: _side_by_side(path, {name: leaves[path] for name, leaves in flat.items()}), trees[first[0]]
+    )
 
 
 def _side_by_side(path: str, leaves: Mapping[str, Any]) -> Any:

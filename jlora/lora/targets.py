@@ -173,7 +173,7 @@ def without_idle(there: Modules, config: LoraConfig) -> tuple[LoraConfig, list[s
 
 def _problems_of_roles(there: Modules, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
     """What speaks against adapting targets with more axes than two, whose purpose nobody has stated."""
-    shapes = {row.stored: tuple(row.leaf.shape) for row in there.rows if row.stored in unclear.values()}
+    shapes = {row.leaf_path: tuple(row.leaf.shape) for row in there.rows if row.leaf_path in unclear.values()}
     for module, path in unclear.items():
         if _is_excluded(config, module):
             continue

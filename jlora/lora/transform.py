@@ -55,7 +55,7 @@ def add_lora(
         ((4, 2), (2, 6))
     """
     there = modules_of(params, roles)
-    adapted = list(dict.fromkeys(row.stored for row in there.rows if is_adapted(row.leaf)))
+    adapted = list(dict.fromkeys(row.leaf_path for row in there.rows if is_adapted(row.leaf)))
     if adapted:
         raise ValueError(
             f"`add_lora` goes onto unadapted parameters; {adapted[0]!r} and {len(adapted) - 1} more are adapted already. "
@@ -84,7 +84,7 @@ def add_lora(
 def _trained_whole(layers: list[Row], taken: list[Row]) -> FullWeight:
     if len(taken) < len(layers):
         raise ValueError(
-            f"The {len(layers)} layers of the stacked leaf {layers[0].stored!r} must be trained alike; this config trains "
+            f"The {len(layers)} layers of the stacked leaf {layers[0].leaf_path!r} must be trained alike; this config trains "
             f"{len(taken)} of them. Use the per-layer form for it: `unstack_layers(params)`, or load with `stack=False`."
         )
     return FullWeight.of(layers[0].leaf)
@@ -92,22 +92,22 @@ def _trained_whole(layers: list[Row], taken: list[Row]) -> FullWeight:
 
 def _updated(layers: list[Row], taken: list[Row], config: LoraConfig, key: PRNGKeyArray, roles: str) -> AdaptedWeight:
     """The leaf of these layers, adapted by the config's kind; `taken` are those that the config means."""
-    stored, leaf = layers[0].stored, layers[0].leaf
+    leaf_path, leaf = layers[0].leaf_path, layers[0].leaf
     kinds = {(config.rank_of(row.module), config.scaling_of(row.module)) for row in taken}
     if len(taken) < len(layers) or len(kinds) > 1:
         raise ValueError(
-            f"The {len(layers)} layers of the stacked kernel {stored!r} must be adapted alike; this config adapts {len(taken)} of "
-            f"them with (rank, scaling) {sorted(kinds)}. Use the per-layer form for it: `unstack_layers(params)`, or load "
+            f"The {len(layers)} layers of the stacked kernel {leaf_path!r} must be adapted alike; this config adapts {len(taken)} "
+            f"of them with (rank, scaling) {sorted(kinds)}. Use the per-layer form for it: `unstack_layers(params)`, or load "
             "with `stack=False`."
         )
     ((rank, scaling),) = kinds
     site = Site(
-        path=stored,
+        path=leaf_path,
         leaf=leaf,
         keys=tuple(path_key(key, row.path) for row in taken),
         stacked=leaf.ndim > len(roles),
         roles=roles,
-        is_embedding=is_embedding(stored),
+        is_embedding=is_embedding(leaf_path),
         rank=rank,
         scaling=scaling,
         dropout=float(config.dropout),
@@ -149,7 +149,7 @@ def combine(adapter: PyTree, base: PyTree) -> PyTree:
     if base is None:
         return adapter
 
-    def one(key_path, a, b):
+    def joined(key_path, a, b):
         path = path_string(key_path)
         try:
             if is_adapted(b):
@@ -166,7 +166,7 @@ def combine(adapter: PyTree, base: PyTree) -> PyTree:
                 "results of one `split`."
             ) from None
 
-    return jax.tree_util.tree_map_with_path(one, adapter, base, is_leaf=lambda x: x is None or is_weight(x))
+    return jax.tree_util.tree_map_with_path(joined, adapter, base, is_leaf=lambda x: x is None or is_weight(x))
 
 
 def remove_lora(params: PyTree) -> PyTree:
@@ -197,8 +197,10 @@ def with_dropout(params: PyTree, key: PRNGKeyArray) -> PyTree:
     Each weight's key is `fold_in(key, crc32(path))` of its per-layer path, so a mask depends on the key and the path
     only: it is the same in the per-layer and the stacked form, and under rematerialization.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of `jax.random.PRNGKey`: the numbers are the same
+        key = jax.random.wrap_key_data(key)
 
-    def one(path, w):
+    def keyed(path, w):
         if not is_adapted(w) or w.dropout == 0.0:
             return w
         layered = len(w.stack) > w.roles.count("b")
@@ -207,7 +209,7 @@ def with_dropout(params: PyTree, key: PRNGKeyArray) -> PyTree:
             keys = [jax.random.split(k, own) for k in keys]
         return w.with_key(jnp.stack(keys) if layered else keys[0])
 
-    return map_with_path(one, params)
+    return map_with_path(keyed, params)
 
 
 def adapted_leaves(params: PyTree) -> dict[str, AdaptedWeight]:

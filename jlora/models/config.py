@@ -1,6 +1,7 @@
 """What every model's configuration says, and reading a Hugging Face `config.json` strictly: a field that would change the
 numbers is used or refused, never ignored."""
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
@@ -16,7 +17,7 @@ _TOKEN_ID = integer(0, (1 << 31) - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(abc.ABC):
     """Of one model. Field names are those of Hugging Face's `config.json`."""
 
     model_type: str
@@ -41,17 +42,19 @@ class ModelConfig:
         return getattr(self, self.depth_field)
 
     @property
+    @abc.abstractmethod
     def width(self) -> int:
-        raise NotImplementedError
+        """Of the residual stream."""
 
     @property
+    @abc.abstractmethod
     def max_length(self) -> int:
-        raise NotImplementedError
+        """Tokens that a row may have."""
 
     @property
+    @abc.abstractmethod
     def kv_shape(self) -> tuple[int, int]:
         """(kv_heads, head_dim)"""
-        raise NotImplementedError
 
     @property
     def logit_cap(self) -> float | None:

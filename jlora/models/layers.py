@@ -17,7 +17,7 @@ Remat = Literal["none", "layer"]
 INIT_STD = 0.02  # GPT-2's and Llama's `initializer_range`
 
 
-def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
     """The module's parameter, whatever kind of value it is.
 
     `nn.Module.param` compares shapes leaf by leaf and would refuse a `Weight` where it initialized an array.
@@ -29,7 +29,7 @@ def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...])
 
 def vector(module: nn.Module, name: str, init: Callable, size: int, dtype: DTypeLike) -> Float[Array, " size"]:
     """A bias or a scale in `dtype`, whatever kind of value the parameter is."""
-    return as_dense(stored(module, name, init, (size,)), dtype)
+    return as_dense(parameter(module, name, init, (size,)), dtype)
 
 
 class Linear(nn.Module):
@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = stored(self, "kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
         y = linear(x, kernel)
         if self.use_bias:
             y = y + vector(self, "bias", nn.initializers.zeros, self.features, y.dtype)
@@ -56,7 +56,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        table = stored(self, "embedding", nn.initializers.normal(INIT_STD), (self.vocab, self.features))
+        table = parameter(self, "embedding", nn.initializers.normal(INIT_STD), (self.vocab, self.features))
         return embed(ids, table).astype(self.dtype)
 
 
@@ -67,7 +67,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return stored(self, "kernel", nn.initializers.normal(INIT_STD), self.shape)
+        return parameter(self, "kernel", nn.initializers.normal(INIT_STD), self.shape)
 
 
 def normed(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:

@@ -132,7 +132,7 @@ def quantize_params(
             "`merge(params)` makes a quantized or adapted tree dense."
         )
 
-    def one(path, leaf):
+    def quantized(path, leaf):
         return quantize(leaf, spec, roles=there.roles.get(path)) if path in chosen else leaf
 
-    return map_with_path(one, params)
+    return map_with_path(quantized, params)

@@ -38,12 +38,12 @@ class Row(NamedTuple):
 
     path: str
     """"model/layers/3/mlp/up_proj/kernel"."""
-    stored: str
+    leaf_path: str
     """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
     layer: int | None
     """Of the layer, where the leaf is a stack of layers."""
     leaf: Any
-    """As stored: all layers of a stack."""
+    """As the tree has it: all layers of a stack."""
 
     @property
     def module(self) -> str:
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 def rows_of(path: str, leaf: Any) -> list[Row]:
     """The rows that one leaf stands for: itself, or one for each layer of a stacked leaf."""
-    shaped = leaf.lead if is_weight(leaf) else leaf
+    shaped = leaf.representative if is_weight(leaf) else leaf
     # A kernel with two axes is one kernel, whatever the nodes above it are called.
     if layer_path(path, 0) is None or not is_array(shaped) or (path.endswith("/kernel") and shaped.ndim < 3):
         return [Row(path, path, None, leaf)]
@@ -125,13 +125,13 @@ def modules_of(tree: Any, patterns: Mapping[str, str] | None = None) -> Modules:
     roles = _roles(seen, patterns or {})
     arrays = [row for row in seen if is_array(row.leaf)]
     named = any(row.kind in _LEAF_NAMES for row in arrays)
-    candidates = [row for row in arrays if not named or row.stored in roles or row.kind == "kernel"]
+    candidates = [row for row in arrays if not named or row.leaf_path in roles or row.kind == "kernel"]
     return Modules(
         rows=seen,
         roles=roles,
-        kernels={row.module: row.stored for row in candidates if row.stored in roles or row.ndim == 2},
-        unclear={row.module: row.stored for row in candidates if row.stored not in roles and row.ndim > 2},
-        embeddings={row.module: row.stored for row in arrays if is_embedding(row.path) and row.leaf.ndim == 2},
+        kernels={row.module: row.leaf_path for row in candidates if row.leaf_path in roles or row.ndim == 2},
+        unclear={row.module: row.leaf_path for row in candidates if row.leaf_path not in roles and row.ndim > 2},
+        embeddings={row.module: row.leaf_path for row in arrays if is_embedding(row.path) and row.leaf.ndim == 2},
     )
 
 
@@ -140,7 +140,7 @@ def _roles(seen: Iterable[Row], patterns: Mapping[str, str]) -> dict[str, str]:
     layers: dict[str, list[Row]] = {}
     for row in seen:
         if _may_be_kernel(row):
-            layers.setdefault(row.stored, []).append(row)
+            layers.setdefault(row.leaf_path, []).append(row)
     stated, used = {}, set()
     for path, of_leaf in layers.items():
         pattern = next((p for p in patterns if any(pattern_matches(p, row.module) for row in of_leaf)), None)
@@ -161,7 +161,7 @@ def _roles(seen: Iterable[Row], patterns: Mapping[str, str]) -> dict[str, str]:
             f"`roles` {dead[0]!r} matches no leaf with two axes or more.{nearest(dead[0], names)} Those there are: "
             f"{describe(names)}."
         )
-    packed = {row.stored: row.leaf.packed_roles for row in seen if is_weight(row.leaf) and row.leaf.packed_roles}
+    packed = {row.leaf_path: row.leaf.packed_roles for row in seen if is_weight(row.leaf) and row.leaf.packed_roles}
     for path in packed.keys() & stated.keys():
         if stated[path].lstrip("b") != packed[path]:
             raise ValueError(

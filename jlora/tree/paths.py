@@ -90,12 +90,12 @@ def cast(params: PyTree, dtype: DTypeLike) -> PyTree:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating point type; got {dtype}. Pass jnp.bfloat16 or jnp.float32.")
 
-    def one(leaf):
+    def in_dtype(leaf):
         if is_weight(leaf):
             return leaf.cast(dtype)
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(one, params, is_leaf=is_weight)
+    return jax.tree.map(in_dtype, params, is_leaf=is_weight)
 
 
 def count(params: PyTree) -> int:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora._typing import AnyArray, Array, DTypeLike, Float, Keys
+from jlora._typing import AnyArray, Array, DTypeLike, Float, Key
 from jlora.weight.roles import LINEAR
 
 
@@ -34,7 +34,7 @@ class Update(NamedTuple):
     """[*stack, rank, *out]"""
     scaling: float
     dropout: float = 0.0
-    key: Keys | None = None
+    key: Key[Array, "*stack"] | None = None
 
 
 class Parts(NamedTuple):
@@ -105,7 +105,7 @@ class Weight(abc.ABC):
         return None
 
     @property
-    def lead(self) -> Any:
+    def representative(self) -> Any:
         """What has the weight's number of axes, and the stack's in front, in either half that `split` makes too."""
         return self
 

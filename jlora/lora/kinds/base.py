@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, over
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import AnyArray, Array, Keys, PRNGKeyArray
+from jlora._typing import AnyArray, Array, Key, PRNGKeyArray
 from jlora.weight import Weight, cast_to, is_weight, origin, rebuilt, register_node
 from jlora.weight.roles import LINEAR
 
@@ -172,13 +172,13 @@ class AdaptedWeight(Weight):
         return tuple(n for n in self.CHILDREN if n not in self.OPTIONAL and getattr(self, n) is None)
 
     @property
-    def lead(self):
+    def representative(self):
         return getattr(self, self.TRAINED[0])
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the leading stack axes."""
-        return self.lead.shape[:-2]
+        return self.representative.shape[:-2]
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -230,7 +230,7 @@ class AdaptedWeight(Weight):
 
     # Dropout
 
-    def with_key(self, key: Keys) -> "AdaptedWeight":
+    def with_key(self, key: Key[Array, "*stack"]) -> "AdaptedWeight":
         """The same value with this step's dropout key."""
         if "key" not in self.FROZEN:
             raise TypeError(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Keys
+from jlora._typing import Array, Float, Key
 from jlora.lora.kinds.base import PeftForm, frozen, kind, trained
 from jlora.lora.kinds.low_rank import LowRankWeight, product
 from jlora.weight import Update, Weight
@@ -47,7 +47,7 @@ class LohaWeight(LowRankWeight):
     """`alpha / rank`."""
     dropout: float = 0.0
     """Probability that an output of the update is dropped: PEFT's `rank_dropout`."""
-    key: Keys | None = frozen(default=None)
+    key: Key[Array, "*stack"] | None = frozen(default=None)
 
     @classmethod
     def draw(cls, key, d_in, d_out, rank):

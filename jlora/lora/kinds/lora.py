@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Keys, PRNGKeyArray
+from jlora._typing import Array, Float, Key, PRNGKeyArray
 from jlora.lora.kinds.base import AdaptedWeight, PeftForm, Site, frozen, kind, trained
 from jlora.lora.kinds.low_rank import LowRankWeight, product
 from jlora.lora.seam import embed, linear
@@ -96,7 +96,7 @@ class LoraWeight(LowRankWeight):
     """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
     dropout: float = 0.0
     """Probability that an element of the update's input is dropped, when there is a key. Lookups drop nothing, as in PEFT."""
-    key: Keys | None = frozen(default=None)
+    key: Key[Array, "*stack"] | None = frozen(default=None)
     """This step's dropout key; put there by `with_dropout` and nowhere else."""
     magnitude: Float[Array, "*stack d_out"] | None = trained(default=None)
     """DoRA: trained, float32; the norms of the base's columns at first. None: plain LoRA."""

@@ -26,7 +26,7 @@ class LowRankWeight(AdaptedWeight):
     @property
     def rank(self) -> int:
         """As the config has it: the last axis of the first trained child, unless a kind says otherwise."""
-        return self.lead.shape[-1]
+        return self.representative.shape[-1]
 
     @abc.abstractmethod
     def factors(self) -> tuple[Float[Array, "*stack d_in inner"], Float[Array, "*stack inner d_out"]]:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jlora._typing import Array, Float, Keys
+from jlora._typing import Array, Float, Key
 from jlora.lora.kinds.base import PeftForm, frozen, kind, trained
 from jlora.lora.kinds.low_rank import LowRankWeight
 from jlora.lora.seam import linear
@@ -34,7 +34,7 @@ class MissWeight(LowRankWeight):
     """Zero at first."""
     dropout: float = 0.0
     """Probability that an element of the update's input is dropped."""
-    key: Keys | None = frozen(default=None)
+    key: Key[Array, "*stack"] | None = frozen(default=None)
 
     @property
     def rank(self):

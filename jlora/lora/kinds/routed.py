@@ -41,7 +41,7 @@ class RoutedWeight(AdaptedWeight):
     """The choice, put there by `route`: int32, -1 for the base alone. None: not chosen yet."""
 
     @property
-    def lead(self):
+    def representative(self):
         a = self.lora_A
         return jax.ShapeDtypeStruct((*a.shape[:-3], *a.shape[-2:]), a.dtype)
 
