@@ -185,7 +185,8 @@ def test_each_file_is_a_document(tmp_path, tokenizer):
     for name, content in contents.items():
         (tmp_path / "texts" / name).write_text(content, encoding="utf-8")
     (tmp_path / "texts" / "notes.md").write_text("not this")
-    meta = prepare_text(tmp_path / "texts", tokenizer, directory=tmp_path / "out", eval_fraction=0.0)
+    with pytest.warns(UserWarning, match=r"only the `\.txt` files are text; left out: notes\.md"):
+        meta = prepare_text(tmp_path / "texts", tokenizer, directory=tmp_path / "out", eval_fraction=0.0)
     expected = [
         i for text in ("one dog", "two cats", "three") for i in [*encode(tokenizer, text), tokenizer.eos_token_id]
     ]

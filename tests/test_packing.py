@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def packed_dir(llama_dir, tmp_path):
         q = jlora.quantize(jnp.asarray(tensors[name].astype(np.float32)).T, Rows8.spec)
         tensors[name], tensors[f"{name}.scale"] = (np.asarray(leaf) for leaf in jax.tree.leaves(q))
     save_file(tensors, tmp_path / "model.safetensors")
-    config = json.loads(open(f"{llama_dir}/config.json").read()) | {"quantization_config": {"quant_method": "rows8"}}
+    config = json.loads(Path(llama_dir, "config.json").read_text()) | {"quantization_config": {"quant_method": "rows8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 

@@ -244,12 +244,12 @@ SETTINGS = [
     for name, spec in SPECS.items()
     for double in ((False, True) if hasattr(spec, "double_quant") else (None,))
 ]
-SHAPES = [(64,), (100,), (128, 96), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8), (2, 50, 6)]
+SHAPES = [(128, 96), (2, 50, 6), (64,), (100,), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8)]
 
 
-@pytest.mark.few(6)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.few(16)
 @pytest.mark.parametrize(("name", "double_quant"), SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trip(name, double_quant, shape):
     w = draw(*shape)
     spec = SPECS[name](**({} if double_quant is None else {"double_quant": double_quant}))
@@ -260,7 +260,7 @@ def test_round_trip(name, double_quant, shape):
     assert dense.shape == shape and dense.dtype == jnp.float32
     # Half the widest gap between two codes, of the block's absmax, which is at most the weight's; more for its own coding.
     gap = {"nf4": 0.152, "int8": 0.5 / 127, "int4": 0.5 / 7, "int4-g128": 0.503 / 7.5, "mxfp4": 0.25}[name]
-    assert np.abs(dense - w).max() <= (gap + 0.05 * double_quant) * np.abs(w).max()
+    assert np.abs(dense - w).max() <= (gap + 0.05 * bool(double_quant)) * np.abs(w).max()
     assert jlora.dequantize(q, jnp.bfloat16).dtype == jnp.bfloat16
     again = jlora.quantize(dense, spec)
     if not double_quant and name != "int4-g128":  # whose largest code is not its absmax

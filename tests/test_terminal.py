@@ -234,11 +234,15 @@ def test_errors_on_a_terminal_cannot_command_it(tmp_path):
     )
 
 
+# A process that is started in the background is told to ignore them.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 @pytest.mark.parametrize("name", ["jlora", "script.py"])
 def test_interrupted_while_it_imports(name):
     """Sent as the imports begin: jax is imported last of all, by a finder that interrupts."""
     code = (
-        f"import sys, os, signal; sys.argv = [{name!r}]\n"
+        f"{INTERRUPTIBLE}import sys, os; sys.argv = [{name!r}]\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'jax': os.kill(os.getpid(), signal.SIGINT)\n"
@@ -254,8 +258,10 @@ def test_interrupted_while_it_imports(name):
 
 def test_interrupts_are_raised_again_once_all_is_imported():
     code = (
-        "import sys; sys.argv = ['jlora', '--version']; from jlora.cli import main; main()\n"
-        "import signal; print(signal.getsignal(signal.SIGINT))"
+        f"{INTERRUPTIBLE}import sys; sys.argv = ['jlora', '--version']; from jlora.cli import main; main()\n"
+        "print(signal.getsignal(signal.SIGINT))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "default_int_handler" in said
+    assert (
+        "default_int_handler"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )

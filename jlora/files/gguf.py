@@ -23,21 +23,13 @@ import numpy as np
 from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
 from jlora.files.hf_save import layer_rows
-from jlora.files.names import mismatches
-from jlora.files.updates import (
-    check_config,
-    check_shapes,
-    kernel_shapes,
-    more_than_updates,
-    plain_updates,
-    without_residuals,
-)
+from jlora.files.names import check_shapes, mismatches
+from jlora.files.updates import PlainUpdates, kernel_shapes, plain_updates
 from jlora.files.vocabulary import Vocabulary
-from jlora.lora import LoraConfig, LoraWeight, adapted_modules
+from jlora.lora import LoraConfig
 from jlora.models import Model, abstract_params, family_of, refuse_adapted_tie
 from jlora.storage.whole import check_size, refuse_existing, whole_file
-from jlora.tree.modules import module_path
-from jlora.tree.paths import flatten, is_weight, per_layer_paths
+from jlora.tree.paths import flatten, is_weight, module_path, per_layer_paths
 from jlora.weight import materialize
 
 if TYPE_CHECKING:
@@ -147,14 +139,12 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     gguf = _import_gguf()
     path = refuse_existing(path)
     refuse_unknown_to_llama_cpp(model)
-    check_config(params, config, format="GGUF", writer="save_gguf_adapter")
-    if config.init == "pissa":
-        params, config = without_residuals(params, config)
-    modules = plain_updates(adapted_modules(params))
-    _check_adapter(model, params, modules)
+    updates = plain_updates(params, config, format="GGUF", writer="save_gguf_adapter")
+    alpha = updates.config.alpha
+    _check_adapter(model, updates)
     tensors = {}
-    for module, weight in modules.items():
-        b = np.asarray(weight.lora_B, np.float32).T * (weight.scaling * weight.rank / config.alpha)
+    for module, weight in updates.modules.items():
+        b = np.asarray(weight.lora_B, np.float32).T * (weight.scaling * weight.rank / alpha)
         name = f"{tensor_name(module, model)}.weight"
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(weight.lora_A, np.float32).T)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
@@ -167,7 +157,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config.alpha))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
 
     stored = {name: (array.shape, gguf.GGMLQuantizationType.F32) for name, array in tensors.items()}
     _write(gguf, path, model, describe, stored, tensors.values())
@@ -282,16 +272,17 @@ def _check_params(model: Model, params: Params) -> None:
         )
 
 
-def _check_adapter(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
+def _check_adapter(model: Model, updates: PlainUpdates) -> None:
     """Refuses what llama.cpp's adapters do not hold."""
     kernels = kernel_shapes(model)
-    other = more_than_updates(params, modules) + [module for module in modules if module not in kernels]
+    other = [*updates.whole, *updates.nested]
+    other += [m for m, w in updates.modules.items() if w.magnitude is not None or m not in kernels]
     if other:
         raise ValueError(
             "A GGUF adapter holds low-rank updates of the checkpoint's linear kernels and nothing else; this one has more: "
             f"{', '.join(dict.fromkeys(other[:5]))}. Write the merged model with `save_gguf`."
         )
-    check_shapes(modules, kernels)
+    check_shapes(updates.shapes, kernels)
 
 
 def _tensors(model: Model, params: Params) -> Iterator[tuple[str, str, PyTree]]:

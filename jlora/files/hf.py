@@ -21,6 +21,7 @@ from jlora.files.packing import DenseWeight, PackedWeight, check_declared, store
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import QuantSpec, quantizable, quantize_rows
 from jlora.storage import Checkpoint
+from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
@@ -70,7 +71,7 @@ def load(
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
     directory = find(name)
-    if (directory / ADAPTER_CONFIG).is_file():
+    if all((directory / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         warnings.warn(
             f"{str(directory)!r} holds a model and an adapter, which is not on: put it on with `jlora.load_adapter(directory, "
             "params)` (--adapter DIRECTORY).",

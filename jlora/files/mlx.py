@@ -20,21 +20,16 @@ import numpy as np
 from jlora._typing import Json, JsonObject, Params, PyTree
 from jlora.files.adapters import CONFIG, AdapterDirectory, Layout, refuse_mixture, register
 from jlora.files.finite import refuse_not_finite
+from jlora.files.names import check_shapes
 from jlora.files.stored import StoredAdapter, does_not_fit
-from jlora.files.updates import (
-    check_config,
-    check_shapes,
-    kernel_shapes,
-    more_than_updates,
-    plain_updates,
-    without_residuals,
-)
-from jlora.lora import LoraConfig, LoraWeight, adapted_modules, add_lora
+from jlora.files.updates import PlainUpdates, kernel_shapes, plain_updates
+from jlora.lora import LoraConfig, LoraWeight, add_lora
 from jlora.models import Model
 from jlora.storage import Checkpoint, save_tensors
 from jlora.storage.fields import MAX_SIZE, is_integer, list_of, positive, probability, shown, text
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, module_path, modules_of, nearest
+from jlora.tree.modules import HEADS, modules_of, nearest
+from jlora.tree.paths import module_path
 
 SUFFIXES: Mapping[str, str] = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 """Trained child -> what follows the module's path and a dot."""
@@ -240,11 +235,9 @@ def save_mlx_adapter(
             an adapted embedding that is also the output head. Nothing is written then.
     """
     refuse_mixture(directory, MLX)
-    check_config(params, config, format=MLX.name, writer="save_mlx_adapter")
-    if config.init == "pissa":
-        params, config = without_residuals(params, config)
-    modules = plain_updates(adapted_modules(params))
-    _check(model, params, modules)
+    updates = plain_updates(params, config, format=MLX.name, writer="save_mlx_adapter")
+    _check(model, updates)
+    modules = updates.modules
     rank = max(weight.rank for weight in modules.values())
     # The scale of most modules, so that most lora_b stay as they are.
     ((scale, _),) = Counter(weight.scaling for weight in modules.values()).most_common(1)
@@ -259,7 +252,7 @@ def save_mlx_adapter(
         rank=rank,
         scale=scale,
         dropout=max(weight.dropout for weight in modules.values()),
-        use_dora=config.use_dora,
+        use_dora=updates.config.use_dora,
         num_layers=num_layers,
         keys=keys,
     ).to_json()
@@ -282,11 +275,10 @@ def _folded(weight: LoraWeight, rank: int, scale: float) -> dict[str, np.ndarray
     return arrays
 
 
-def _check(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> None:
+def _check(model: Model, updates: PlainUpdates) -> None:
     """Refuses what mlx-lm's adapters do not represent."""
-    problems = [
-        f"{name}: not a low-rank update" for name in dict.fromkeys(more_than_updates(params, modules, dora=True))
-    ]
+    modules = updates.modules
+    problems = [f"{name}: not a low-rank update" for name in (*updates.whole, *updates.nested)]
     embeddings = kernel_shapes(model, ("embedding",))
     shapes = kernel_shapes(model) | embeddings
     problems += [f"{module}: not a module of this model" for module in modules if module not in shapes]
@@ -299,7 +291,7 @@ def _check(model: Model, params: Params, modules: Mapping[str, LoraWeight]) -> N
             + "\n  ".join(problems[:10])
             + "\nWrite the merged model with `save_pretrained`, which mlx-lm loads."
         )
-    check_shapes(modules, shapes)
+    check_shapes(updates.shapes, shapes)
 
 
 def _embedding_problems(embeddings: list[str], *, dora: bool, tied: bool) -> Iterator[str]:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jlora.models import Model
-from jlora.tree.modules import HEADS, module_path
+from jlora.tree.modules import HEADS
+from jlora.tree.paths import module_path
 
 # Buffers that old checkpoints carry and that hold no parameters: causal masks and rotary frequencies.
 _BUFFERS = re.compile(
@@ -55,6 +56,13 @@ def mismatches(
     lines += [f"unexpected: {name} {tuple(found[name])}" for name in extra]
     more = max(0, len(missing) - shown) + max(0, len(lines) - shown)
     return lines[:shown] + ([f"and {more} more"] if more else [])
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError for updates, by module, that are not of the shapes of the model's weights."""
+    problems = mismatches({module: model[module] for module in found}, found)
+    if problems:
+        raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
 
 
 def _missing(name: str, shape: tuple[int, ...], extra: list[str]) -> str:

@@ -35,8 +35,8 @@ from jlora.storage.fields import (
     text,
 )
 from jlora.storage.whole import whole_files, write_text
-from jlora.tree.modules import HEADS, is_embedding, module_path, modules_of
-from jlora.tree.paths import flatten
+from jlora.tree.modules import HEADS, is_embedding, modules_of
+from jlora.tree.paths import flatten, module_path
 
 PREFIX = "base_model.model."
 # "ln_f.original_module.bias", "mlp.modules_to_save.default.c_fc.bias"
@@ -61,10 +61,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, *, config: LoraCo
         ValueError: when `config` is not the one `params` were adapted with, or a factor is not finite.
     """
     refuse_mixture(directory, PEFT)
-    check_config(params, config, format=PEFT.name, writer="save_adapter")
+    leaves = check_config(params, config, format=PEFT.name, writer="save_adapter")
     if config.init == "pissa":
         params, config = without_residuals(params, config)
-    leaves = adapted_leaves(trained_half(params))
+        leaves = adapted_leaves(trained_half(params))
     modules = {module_path(path) for path, weight in leaves.items() if not weight.WHOLE}
     tensors = {}
     for path, weight in leaves.items():

@@ -11,8 +11,7 @@ from jlora._typing import Params, PyTree
 from jlora.files.names import FLOATS, mismatches, wrong_dtypes
 from jlora.lora import AdaptedWeight
 from jlora.storage import Checkpoint
-from jlora.tree.modules import rows, rows_of
-from jlora.tree.paths import map_with_path
+from jlora.tree.paths import map_with_path, rows, rows_of
 from jlora.weight import is_adapted
 
 

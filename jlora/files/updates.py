@@ -2,44 +2,60 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
+
+import jax
 
 from jlora._typing import Params, PyTree
-from jlora.files.names import mismatches
 from jlora.lora import AdaptedWeight, LoraConfig, LoraWeight, adapted_leaves, adapted_modules, map_adapted, remove_lora
 from jlora.lora.kinds import as_lora
-from jlora.lora.targets import select, select_whole, without_idle
+from jlora.lora.targets import meant
 from jlora.models import Model, abstract_params
-from jlora.tree.modules import describe, module_path, modules_of
-from jlora.tree.paths import flatten
-from jlora.weight import Inseparable, is_adapted
+from jlora.tree.modules import describe, modules_of
+from jlora.tree.paths import flatten, module_path
+from jlora.weight import Inseparable, is_adapted, is_weight
 from jlora.weight.roles import LINEAR
 
 
-def plain_updates(modules: Mapping[str, AdaptedWeight]) -> dict[str, Any]:
-    """Each weight as the plain LoRA, or DoRA, on its original that it is, whatever its kind.
+class PlainUpdates(NamedTuple):
+    """An adapter as low-rank updates of its base, and what it is besides."""
+
+    modules: dict[str, LoraWeight]
+    """Module path -> the plain LoRA, or DoRA, on the original weight that its update is, whatever its kind."""
+    config: LoraConfig
+    """The one that describes them."""
+    whole: list[str]
+    """Per-layer paths of the parameters that are trained whole."""
+    nested: list[str]
+    """Modules with an update of an update."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (in, out)."""
+        return {module: (w.lora_A.shape[0], w.lora_B.shape[1]) for module, w in self.modules.items()}
+
+
+def plain_updates(params: Params, config: LoraConfig, *, format: str, writer: str) -> PlainUpdates:
+    """The adapter of `params` for a format of low-rank updates.
 
     Raises:
-        ValueError: for one that is none.
+        ValueError: as `check_config`; for an update that is not of low rank.
     """
-    found = {}
-    for module, weight in modules.items():
+    half = check_config(params, config, format=format, writer=writer)
+    if config.init == "pissa":
+        params, config = without_residuals(params, config)
+    modules, nested = {}, []
+    for module, weight in adapted_modules(params).items():
+        if is_adapted(weight.base):
+            nested.append(module)
+            continue
         try:
-            # One on top of another is written as neither: `more_than_updates` names it.
-            found[module] = weight if is_adapted(weight.base) else as_lora(weight)
+            modules[module] = as_lora(weight)
         except Inseparable as error:
             raise ValueError(
                 f"Files of this format hold low-rank updates; {module!r} is {error} and cannot be written."
             ) from None
-    return found
-
-
-def more_than_updates(params: Params, modules: Mapping[str, LoraWeight], *, dora: bool = False) -> list[str]:
-    """Paths of what is more than a low-rank update: parameters that are trained whole, updates of updates and, unless `dora`,
-    magnitudes."""
-    whole = [path for path, leaf in flatten(params).items() if is_adapted(leaf) and leaf.WHOLE]
-    return whole + [m for m, w in modules.items() if is_adapted(w.base) or (w.magnitude is not None and not dora)]
+    return PlainUpdates(modules, config, [path for path, w in half.items() if w.WHOLE], nested)
 
 
 def kernel_shapes(model: Model, leaves: tuple[str, ...] = ("kernel",)) -> dict[str, tuple[int, ...]]:
@@ -51,21 +67,14 @@ def kernel_shapes(model: Model, leaves: tuple[str, ...] = ("kernel",)) -> dict[s
     }
 
 
-def check_shapes(modules: Mapping[str, LoraWeight], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError for updates that are not of the shapes of the model's weights."""
-    found = {module: (w.lora_A.shape[0], w.lora_B.shape[1]) for module, w in modules.items()}
-    problems = mismatches({module: shapes[module] for module in modules}, found)
-    if problems:
-        raise ValueError("The adapter does not fit the model:\n  " + "\n  ".join(problems))
-
-
 def trained_half(params: Params) -> PyTree:
     """Adapted leaves with nothing but what is trained; None elsewhere."""
     return map_adapted(lambda w: w.adapter_half(), params, lambda leaf: None)
 
 
-def check_config(params: Params, config: LoraConfig, *, format: str, writer: str) -> None:
-    """Refuses parameters that `config` does not describe: a reader would scale or place the adapter otherwise.
+def check_config(params: Params, config: LoraConfig, *, format: str, writer: str) -> dict[str, AdaptedWeight]:
+    """Per-layer path -> adapted weight without its base; refuses parameters that `config` does not describe: a reader would scale
+    or place the adapter otherwise.
 
     Args:
         format: whose files are written, for the error.
@@ -75,8 +84,8 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         ValueError: when nothing is adapted, a kernel is not [in, out], or `config` is not the one that the parameters were
             adapted with.
     """
-    half = trained_half(params)
-    modules = adapted_modules(half)
+    half = adapted_leaves(trained_half(params))
+    modules = {module_path(path): w for path, w in half.items() if not w.WHOLE}
     if not modules:
         raise ValueError(f"`{writer}` found no adapter in these parameters. Call `add_lora` and train first.")
     several = [m for m, w in modules.items() if w.adapters]
@@ -102,14 +111,12 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
         for name, value in w.settings.items()
         if value != (says := config.setting_of(name, m))
     ]
-    if all(leaf.base is not None for leaf in flatten(params).values() if is_adapted(leaf)):
-        base = modules_of(remove_lora(params))
-        config, _ = without_idle(base, config)
-        meant = set(select(base, config))
-        if meant != set(modules):
-            wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant))}")
-        whole = {path for path, w in adapted_leaves(half).items() if w.WHOLE}
-        for path in sorted(whole ^ select_whole(base, config, modules))[:1]:
+    if all(leaf.base is not None for leaf in jax.tree.leaves(params, is_leaf=is_weight) if is_adapted(leaf)):
+        meant_modules, meant_whole = meant(modules_of(remove_lora(params)), config)
+        if meant_modules != set(modules):
+            wrong.append(f"adapted: {describe(sorted(modules))}; the config targets: {describe(sorted(meant_modules))}")
+        whole = {path for path, w in half.items() if w.WHOLE}
+        for path in sorted(whole ^ meant_whole)[:1]:
             has, says = ("is", "not") if path in whole else ("is not", "so")
             wrong.append(f"{path} {has} trained whole; `bias` and `modules_to_save` say {says}")
     if wrong:
@@ -117,6 +124,7 @@ def check_config(params: Params, config: LoraConfig, *, format: str, writer: str
             "`config` is not the one these parameters were adapted with, and a reader would scale the adapter by it:\n  "
             + "\n  ".join(wrong[:10])
         )
+    return half
 
 
 def without_residuals(params: Params, config: LoraConfig) -> tuple[PyTree, LoraConfig]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -137,7 +138,8 @@ class LoraConfig:
         expressions |= {n: v for n in ("targets", "exclude") if isinstance(v := getattr(self, n), str)}
         for name, expression in expressions.items():
             try:
-                re.compile(expression)
+                with warnings.catch_warnings(action="ignore"):  # of what is refused where it is compared
+                    re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
                 yield f"`{name}` must be a regular expression; got {shown(expression)} ({error})."
         layers = self.layers()

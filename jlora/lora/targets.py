@@ -3,23 +3,24 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator
 
 from jlora.lora.config import LoraConfig
 from jlora.tree.modules import (
     ALL_LINEAR,
     HEADS,
     Modules,
+    Named,
     describe,
     layer_of,
-    module_path,
     name_matches,
+    named,
     names_match,
     nearest,
     pattern_matches,
     spans,
 )
+from jlora.tree.paths import Row
 from jlora.weight import is_weight
 
 
@@ -42,26 +43,31 @@ def select(there: Modules, config: LoraConfig) -> dict[str, str]:
 
 
 def selection(there: Modules, config: LoraConfig) -> tuple[dict[str, str], list[str]]:
-    """(What `select` gives, what it would raise): a line for each pattern that means nothing.
-
-    PEFT's order: `targets` among what can be adapted, of these those in `layers_to_transform`, less those in `exclude`.
-    """
+    """(What `select` gives, what it would raise): a line for each pattern that means nothing."""
     adaptable = _adaptable(there, config)
-    unclear = {m: path for m, path in there.unclear.items() if _is_target(config, m)}
-    targeted = [m for m in adaptable if _is_target(config, m)]
-    in_layers = [m for m in targeted if _is_in_layers(config, m)]
-    chosen = [m for m in in_layers if not _is_excluded(config, m)]
+    found, unclear = _named(config, adaptable), _named(config, there.unclear)
     if config.targets == ALL_LINEAR:
-        _warn_of_unclear(unclear, config)
+        _warn_of_unclear(there, unclear.chosen)
     problems = [
-        *(() if config.targets == ALL_LINEAR else _problems_of_roles(there, config, unclear)),
-        *_dead_targets(there, config, adaptable, unclear),
-        *_dead_layers(config, targeted),
-        *_dead_excludes(config, in_layers, unclear),
-        *_nothing_left(config, in_layers, chosen),
-        *_dead_patterns(config, chosen),
+        *(() if config.targets == ALL_LINEAR else _problems_of_roles(there, unclear.chosen)),
+        *_dead_targets(there, config, adaptable, unclear.targeted),
+        *_dead_layers(config, found.targeted),
+        *_dead_excludes(config, found.in_layers, unclear.targeted),
+        *_nothing_left(config, found.in_layers, found.chosen),
+        *_dead_patterns(config, found.chosen),
     ]
-    return {module: adaptable[module] for module in chosen}, problems
+    return {module: adaptable[module] for module in found.chosen}, problems
+
+
+def meant(there: Modules, config: LoraConfig) -> tuple[set[str], set[str]]:
+    """(Modules to adapt, per-layer paths of the leaves to train whole) that a config means, whose other names are passed over."""
+    modules = set(_named(config, _adaptable(there, config)).chosen)
+    saved = {row.path for rows in _saved(there, config).values() for row in rows}
+    return modules, select_biases(there, config, modules) | saved
+
+
+def _named(config: LoraConfig, modules: Iterable[str]) -> Named:
+    return named(modules, config.targets, layers=config.layers(), exclude=config.exclude)
 
 
 def _adaptable(there: Modules, config: LoraConfig) -> dict[str, str]:
@@ -70,30 +76,13 @@ def _adaptable(there: Modules, config: LoraConfig) -> dict[str, str]:
     return {**there.kernels, **({} if config.targets == ALL_LINEAR else there.embeddings)}
 
 
-def _is_target(config: LoraConfig, module: str) -> bool:
-    if config.targets == ALL_LINEAR:
-        return module.rpartition(".")[2] not in HEADS
-    return names_match(config.targets, module)
-
-
-def _is_in_layers(config: LoraConfig, module: str) -> bool:
-    layers = config.layers()
-    # PEFT takes a module whose whole path is a target before it looks at layers: "lm_head" is one.
-    by_path = config.targets != ALL_LINEAR and module in config.targets
-    return layers is None or by_path or layer_of(module) in layers
-
-
-def _is_excluded(config: LoraConfig, module: str) -> bool:
-    return bool(config.exclude) and names_match(config.exclude, module)
-
-
 def _dead_targets(
     there: Modules, config: LoraConfig, adaptable: Iterable[str], unclear: Iterable[str]
 ) -> Iterator[str]:
     """A line for each name in `targets`, or the expression, that means no kernel."""
     known = [*adaptable, *unclear]
     if isinstance(config.targets, str):
-        dead = [] if any(_is_target(config, m) for m in known) else [config.targets]
+        dead = [] if named(known, config.targets).targeted else [config.targets]
     else:
         dead = [name for name in config.targets if not any(name_matches(name, m) for m in known)]
     others = there.names - set(adaptable)
@@ -148,10 +137,9 @@ def without_idle(there: Modules, config: LoraConfig) -> tuple[LoraConfig, list[s
     chosen, problems = selection(there, config)
     if not chosen:
         return config, problems
-    leaves = _leaves(there)
-    saved = {name: _saved(name, leaves) for name in config.modules_to_save}
+    saved = _saved(there, config)
     problems += [
-        line for name, taken in saved.items() if not taken for line in _problems_of_saving(name, taken, leaves, set())
+        line for name, rows in saved.items() if not rows for line in _problems_of_saving(there, name, rows, ())
     ]
     patterns = {
         field: {
@@ -164,31 +152,28 @@ def without_idle(there: Modules, config: LoraConfig) -> tuple[LoraConfig, list[s
         targets=tuple(chosen),
         exclude=(),
         layers_to_transform=None,
-        modules_to_save=tuple(name for name, taken in saved.items() if taken),
+        modules_to_save=tuple(name for name, rows in saved.items() if rows),
         bias=config.bias if select_biases(there, config, chosen) else "none",
         **patterns,
     )
     return living, problems
 
 
-def _problems_of_roles(there: Modules, config: LoraConfig, unclear: Mapping[str, str]) -> Iterator[str]:
-    """What speaks against adapting targets with more axes than two, whose purpose nobody has stated."""
-    shapes = {row.leaf_path: tuple(row.leaf.shape) for row in there.rows if row.leaf_path in unclear.values()}
-    for module, path in unclear.items():
-        if _is_excluded(config, module):
-            continue
+def _problems_of_roles(there: Modules, modules: Iterable[str]) -> Iterator[str]:
+    """What speaks against adapting modules with more axes than two, whose purpose nobody has stated."""
+    shapes = {row.leaf_path: tuple(row.leaf.shape) for row in there.rows if row.leaf_path in there.unclear.values()}
+    for module in modules:
         name = module.rpartition(".")[2]
         yield (
-            f"{module!r} {shapes[path]} has more axes than [in, out], and which are which is never guessed. State it: "
-            f"`add_lora(…, roles={{{name!r}: …}})` with one letter for each axis (i in, o out, b stack), such as "
+            f"{module!r} {shapes[there.unclear[module]]} has more axes than [in, out], and which are which is never guessed. State "
+            f"it: `add_lora(…, roles={{{name!r}: …}})` with one letter for each axis (i in, o out, b stack), such as "
             f'"ioo" for (d_model, heads, head_dim); or name {name!r} in `exclude`.'
         )
 
 
-def _warn_of_unclear(unclear: Mapping[str, str], config: LoraConfig) -> None:
+def _warn_of_unclear(there: Modules, modules: Iterable[str]) -> None:
     """Convolutions are no linear kernels, for "all-linear" as for PEFT; but a kernel for heads would be missed."""
-    left = [m for m, path in unclear.items() if path.rpartition("/")[2] == "kernel"]
-    left = [m for m in left if not _is_excluded(config, m)]
+    left = [m for m in modules if there.unclear[m].rpartition("/")[2] == "kernel"]
     if left:
         warnings.warn(
             f"'all-linear' leaves out the kernels with more axes than [in, out]: {describe(left)}. To adapt them, state what "
@@ -206,53 +191,48 @@ def select_whole(there: Modules, config: LoraConfig, modules: Iterable[str]) -> 
     Raises:
         ValueError: when a name in `modules_to_save` matches nothing, or what is adapted or quantized.
     """
-    modules = set(modules)
-    leaves = _leaves(there)
-    whole = select_biases(there, config, modules)
-    problems = []
-    for name in config.modules_to_save:
-        taken = _saved(name, leaves)
-        problems += _problems_of_saving(name, taken, leaves, modules)
-        whole |= taken
+    modules, saved = set(modules), _saved(there, config)
+    problems = [line for name, rows in saved.items() for line in _problems_of_saving(there, name, rows, modules)]
     if problems:
         raise ValueError("The LoRA config does not fit these parameters:\n  " + "\n  ".join(problems))
-    return whole
+    return select_biases(there, config, modules) | {row.path for rows in saved.values() for row in rows}
 
 
-def _saved(name: str, leaves: Iterable[str]) -> set[str]:
-    """Those of the leaves that a name in `modules_to_save` means."""
-    return {row for row in leaves if any(m.endswith(name) for m in _and_parents(module_path(row)))}
+def _saved(there: Modules, config: LoraConfig) -> dict[str, list[Row]]:
+    """Name in `modules_to_save` -> the leaves it means."""
+    return {
+        name: [row for row in there.rows if any(m.endswith(name) for m in _and_parents(row.module))]
+        for name in config.modules_to_save
+    }
 
 
-def _problems_of_saving(name: str, taken: set[str], leaves: dict[str, Any], modules: set[str]) -> Iterator[str]:
-    """What speaks against training those of `leaves` whole that `name` in `modules_to_save` means."""
-    if not taken:
-        hint = nearest(name, {module_path(row) for row in leaves})
+def _problems_of_saving(there: Modules, name: str, rows: Iterable[Row], modules: Container[str]) -> Iterator[str]:
+    """What speaks against training these leaves whole, which `name` in `modules_to_save` means."""
+    if not rows:
+        hint = nearest(name, there.names)
         if name in HEADS:
             hint = " This model has no head of its own: its embedding is the head."
         yield f"`modules_to_save` {name!r} matches no module.{hint}"
-    twice = sorted({module_path(path) for path in taken} & modules)
-    packed = sorted(path for path in taken if is_weight(leaves[path]))
+    twice = sorted(row.module for row in rows if row.module in modules)
+    packed = sorted((row for row in rows if is_weight(row.leaf)), key=lambda row: row.path)
     if twice:
         yield (
             f"`modules_to_save` {name!r} and `targets` both name {twice[0]!r}: a module is trained whole or by a low-rank "
             "update. Take it out of one of them, or add it to `exclude`."
         )
     elif packed:
+        row = packed[0]
         yield (
-            f"`modules_to_save` {name!r} names {module_path(packed[0])!r}, which is quantized "
-            f"({type(leaves[packed[0]]).__name__}) and cannot be trained whole. Load it dense, or adapt it with `targets`."
+            f"`modules_to_save` {name!r} names {row.module!r}, which is quantized ({type(row.leaf).__name__}) and cannot be "
+            "trained whole. Load it dense, or adapt it with `targets`."
         )
 
 
-def select_biases(there: Modules, config: LoraConfig, modules: Iterable[str]) -> set[str]:
+def select_biases(there: Modules, config: LoraConfig, modules: Container[str]) -> set[str]:
     """Per-layer paths of the biases that `bias` means; `modules` are those with a low-rank update."""
-    wanted = {"none": lambda _: False, "all": lambda _: True, "lora_only": set(modules).__contains__}[config.bias]
-    return {row.path for row in there.rows if row.kind == "bias" and wanted(row.module)}
-
-
-def _leaves(there: Modules) -> dict[str, Any]:
-    return {row.path: row.leaf for row in there.rows}
+    if config.bias == "none":
+        return set()
+    return {row.path for row in there.rows if row.kind == "bias" and (config.bias == "all" or row.module in modules)}
 
 
 def _and_parents(module: str) -> list[str]:

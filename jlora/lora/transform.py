@@ -11,8 +11,8 @@ from jlora._typing import Params, PRNGKeyArray, PyTree
 from jlora.lora.config import LoraConfig
 from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
 from jlora.lora.targets import select, select_biases, select_whole
-from jlora.tree.modules import Row, is_embedding, module_path, modules_of, rows, rows_of
-from jlora.tree.paths import flatten, map_with_path, path_string
+from jlora.tree.modules import is_embedding, modules_of
+from jlora.tree.paths import Row, flatten, map_with_path, module_path, path_string, rows, rows_of
 from jlora.weight import is_adapted, is_weight, materialize
 from jlora.weight.roles import LINEAR
 

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jlora._typing import AnyArray, Array, DTypeLike, Float, PyTree
 from jlora.quant.formats import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
-from jlora.tree.modules import ALL_LINEAR, HEADS, Modules, describe, modules_of, names_match, nearest
+from jlora.tree.modules import ALL_LINEAR, Modules, describe, modules_of, named, nearest
 from jlora.tree.paths import flatten, is_weight, map_with_path
 from jlora.weight import materialize
 from jlora.weight.roles import check_roles
@@ -86,21 +86,17 @@ def quantizable(there: Modules, targets: str | Sequence[str] = ALL_LINEAR) -> se
         ValueError: when a target matches no kernel, or the output head, which stays dense as in QLoRA and bitsandbytes.
     """
     kernels = there.kernels
-    body = {module: path for module, path in kernels.items() if module.rpartition(".")[2] not in HEADS}
-    if targets == ALL_LINEAR:
-        names: list[str | tuple[str, ...]] = []
-        chosen = set(body.values())
-    else:
-        names = [targets] if isinstance(targets, str) else [(name,) for name in targets]
-        chosen = {path for module, path in body.items() if any(names_match(name, module) for name in names)}
-    dead = [name for name in names if not any(names_match(name, module) for module in body)]
+    body = named(kernels, ALL_LINEAR).chosen
+    chosen = {kernels[module] for module in named(body, targets).chosen}
+    rules = [targets] if isinstance(targets, str) else [(name,) for name in targets]
+    dead = [rule for rule in rules if not named(body, rule).chosen]
     if dead or not chosen:
-        name = dead[0] if dead else targets
-        shown = name if isinstance(name, str) else name[0]
-        heads = [module for module in kernels if module not in body and names_match(name, module)]
+        rule = dead[0] if dead else targets
+        name = rule if isinstance(rule, str) else "".join(rule)
+        heads = [module for module in named(kernels, rule).chosen if module not in body]
         reason = f"names the output head {heads[0]!r}, which stays dense" if heads else "matches no linear kernel"
         raise ValueError(
-            f"`targets` {shown!r} {reason}.{nearest(shown, body)} Linear kernels there are: {describe(body)}."
+            f"`targets` {name!r} {reason}.{nearest(name, body)} Linear kernels there are: {describe(body)}."
         )
     return chosen
 

@@ -12,8 +12,7 @@ from rich.text import Text
 from jlora._typing import Json, PyTree
 from jlora.lora import AdaptedWeight, adapted_leaves
 from jlora.train import perplexity
-from jlora.tree.modules import module_path
-from jlora.tree.paths import count
+from jlora.tree.paths import count, module_path
 
 _PLAIN_LINE_SECONDS = 10.0
 """Without a terminal there is no bar: a line this often."""

@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import regex
 
-from jlora._typing import PyTree
-from jlora.tree.paths import flatten, layer_path, per_layer_paths, split_layer_path
+from jlora.tree.paths import LEAF_NAMES, Row, is_array, module_path, rows, split_layer_path
 from jlora.weight import is_weight
 from jlora.weight.roles import check_roles
 
@@ -24,71 +22,12 @@ HEADS = ("lm_head",)
 MATCH_SECONDS = 0.5
 _NOT_RE = regex.compile(r"\[:\^?\w+:\]|(?<!\\)\{[^\d,}]")
 """Where `regex`, which keeps time, reads an expression otherwise than `re`: POSIX classes and approximate matching."""
-_LEAF_NAMES = ("kernel", "embedding", "scale", "bias")
-
-
-def module_path(path: str) -> str:
-    """The checkpoint's module path of a leaf: "model/layers/3/mlp/up_proj/kernel" -> "model.layers.3.mlp.up_proj"."""
-    parent, _, name = path.rpartition("/")
-    return (parent if parent and name in _LEAF_NAMES else path).replace("/", ".")
-
-
-class Row(NamedTuple):
-    """A leaf as the per-layer form has it: a leaf of the tree, or one layer of a stacked one."""
-
-    path: str
-    """"model/layers/3/mlp/up_proj/kernel"."""
-    leaf_path: str
-    """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
-    layer: int | None
-    """Of the layer, where the leaf is a stack of layers."""
-    leaf: Any
-    """As the tree has it: all layers of a stack."""
-
-    @property
-    def module(self) -> str:
-        """ "model.layers.3.mlp.up_proj"."""
-        return module_path(self.path)
-
-    @property
-    def kind(self) -> str:
-        """What the leaf is to its module: "kernel", "embedding", "scale", "bias" in Flax's names."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def ndim(self) -> int:
-        """Axes of one layer's."""
-        return self.leaf.ndim - (self.layer is not None)
-
-    @property
-    def value(self) -> Any:
-        """The layer's own."""
-        return self.leaf if self.layer is None else jax.tree.map(lambda x: x[self.layer], self.leaf)
-
-
-def rows_of(path: str, leaf: Any) -> list[Row]:
-    """The rows that one leaf stands for: itself, or one for each layer of a stacked leaf."""
-    shaped = leaf.representative if is_weight(leaf) else leaf
-    # A kernel with two axes is one kernel, whatever the nodes above it are called.
-    if layer_path(path, 0) is None or not is_array(shaped) or (path.endswith("/kernel") and shaped.ndim < 3):
-        return [Row(path, path, None, leaf)]
-    return [Row(row, path, i, leaf) for i, row in enumerate(per_layer_paths(path, shaped.shape[0]))]
-
-
-def rows(tree: Any) -> list[Row]:
-    """The leaves of a tree as the per-layer form has them; halves of a `split` too."""
-    return [row for path, leaf in flatten(tree).items() for row in rows_of(path, leaf)]
 
 
 def layer_of(module: str) -> int | None:
     """The layer number in a module path, by PEFT's rule."""
     match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
     return None if match is None else int(match[1])
-
-
-def is_array(leaf: PyTree) -> bool:
-    """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +63,7 @@ def modules_of(tree: Any, patterns: Mapping[str, str] | None = None) -> Modules:
     seen = tuple(rows(tree))
     roles = _roles(seen, patterns or {})
     arrays = [row for row in seen if is_array(row.leaf)]
-    named = any(row.kind in _LEAF_NAMES for row in arrays)
+    named = any(row.kind in LEAF_NAMES for row in arrays)
     candidates = [row for row in arrays if not named or row.leaf_path in roles or row.kind == "kernel"]
     return Modules(
         rows=seen,
@@ -191,6 +130,37 @@ def names_match(names: str | Sequence[str], module: str) -> bool:
     if isinstance(names, str):
         return _matches(names, module, whole=True)
     return any(name_matches(name, module) for name in names)
+
+
+class Named(NamedTuple):
+    """Modules chosen by names, step by step."""
+
+    targeted: list[str]
+    """What the targets name."""
+    in_layers: list[str]
+    """Of these, those in the layers."""
+    chosen: list[str]
+    """Of these, those that are not excluded."""
+
+
+def named(
+    modules: Iterable[str],
+    targets: str | Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> Named:
+    """PEFT's rules for `target_modules`, `layers_to_transform` and `exclude_modules`, in its order.
+
+    "all-linear" names all but output heads. A module whose whole path is a target is taken whatever its layer: "lm_head" is one.
+    """
+    if targets == ALL_LINEAR:
+        targeted = [m for m in modules if m.rpartition(".")[2] not in HEADS]
+    else:
+        targeted = [m for m in modules if names_match(targets, m)]
+    by_path = () if isinstance(targets, str) else targets
+    in_layers = [m for m in targeted if layers is None or m in by_path or layer_of(m) in layers]
+    return Named(targeted, in_layers, [m for m in in_layers if not (exclude and names_match(exclude, m))])
 
 
 def _matches(expression: str, module: str, *, whole: bool = False) -> bool:

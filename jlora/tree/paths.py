@@ -1,11 +1,12 @@
-"""Parameter trees by path: "model/layers/3/self_attn/q_proj/kernel".
+"""Parameter trees by path, "model/layers/3/self_attn/q_proj/kernel": the leaves there are, and `rows`, the leaves that the
+per-layer form of the tree has.
 
 `Weight` values count as leaves here, so a wrapped tree has the same paths as the tree it was made from.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jlora.weight import is_weight as is_weight
 
 LAYER_CONTAINERS = ("layers", "h")
 """Names of the nodes whose children "0", "1", … are the layers, in Llama-like and GPT-2 checkpoints."""
+LEAF_NAMES = ("kernel", "embedding", "scale", "bias")
+"""What Flax calls the leaves of a module."""
 
 
 def path_string(key_path: Iterable[Any]) -> str:
@@ -78,6 +81,64 @@ def split_layer_path(path: str) -> tuple[str, int] | None:
     """
     layer = re.fullmatch(rf"((?:.*/)?(?:{'|'.join(LAYER_CONTAINERS)}))/(\d+)/(.*)", path)
     return None if layer is None else (f"{layer[1]}/{layer[3]}", int(layer[2]))
+
+
+def is_array(leaf: PyTree) -> bool:
+    """Whether the leaf stands for an array; a tree may hold functions and settings too, such as an Equinox module's."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def module_path(path: str) -> str:
+    """The checkpoint's module path of a leaf: "model/layers/3/mlp/up_proj/kernel" -> "model.layers.3.mlp.up_proj"."""
+    parent, _, name = path.rpartition("/")
+    return (parent if parent and name in LEAF_NAMES else path).replace("/", ".")
+
+
+class Row(NamedTuple):
+    """A leaf as the per-layer form has it: a leaf of the tree, or one layer of a stacked one."""
+
+    path: str
+    """"model/layers/3/mlp/up_proj/kernel"."""
+    leaf_path: str
+    """Its path in the tree: "model/layers/mlp/up_proj/kernel" where layers are stacked."""
+    layer: int | None
+    """Of the layer, where the leaf is a stack of layers."""
+    leaf: Any
+    """As the tree has it: all layers of a stack."""
+
+    @property
+    def module(self) -> str:
+        """ "model.layers.3.mlp.up_proj"."""
+        return module_path(self.path)
+
+    @property
+    def kind(self) -> str:
+        """What the leaf is to its module: "kernel", "embedding", "scale", "bias" in Flax's names."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def ndim(self) -> int:
+        """Axes of one layer's."""
+        return self.leaf.ndim - (self.layer is not None)
+
+    @property
+    def value(self) -> Any:
+        """The layer's own."""
+        return self.leaf if self.layer is None else jax.tree.map(lambda x: x[self.layer], self.leaf)
+
+
+def rows_of(path: str, leaf: Any) -> list[Row]:
+    """The rows that one leaf stands for: itself, or one for each layer of a stacked leaf."""
+    shaped = leaf.representative if is_weight(leaf) else leaf
+    # A kernel with two axes is one kernel, whatever the nodes above it are called.
+    if layer_path(path, 0) is None or not is_array(shaped) or (path.endswith("/kernel") and shaped.ndim < 3):
+        return [Row(path, path, None, leaf)]
+    return [Row(row, path, i, leaf) for i, row in enumerate(per_layer_paths(path, shaped.shape[0]))]
+
+
+def rows(tree: Any) -> list[Row]:
+    """The leaves of a tree as the per-layer form has them; halves of a `split` too."""
+    return [row for path, leaf in flatten(tree).items() for row in rows_of(path, leaf)]
 
 
 def cast(params: PyTree, dtype: DTypeLike) -> PyTree:
