@@ -50,7 +50,9 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("command", ["evaluate", "finetune", "inspect", "prepare"])
 def test_tokens_beyond_the_embedding_are_refused(command, data, holed, files, tmp_path, capsys):
     if command == "prepare" and data == "x.jsonl":
-        data = "."
+        (tmp_path / "texts").mkdir()
+        files = shutil.copy(files / "x.txt", tmp_path / "texts") and tmp_path
+        data = "texts"
     flags = {
         "evaluate": ["--split", "all"],
         "finetune": ["--output", tmp_path / "r", "--steps", 1],
