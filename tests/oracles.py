@@ -91,6 +91,30 @@ def torch_logits(model, ids=IDS, **inputs):
         return model(torch.tensor(ids, dtype=torch.long), **inputs).logits.float().numpy()
 
 
+def quantized_by_transformers(directory, *, dtype=torch.float32, double_quant=True):
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return load_4bit(directory, dtype=dtype, quantization_config=config)
+
+
+def load_4bit(directory, *, dtype=torch.float32, **kwargs):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map="cpu", **kwargs).eval()
+
+
+def dequantized_logits(model, ids=IDS):
+    """The same of a model that bitsandbytes holds in 4 bits, with products in float32.
+
+    Its kernel for inference on a CPU rounds to bfloat16, and takes multiples of 32 alone. Where a gradient is asked for, it
+    dequantizes and multiplies.
+    """
+    embeddings = model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long)).detach().requires_grad_()
+    return model(inputs_embeds=embeddings).logits.detach().float().numpy()
+
+
 def our_logits(model, params, ids=IDS):
     """The same of ours. Not jitted: most adapters of tests differ in structure, and each would be compiled for one call."""
     return np.asarray(model.apply({"params": params}, jnp.asarray(ids)))

@@ -9,9 +9,16 @@ import optax
 import peft
 import pytest
 import torch
-import transformers
 from jaxprs import walk
-from oracles import FAMILIES, VOCAB, make_torch_model
+from oracles import (
+    FAMILIES,
+    VOCAB,
+    dequantized_logits,
+    load_4bit,
+    make_torch_model,
+    quantized_by_transformers,
+    torch_logits,
+)
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -26,26 +33,6 @@ _LLAMA = {"hidden_size": 64, "intermediate_size": 128}
 CHANGES = {"gpt2": {"n_embd": 64}, "llama": _LLAMA, "qwen2": _LLAMA}
 LINEAR = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def quantized_by_transformers(directory, *, dtype=torch.float32, double_quant=True):
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return load_4bit(directory, dtype=dtype, quantization_config=config)
-
-
-def load_4bit(directory, *, dtype=torch.float32, **kwargs):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map="cpu", **kwargs).eval()
-
-
-def torch_logits(model):
-    # bitsandbytes' CPU inference kernel rounds x to bfloat16; with a gradient asked for, it dequantizes and multiplies.
-    embeddings = model.get_input_embeddings()(torch.tensor(IDS)).detach().requires_grad_()
-    return model(inputs_embeds=embeddings).logits.detach().float().numpy()
 
 
 def our_logits(model, params):
@@ -80,7 +67,7 @@ def test_a_checkpoint_of_transformers_gives_its_logits(four_bit, family, stack):
     _, directory, theirs = four_bit[family]
     model, params = jlora.load(directory, dtype=jnp.float32, stack=stack)
     assert sum(isinstance(leaf, jlora.NF4Tensor) for leaf in flatten(params).values()) >= 4
-    np.testing.assert_allclose(our_logits(model, params), torch_logits(theirs), atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, params), dequantized_logits(theirs, IDS), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -97,7 +84,7 @@ def test_without_double_quantization_and_in_bfloat16(dense, family, tmp_path):
     model, params = jlora.load(tmp_path / "bnb", dtype=jnp.float32)
     weights = [leaf for leaf in flatten(params).values() if isinstance(leaf, jlora.NF4Tensor)]
     assert all(w.dtype == jnp.bfloat16 and not w.double_quant for w in weights)
-    np.testing.assert_allclose(our_logits(model, params), torch_logits(theirs), atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, params), dequantized_logits(theirs, IDS), atol=1e-4)
 
 
 @pytest.mark.few(1)
@@ -109,7 +96,7 @@ def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp
     back = load_4bit(tmp_path / "ours")
     kinds = [type(m).__name__ for m in back.modules()]
     assert kinds.count("Linear4bit") == [type(m).__name__ for m in theirs.modules()].count("Linear4bit")
-    ours, reference = torch_logits(back), torch_logits(theirs)
+    ours, reference = dequantized_logits(back, IDS), dequantized_logits(theirs, IDS)
     np.testing.assert_allclose(ours, our_logits(model, params), atol=1e-4)
     stored = {}
     for where in (tmp_path / "ours", directory):
@@ -436,4 +423,4 @@ def test_merging_an_adapter_on_a_quantized_base(four_bit, tmp_path):
     params = jlora.combine(jax.tree.map(lambda x: x + 0.01, adapter), base)
     jlora.save_pretrained(tmp_path, model, params)
     back = make_torch_model("llama").from_pretrained(tmp_path).eval()
-    np.testing.assert_allclose(torch_logits(back), our_logits(model, params), atol=1e-4)
+    np.testing.assert_allclose(torch_logits(back, IDS), our_logits(model, params), atol=1e-4)

@@ -582,7 +582,9 @@ def test_a_base_that_is_not_finite_is_named(finished, tmp_path, tensor, value, s
     tensors[name] = tensors[name].copy()
     tensors[name].flat[3] = value
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    config = dataclasses.replace(finished, model=str(base), output=str(tmp_path / "out"), eval_fraction=share, save="last")
+    config = dataclasses.replace(
+        finished, model=str(base), output=str(tmp_path / "out"), eval_fraction=share, save="last"
+    )
     with pytest.raises(ValueError, match=rf"are NaN or infinite: \S*{tensor.split('.')[-2]}"):
         jlora.finetune(config)
     assert not (tmp_path / "out").exists()
