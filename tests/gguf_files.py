@@ -19,8 +19,9 @@ VARIANTS = {
     "smollm3": ("smollm3", {}),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16}),
 }
-# transformers takes neither rope_freqs nor biases nor GPT-2's number of positions from a file; the others must do alone.
-NEEDS_CONFIG = ("gpt2", "gpt2-untied", "llama", "llama-biased", "gemma3")
+# transformers takes neither rope_freqs nor biases nor GPT-2's number of positions nor Qwen3's size of heads from a file; the
+# others must do alone.
+NEEDS_CONFIG = ("gpt2", "gpt2-untied", "llama", "llama-biased", "gemma3", "qwen3")
 ADAPTERS = {
     "plain": {"rank": 4, "alpha": 16.0},
     "rslora": {"rank": 4, "alpha": 10.0, "use_rslora": True},
