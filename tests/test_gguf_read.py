@@ -283,10 +283,10 @@ def test_metadata_that_are_refused(fields, says, files, tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path, files):
-    with pytest.raises(FileNotFoundError, match="'no.gguf' is not there"):
+    with pytest.raises(FileNotFoundError, match="There is no file 'no.gguf'"):
         jlora.load("no.gguf")
     (tmp_path / "a.txt").write_text("hi")
-    with pytest.raises(FileNotFoundError, match="is no GGUF file"):
+    with pytest.raises(FileNotFoundError, match="is not a directory and no GGUF file"):
         jlora.load(tmp_path / "a.txt")
     (tmp_path / "m.gguf").write_bytes(files("gpt2").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"There is no config.json in .*It holds m.gguf: pass one of them"):

@@ -58,7 +58,8 @@ def config_fields(file: GGUFFile) -> JsonObject:
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
         factors=_factors(file),
     )
-    fields = {"model_type": family} | FAMILIES[family].gguf.read(stored) | _token_ids(file) | {"dtype": _dtype(file)}
+    ids, dtype = _token_ids(file), _dtype(file)
+    fields = {"model_type": family} | FAMILIES[family].gguf.read(stored) | ids
     try:
         model = model_from_config(fields, dtype=jnp.float32)
     except ValueError as error:
@@ -67,7 +68,8 @@ def config_fields(file: GGUFFile) -> JsonObject:
         raise ValueError(
             f"{where} says that it has {model.config.depth} layers, and holds {len(file.tensors)} tensors."
         )
-    return fields
+    # All of a config.json, as transformers reads it.
+    return family_of(model.config).write(model.config) | ids | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def _factors(file: GGUFFile) -> np.ndarray | None:

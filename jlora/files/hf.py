@@ -232,12 +232,12 @@ def find(name: str | os.PathLike) -> Path:
     if directory.is_dir() or is_gguf(directory):
         return directory
     text = os.fspath(name)
-    if directory.suffix == SUFFIX or directory.is_file():
-        is_file = "is no GGUF file" if directory.exists() else "is not there"
-        raise FileNotFoundError(f"{text!r} {is_file}. Pass a Hugging Face model directory, a .gguf file, or a hub id.")
+    if directory.suffix == SUFFIX and not directory.exists():
+        raise FileNotFoundError(f"There is no file {text!r}.")
     if not is_hub_id(text):
         raise FileNotFoundError(
-            f"{text!r} is not a directory. Pass a Hugging Face model directory, a .gguf file, or a hub id such as 'gpt2'."
+            f"{text!r} is not a directory and no GGUF file. Pass a Hugging Face model directory, a .gguf file, or a hub id such as "
+            "'gpt2'."
         )
     from huggingface_hub import snapshot_download
 
