@@ -133,7 +133,7 @@ REFUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tx", everything())
+@pytest.mark.parametrize("tx", list(everything()))
 def test_all_that_optax_makes(tx):
     run(tx, steps=3)
 
