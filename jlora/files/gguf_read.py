@@ -17,7 +17,7 @@ import numpy as np
 from jlora._typing import JsonObject
 from jlora.files.gguf_names import import_gguf, tensor_name, unpermuted
 from jlora.files.names import is_transposed
-from jlora.models import FAMILIES, Model, abstract_params, family_of, model_from_config
+from jlora.models import FAMILIES, GGUF_ARCHITECTURES, Model, abstract_params, family_of, model_from_config
 from jlora.models.gguf import FACTORS, Stored
 from jlora.storage.fields import shown
 from jlora.storage.gguf import GGUFFile, StoredTensor, TensorType
@@ -42,15 +42,12 @@ def config_fields(file: GGUFFile) -> JsonObject:
     if kind != "model":
         hint = " Load its base model, then `jlora.load_adapter(file, params)`." if kind == "adapter" else ""
         raise ValueError(f"{where} holds no model: its `general.type` is {shown(kind)}.{hint}")
-    families = {
-        row.gguf.architecture: name for name, row in reversed(FAMILIES.items())
-    }  # "llama" is Llama's before Mistral's
-    if not isinstance(architecture, str) or architecture not in families:
+    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise ValueError(
-            f"{where} has `general.architecture` {shown(architecture)}; jlora runs {', '.join(dict.fromkeys(families))}. To adapt "
+            f"{where} has `general.architecture` {shown(architecture)}; jlora runs {', '.join(GGUF_ARCHITECTURES)}. To adapt "
             "another model, write it in JAX and wrap its parameters with `jlora.add_lora`."
         )
-    family, prefix = families[architecture], f"{architecture}."
+    family, prefix = GGUF_ARCHITECTURES[architecture], f"{architecture}."
     stored = Stored(
         where=where,
         architecture=architecture,
