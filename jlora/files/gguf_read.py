@@ -53,7 +53,7 @@ def config_fields(file: GGUFFile) -> JsonObject:
         architecture=architecture,
         said={key.removeprefix(prefix): value for key, value in file.fields.items() if key.startswith(prefix)},
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
-        factors=_factors(file),
+        factors=_factors(file) if FACTORS in FAMILIES[family].gguf.beside else None,
     )
     ids, dtype = _token_ids(file), _dtype(file)
     fields = {"model_type": family} | FAMILIES[family].gguf.read(stored) | ids
@@ -114,8 +114,8 @@ class GGUFCheckpoint:
         self.paths = self.names(flatten(abstract_params(self.model)))
         """Tree path of the model -> name in the file."""
         self._path_of = {name: path for path, name in self.paths.items()}
-        no_parameters = family_of(self.model.config).gguf.tensors(self.model.config)
-        tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in no_parameters}
+        beside = family_of(self.model.config).gguf.beside
+        tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in beside}
         self.shapes = {name: tensor.shape[:: self._step(name)] for name, tensor in tensors.items()}
         """Tensor name -> shape that `read` gives it."""
         self.dtypes = {name: read_as(self._gguf, tensor.type) for name, tensor in tensors.items()}
