@@ -136,6 +136,7 @@ class Job:
                 "data": _describe(config.data, train, evaluation),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
                 "batch": f"{config.batch_size} x {config.accumulate} = {layout}",
+                "compiled": _kept(),
                 "steps": f"{job.steps} ({job.steps / per_epoch:.3g} epochs of {per_epoch})",
             }
         )
@@ -213,6 +214,14 @@ def _stored(base: PyTree, dtype: str) -> str:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
     return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
+
+
+def _kept() -> str:
+    """Where compiled programs are kept."""
+    directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if not (directory and jax.config.jax_enable_compilation_cache):  # pyright: ignore[reportAttributeAccessIssue]
+        return "for this run alone"
+    return f"once, and kept in {directory}"
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
