@@ -13,7 +13,7 @@ import steps as small
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_batches import Rows, counted
+from rows import Rows, counted
 
 import jlora
 from jlora.data import IGNORED, Row, batch, batch_tokens, eval_batches, lay_out, steps_per_epoch, widths_of
