@@ -16,6 +16,7 @@ ENOUGH = 0.85
 """The share of tokens among the positions that is worth no further compiled shape."""
 MOST_WIDTHS = 4
 """Each width is another compiled program, which takes as long as many steps."""
+_SHORT = 256  # tokens in a row of which attention is a small part of the work
 VERSION = 1
 """Of the order in which records come: another one for every change of what follows from a data set, a seed and a step."""
 _CLASSES = (
@@ -116,8 +117,8 @@ def shared(lengths: np.ndarray, *, length: int, widest: int, batch_size: int, ac
 
     Args:
         lengths: int [records], of each record, >= 1.
-        length: what a row for each record would be wide; no record is longer. Fewer rows are wider by the root of their share
-            at most, so that neither positions nor their squares, which attention takes, are more than those of such rows.
+        length: what a row for each record would be wide; no record is longer. No batch has more positions than such rows, nor,
+            beyond `_SHORT`, more of their squares, which attention takes.
         widest: tokens in a row that several share, at most.
         batch_size: records in a batch; `accumulate` divides it.
         accumulate: micro-batches in a batch.
@@ -129,7 +130,8 @@ def shared(lengths: np.ndarray, *, length: int, widest: int, batch_size: int, ac
     micro = batch_size // accumulate
     halves = [(part, 2**i) for i in range(micro.bit_length() + 1) for part in (micro, micro * 3 / 4)]
     for rows in sorted({accumulate * math.ceil(part / half) for part, half in halves}, reverse=True):
-        limit = max(length, min(widest, math.isqrt(length * length * batch_size // rows)))
+        full = length * batch_size // rows
+        limit = max(length, min(widest, max(math.isqrt(length * full), min(full, _SHORT))))
         batch, row, needed = _balanced(falling, batch_size=batch_size, rows=rows)
         if needed.max() > limit:
             continue
