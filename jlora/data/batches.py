@@ -25,9 +25,9 @@ def lay_out(dataset: Dataset, *, batch_size: int, accumulate: int = 1, widest: i
     record count nearly alike, which in batches drawn at random, or sorted by length, they do not.
 
     Batches of four records or more have been found to reach 85 % wherever the longest is at most six times the shortest
-    (of 16 tokens or more, in 16 batches or more), and where a few are much longer too. With one or two in a batch there is little to
-    share: a row for each, and four widths, are sure of 85 % only where no record is longer than 1.9 times the shortest
-    (1 / 0.85 ** 4), and reach 80 % for lengths evenly spread from 0.
+    (of 16 tokens or more, in 16 batches or more), and where a few are much longer too. With one or two in a batch there
+    is little to share: a row for each, and four widths, are sure of 85 % only where no record is longer than 1.9 times
+    the shortest (1 / 0.85 ** 4), and reach 80 % for lengths evenly spread from 0.
 
     Args:
         dataset: the rows; their lengths are looked at once.
