@@ -50,8 +50,8 @@ def load(
         name: a directory with config.json and safetensors, or a hub id such as "gpt2" (downloaded to the hub's cache).
         dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
             dtype they were quantized from.)
-        quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()` or `MXFP4()`: packs every linear kernel but the head, as soon
-            as it is read.
+        quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()`, `MXFP4()` or one of ggml's formats, such as `Q4_1()`: packs
+            every linear kernel but the head, as soon as it is read.
         stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
         remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
 

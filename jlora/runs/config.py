@@ -71,8 +71,8 @@ class FinetuneConfig(AdapterFlags, Source):
     """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
 
     quantize: FormatName | None = None
-    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5. A
-    bitsandbytes 4-bit checkpoint is used as it is."""
+    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5;
+    q4_0 and the like are ggml's. A bitsandbytes 4-bit checkpoint is used as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
