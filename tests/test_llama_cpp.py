@@ -10,8 +10,6 @@ crashes in its repacked q8_0 products.
 import contextlib
 import dataclasses
 import itertools
-import json
-import random
 from collections.abc import Iterator
 
 import jax
@@ -19,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import transformers
 from gguf_files import ADAPTERS, BIASED, ROWS
 from oracles import make_torch_model
-from tokenizer_kinds import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizer_kinds import PROBES, rebuilt, sentencepiece, texts_of
+from tokenizers import processors
 from trees import adapted
 
 import jlora
@@ -292,45 +289,6 @@ def test_what_the_command_exports(to, tmp_path):
 
 # Vocabulary
 
-PROBES = [
-    "It's 2024: we've 123456 sheep, don't they'll WE'LL I'M 'sup'\n\n\n  Two  spaces\t\ttabs \r\n end  ",
-    "Über naïve Ünïcöde — 灯台のランプ、東京。 Привет мир! مرحبا ١٢٣ ²½Ⅷ 한국어",
-    '🙂👩‍🚀🇩🇪 ❤️ x=3.14*(y+2)//z; print("a_b")\n\tif (a!=b) {\n\n}',
-    "a\u00a0b\u3000c\u200bd e\u0301 é ’s “quote” …\x1c\x00\u2028\u0085",
-    "<|im_start|>user\nWho keeps the <tool call> 12?<|im_end|>\n<|im_start|>assistant\n",
-    "<|endoftext|>keeper the keeper keeper",
-    " leading", "trailing \n", "\n", " ", "",
-]  # fmt: skip
-ALPHABET = [
-    *"aZé灯ñß'’\".,!?-_(){}/\\ \t\n\r\u00a0\u3000\u200b\u2028\u0085\x1c0159١²½Ⅷ🙂❤️👩\u200d🚀\u0301\u0300मि한Ж$€+=<|>"
-]
-ALPHABET += [" ", "  ", "\n\n", "'s", "'LL", "'ſ", "12345", " the", "<|im_end|>", "<tool call>"]
-
-
-def rebuilt(name):
-    """A trained tokenizer with the pre-tokenizer of that name; a whole word of it is out of reach for the merges."""
-    ((steps, whole_words),) = [rules for rules, known in PRE_TOKENIZERS.items() if known == name]
-    makers = {
-        "Split": lambda regex, behaviour, invert: pre_tokenizers.Split(Regex(regex), behaviour.lower(), invert),
-        "ByteLevel": lambda space, regex: pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=regex),
-        "Digits": lambda each: pre_tokenizers.Digits(individual_digits=each),
-    }
-    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([makers[kind](*rest) for kind, *rest in steps])
-    backend.decoder = decoders.ByteLevel()
-    marks = [tiny.EOT, "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([tiny.text(), *PROBES * 3], trainer)
-    fields = json.loads(backend.to_str())
-    fields["model"]["merges"] = [pair for pair in fields["model"]["merges"] if "".join(pair) != "Ġkeeper"]
-    assert "Ġkeeper" in fields["model"]["vocab"]
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(fields)), bos_token=tiny.EOT, eos_token=tiny.EOT
-    )
-    made.add_tokens(["<tool call>"])
-    return made
-
 
 def vocabulary_file(path, tokenizer):
     """The tokenizer in a GGUF file, with a model of a few rows more than it has tokens."""
@@ -347,8 +305,7 @@ def tokens(model, text, special=True):
 def test_tokens_are_those_of_transformers(name, tmp_path):
     tokenizer = rebuilt(name)
     path = vocabulary_file(tmp_path / "model.gguf", tokenizer)
-    draw = random.Random(0)
-    texts = [*PROBES, *("".join(draw.choices(ALPHABET, k=draw.randint(1, 40))) for _ in range(2000))]
+    texts = texts_of(2000)
     expected = [tokenizer(text)["input_ids"] for text in texts]
     with opened(path, vocab_only=True) as model:
         for text, ids in zip(texts, expected, strict=True):
@@ -367,9 +324,7 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
 def test_tokens_of_sentencepiece_are_those_of_transformers(before, tmp_path):
     tokenizer = sentencepiece(tiny.text() + "a,b.c-d e'f", before=before, users=() if before else ("▁▁", "▁▁▁", "\n\n"))
     path = vocabulary_file(tmp_path / "model.gguf", tokenizer)
-    draw = random.Random(0)
-    pieces = [*ALPHABET, *tiny.text(60).split(), " ", " the", "  ", "keeper"]
-    texts = [tiny.text(60), *PROBES, *("".join(draw.choices(pieces, k=draw.randint(1, 40))) for _ in range(1000))]
+    texts = [tiny.text(60), *texts_of(1000, more=(*tiny.text(60).split(), " ", " the", "  ", "keeper"))]
     with opened(path, vocab_only=True) as model:
         assert model.metadata["tokenizer.ggml.model"] == "llama"
         for text in filter(None, texts):

@@ -1,10 +1,15 @@
 """Small tokenizers of every kind, trained where they are asked for."""
 
 import collections
+import json
+import random
 import re
 
+import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
 
 MARKS = ["<|im_start|>", "<|im_end|>"]
 SPECIAL = ["<unk>", "<s>", "</s>", *MARKS]
@@ -135,4 +140,50 @@ def make(kind: str, text: str, *, chat: str | None = CHATML) -> PreTrainedTokeni
         clean_up_tokenization_spaces=False,
     )
     made.chat_template = chat
+    return made
+
+
+PROBES = [
+    "It's 2024: we've 123456 sheep, don't they'll WE'LL I'M 'sup'\n\n\n  Two  spaces\t\ttabs \r\n end  ",
+    "Über naïve Ünïcöde — 灯台のランプ、東京。 Привет мир! مرحبا ١٢٣ ²½Ⅷ 한국어",
+    '🙂👩‍🚀🇩🇪 ❤️ x=3.14*(y+2)//z; print("a_b")\n\tif (a!=b) {\n\n}',
+    "a\u00a0b\u3000c\u200bd e\u0301 é ’s “quote” …\x1c\x00\u2028\u0085",
+    "<|im_start|>user\nWho keeps the <tool call> 12?<|im_end|>\n<|im_start|>assistant\n",
+    "<|endoftext|>keeper the keeper keeper",
+    " leading", "trailing \n", "\n", " ", "",
+]  # fmt: skip
+ALPHABET = [
+    *"aZé灯ñß'’\".,!?-_(){}/\\ \t\n\r\u00a0\u3000\u200b\u2028\u0085\x1c0159١²½Ⅷ🙂❤️👩\u200d🚀\u0301\u0300मि한Ж$€+=<|>"
+]
+ALPHABET += [" ", "  ", "\n\n", "'s", "'LL", "'ſ", "12345", " the", "<|im_end|>", "<tool call>"]
+
+
+def texts_of(count, *, more=(), seed=0):
+    """`PROBES`, and so many strings of random pieces."""
+    draw, pieces = random.Random(seed), [*ALPHABET, *more]
+    return [*PROBES, *("".join(draw.choices(pieces, k=draw.randint(1, 40))) for _ in range(count))]
+
+
+def rebuilt(name):
+    """A trained tokenizer with the pre-tokenizer of that name; a whole word of it is out of reach for the merges."""
+    ((steps, whole_words),) = [rules for rules, known in PRE_TOKENIZERS.items() if known == name]
+    makers = {
+        "Split": lambda regex, behaviour, invert: pre_tokenizers.Split(Regex(regex), behaviour.lower(), invert),
+        "ByteLevel": lambda space, regex: pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=regex),
+        "Digits": lambda each: pre_tokenizers.Digits(individual_digits=each),
+    }
+    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([makers[kind](*rest) for kind, *rest in steps])
+    backend.decoder = decoders.ByteLevel()
+    marks = [tiny.EOT, "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([tiny.text(), *PROBES * 3], trainer)
+    fields = json.loads(backend.to_str())
+    fields["model"]["merges"] = [pair for pair in fields["model"]["merges"] if "".join(pair) != "Ġkeeper"]
+    assert "Ġkeeper" in fields["model"]["vocab"]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(fields)), bos_token=tiny.EOT, eos_token=tiny.EOT
+    )
+    made.add_tokens(["<tool call>"])
     return made

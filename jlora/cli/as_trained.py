@@ -10,7 +10,7 @@ from jlora._typing import Json, JsonObject
 from jlora.files import find
 from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.files.run_settings import FILE, RunSettings
-from jlora.storage.checkpoint_files import CONFIG, base_fingerprint
+from jlora.storage.checkpoint_files import base_fingerprint, is_checkpoint
 
 
 @runtime_checkable
@@ -96,7 +96,7 @@ def _other_base(adapter: Path, model: str) -> str | None:
     """The end of a sentence about the adapter; None: the base is its own, or it names none."""
     named, settings, directory = open_adapter(adapter).base_model, RunSettings.read(adapter), find(model)
     trained_on = settings and settings.base
-    if trained_on is None and named and named != model and (Path(named).expanduser() / CONFIG).is_file():
+    if trained_on is None and named and named != model and is_checkpoint(Path(named).expanduser()):
         trained_on = base_fingerprint(Path(named).expanduser())
     if trained_on is not None:
         if trained_on == base_fingerprint(directory):

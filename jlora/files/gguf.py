@@ -8,7 +8,6 @@ Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/
 `src/llama-adapter.cpp`.
 """
 
-import functools
 import math
 import os
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 
 from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
+from jlora.files.gguf_names import import_gguf, permuted, tensor_name
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import check_shapes, mismatches
 from jlora.files.updates import PlainUpdates, kernel_shapes, plain_updates
@@ -82,7 +82,7 @@ def save_gguf(
             f16, an adapted embedding that is also the output head (`jlora.untie` the model first), and tokenizers that
             GGUF does not represent. Nothing is left behind.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     if dtype not in FILE_TYPES:
         raise ValueError(
             f"`dtype` must be one of {', '.join(FILE_TYPES)}; got {dtype!r}. For 4 to 6 bits a weight, write f16 and run "
@@ -136,7 +136,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         ValueError: when nothing is adapted, `config` is not the one the parameters were adapted with, a factor is not
             finite, or the adapter holds more than low-rank updates of linear kernels. Nothing is left behind.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     path = refuse_existing(path)
     refuse_unknown_to_llama_cpp(model)
     updates = plain_updates(params, config, format="GGUF", writer="save_gguf_adapter")
@@ -147,7 +147,7 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         b = np.asarray(weight.lora_B, np.float32).T * (weight.scaling * weight.rank / alpha)
         name = f"{tensor_name(module, model)}.weight"
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(weight.lora_A, np.float32).T)
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(_permuted(model, module, b))
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(permuted(model, module, b))
     for name, array in tensors.items():
         refuse_not_finite(name, array)
 
@@ -163,33 +163,6 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
     _write(gguf, path, model, describe, stored, tensors.values())
 
 
-def tensor_name(module: str, model: Model) -> str:
-    """The GGUF name of a module, without ".weight" or ".bias": "blk.3.attn_q" of "model.layers.3.self_attn.q_proj".
-
-    Raises:
-        ValueError: when the package gguf has none.
-    """
-    name = _names(family_of(model.config).gguf.architecture, model.config.depth).get_name(module)
-    if name is None:
-        raise ValueError(
-            f"GGUF has no name for {module!r} in the architecture {family_of(model.config).gguf.architecture!r}. Export with "
-            "`save_pretrained`."
-        )
-    return name
-
-
-@functools.cache
-def _names(architecture: str, depth: int) -> Any:
-    """The package's table of tensor names."""
-    gguf = _import_gguf()
-    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise ValueError(
-            f"The installed package gguf does not know the architecture {architecture!r}: pip install --upgrade gguf"
-        )
-    return gguf.get_tensor_name_map(known[architecture], depth)
-
-
 def refuse_unknown_to_llama_cpp(model: Model) -> None:
     """
     Raises:
@@ -202,16 +175,6 @@ def refuse_unknown_to_llama_cpp(model: Model) -> None:
             f"llama.cpp's graph {layout.architecture!r} does not compute what this model ({model.config.model_type}) has: "
             f"{'; '.join(lacking)}. It would give other outputs; export with `save_pretrained`."
         )
-
-
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ImportError("GGUF files are written by the package gguf: pip install 'jlora[gguf]'") from error
-    return gguf
 
 
 def _write(
@@ -308,15 +271,7 @@ def _float32(model: Model, path: str, leaf: PyTree) -> np.ndarray:
     array = np.asarray(materialize(leaf, jnp.dtype(jnp.float32)) if is_weight(leaf) else leaf).astype(np.float32)
     if path.endswith("/scale"):
         array = array + np.float32(family_of(model.config).gguf.scale_offset)
-    return _permuted(model, module_path(path), array.T if path.endswith("/kernel") else array)
-
-
-def _permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
-    """Rows of a query or key projection in llama.cpp's order: (half, pair) of each head becomes (pair, half)."""
-    if not family_of(model.config).gguf.rotates_pairs or not module.endswith((".q_proj", ".k_proj")):
-        return rows
-    heads = len(rows) // model.config.kv_shape[1]
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return permuted(model, module_path(path), array.T if path.endswith("/kernel") else array)
 
 
 def _stored(gguf: ModuleType, name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> np.ndarray:

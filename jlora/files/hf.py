@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints -> (model, params)."""
+"""Hugging Face checkpoints and GGUF models -> (model, params)."""
 
 import dataclasses
 import functools
@@ -16,12 +16,15 @@ import numpy as np
 from jlora._typing import Array, DTypeLike, Int, JsonObject, NamedTokens, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.finite import FiniteCheck
-from jlora.files.names import HEAD, checkpoint_names, is_ignorable, is_transposed, mismatches, wrong_dtypes
+from jlora.files.gguf_read import GGUFCheckpoint, config_fields
+from jlora.files.names import HEAD, is_ignorable, is_transposed, mismatches, wrong_dtypes
+from jlora.files.opened import StoredTensors, names_in, open_checkpoint
 from jlora.files.packing import DenseWeight, PackedWeight, check_declared, stored_weight
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import QuantSpec, quantizable, quantize_rows
 from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import CONFIG
+from jlora.storage.gguf import SUFFIX, GGUFFile, is_gguf
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
@@ -33,6 +36,10 @@ class AdapterBeside(UserWarning):
     """A model is loaded from a directory that holds an adapter too; transformers would put it on."""
 
 
+class PackedTwice(UserWarning):
+    """The weights of a quantized file are decoded and quantized again."""
+
+
 def load(
     name: str | os.PathLike,
     *,
@@ -41,13 +48,15 @@ def load(
     stack: bool = False,
     remat: str = "none",
 ) -> tuple[Model, dict[str, PyTree]]:
-    """A pretrained model and its parameters, from a Hugging Face directory or hub id.
+    """A pretrained model and its parameters, from a Hugging Face directory or hub id, or a GGUF file.
 
     Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
-    parameters plus one dense tensor. Checkpoints that bitsandbytes quantized to NF4 are read as they are packed.
+    parameters plus one dense tensor. Checkpoints that bitsandbytes quantized to NF4 are read as they are packed; the blocks of
+    a GGUF file are decoded.
 
     Args:
-        name: a directory with config.json and safetensors, or a hub id such as "gpt2" (downloaded to the hub's cache).
+        name: a directory with config.json and safetensors, a hub id such as "gpt2" (downloaded to the hub's cache), or a
+            .gguf file, of a split model the first.
         dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
             dtype they were quantized from.)
         quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()`, `MXFP4()` or one of ggml's formats, such as `Q4_1()`: packs
@@ -63,6 +72,7 @@ def load(
         FileNotFoundError: no such directory or hub id, or no safetensors in it.
         ValueError: a family or config field that the graphs do not compute; missing, unexpected and mis-shaped tensors,
             all in one error; weights that are NaN or infinite; `quantize` for a checkpoint that is quantized otherwise.
+        ImportError: for a GGUF file, without the package gguf.
     """
     try:
         dtype = jnp.dtype(dtype)
@@ -81,8 +91,8 @@ def load(
     model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
     packed_paths = quantizable(modules_of(abstract_params(model))) if quantize else set()
-    checkpoint = Checkpoint(directory)
-    names = checkpoint_names(expected, checkpoint.shapes)
+    checkpoint = open_checkpoint(directory)
+    names = names_in(checkpoint, expected)
     weights = {
         path: stored_weight(
             checkpoint,
@@ -99,6 +109,13 @@ def load(
         raise ValueError(
             f"{str(directory)!r} is quantized already, as {next(iter(packed))}; it cannot be loaded as {quantize}. "
             "Leave `quantize` out, or load the dense original."
+        )
+    if quantize and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.packed:
+        warnings.warn(
+            f"{str(directory)!r} is quantized already ({', '.join(checkpoint.packed)}); packing what it decodes to as {quantize} "
+            "rounds a second time, which costs quality. The original checkpoint, packed once, is better.",
+            PackedTwice,
+            stacklevel=2,
         )
     flat: dict[str, PyTree] = {}
     finite = FiniteCheck()
@@ -141,7 +158,7 @@ def add_stops(model: Model, tokenizer: NamedTokens | None, declared: Iterable[in
 
 
 def _read(
-    checkpoint: Checkpoint,
+    checkpoint: StoredTensors,
     name: str,
     weight: PackedWeight | DenseWeight,
     dtype: DTypeLike,
@@ -151,6 +168,7 @@ def _read(
 ):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
     if not isinstance(weight, DenseWeight):
+        assert isinstance(checkpoint, Checkpoint)
         packed = weight.read(checkpoint, name)
         finite.see(name, packed)
         return packed
@@ -175,7 +193,7 @@ def _check(
     model: Model,
     names: Mapping[str, str],
     weights: Mapping[str, PackedWeight | DenseWeight],
-    checkpoint: Checkpoint,
+    checkpoint: StoredTensors,
 ) -> None:
     shapes, dtypes = {}, {}
     for path, weight in weights.items():
@@ -185,15 +203,16 @@ def _check(
     problems = mismatches(shapes, checkpoint.shapes, ignorable)
     problems += wrong_dtypes(dtypes, checkpoint.dtypes)
     if problems:
+        said = "metadata" if isinstance(checkpoint, GGUFCheckpoint) else CONFIG
         raise ValueError(
-            f"The tensors in {str(directory)!r} do not fit its config.json ({model.config.model_type}):\n  "
+            f"The tensors in {str(directory)!r} do not fit its {said} ({model.config.model_type}):\n  "
             + "\n  ".join(problems)
-            + "\nNothing was loaded. Check that config.json and the weights are of the same checkpoint."
+            + f"\nNothing was loaded. Check that {said} and the weights are of the same checkpoint."
         )
     _check_tie(directory, model, names, checkpoint)
 
 
-def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: StoredTensors) -> None:
     """A tied head may be stored a second time; with other values it is a head of its own, and transformers 5 uses it."""
     embedding = names[model.config.embedding_path]
     if not model.config.tie_word_embeddings or HEAD not in checkpoint.shapes:
@@ -207,14 +226,18 @@ def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoi
 
 
 def find(name: str | os.PathLike) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (configuration, tokenizer and safetensors only)."""
+    """The local directory of a checkpoint, or its GGUF file; a hub id is downloaded (configuration, tokenizer and safetensors
+    only)."""
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if directory.is_dir() or is_gguf(directory):
         return directory
     text = os.fspath(name)
+    if directory.suffix == SUFFIX and not directory.exists():
+        raise FileNotFoundError(f"There is no file {text!r}.")
     if not is_hub_id(text):
         raise FileNotFoundError(
-            f"{text!r} is not a directory. Pass a Hugging Face model directory, or a hub id such as 'gpt2'."
+            f"{text!r} is not a directory and no GGUF file. Pass a Hugging Face model directory, a .gguf file, or a hub id such as "
+            "'gpt2'."
         )
     from huggingface_hub import snapshot_download
 
@@ -231,15 +254,20 @@ def find(name: str | os.PathLike) -> Path:
 
 
 def read_config(directory: Path) -> JsonObject:
-    """The fields of `config.json`."""
-    path = directory / "config.json"
+    """The fields of `config.json`, or of the one that a GGUF file's metadata mean."""
+    if is_gguf(directory):
+        return config_fields(GGUFFile(directory))
+    path = directory / CONFIG
     if not path.is_file():
         adapter = (directory / ADAPTER_CONFIG).is_file()
+        files = sorted(file.name for file in directory.glob(f"*{SUFFIX}"))
         raise FileNotFoundError(
             f"There is no config.json in {str(directory)!r}."
             + (
                 " It holds an adapter: load its base model, then `jlora.load_adapter(directory, params)`."
                 if adapter
+                else f" It holds {', '.join(files[:5])}: pass one of them."
+                if files
                 else ""
             )
         )

@@ -14,11 +14,13 @@ from jlora._typing import DTypeLike, Json, Params, PretrainedTokenizer, PyTree
 from jlora.files.names import hf_name, is_transposed
 from jlora.files.origin import Origin
 from jlora.files.packing import Packing, writable, writable_said
+from jlora.files.tokenizer import load_tokenizer
 from jlora.lora import merge
 from jlora.models import Model, family_of, refuse_adapted_tie
 from jlora.quant import QuantizedTensor, QuantSpec
 from jlora.storage import save_sharded
 from jlora.storage.checkpoint_files import CONFIG, TERMS, TOKENIZER, WEIGHTS, matching
+from jlora.storage.gguf import is_gguf
 from jlora.storage.stops import GENERATION_CONFIG, stop_ids, token_ids, with_stops
 from jlora.storage.whole import Content, check_writable, remove_partial, whole_files
 from jlora.tree.paths import flatten, is_weight, per_layer_paths, split_layer_path
@@ -42,7 +44,8 @@ def save_pretrained(
 
     Args:
         tokenizer: a transformers tokenizer, or a directory whose tokenizer files are copied; None: those of `base`.
-        base: directory of the checkpoint that `model` was loaded from; None: the files are made of `model.config`.
+        base: directory of the checkpoint that `model` was loaded from, or its GGUF file, whose config and tokenizer are written as
+            files; None: the files are made of `model.config`.
         dtype: of every tensor; None: the base's, or that of the parameters without `base`.
 
     Raises:
@@ -53,6 +56,7 @@ def save_pretrained(
     directory = Path(directory)
     refuse_checkpoint(directory)
     origin = None if base is None else Origin.read(base)
+    tokenizer = _tokenizer(tokenizer, origin)
     tensors = merged_tensors(model, params, origin=origin, dtype=dtype)
     embedding = tensors[hf_name(model.config.embedding_path)].dtype
     said = jnp.dtype(dtype) if dtype is not None else embedding if origin is None else origin.dtype
@@ -116,6 +120,7 @@ def save_quantized(
     directory = Path(directory)
     refuse_checkpoint(directory)
     origin = None if base is None else Origin.read(base)
+    tokenizer = _tokenizer(tokenizer, origin)
     as_loaded = next(leaf.dtype for leaf in flatten(params).values() if not is_weight(leaf))
     chosen = jnp.dtype(dtype) if dtype is not None else origin.dtype if origin is not None else as_loaded
     tensors: dict[str, np.ndarray] = {}
@@ -186,6 +191,16 @@ def refuse_checkpoint(directory: str | os.PathLike) -> None:
     check_writable(directory)
 
 
+def _tokenizer(
+    tokenizer: PretrainedTokenizer | str | os.PathLike | None, origin: Origin | None
+) -> PretrainedTokenizer | str | os.PathLike | None:
+    """The same, but a GGUF file's tokenizer in place of the file, which has no files of a tokenizer to copy."""
+    if tokenizer is None and origin is not None:
+        tokenizer = origin.directory
+    is_file = isinstance(tokenizer, str | os.PathLike) and is_gguf(Path(tokenizer))
+    return load_tokenizer(tokenizer) if is_file else tokenizer
+
+
 def _companions(
     model: Model,
     origin: Origin | None,
@@ -200,11 +215,7 @@ def _companions(
         None if isinstance(tokenizer, str | os.PathLike) else tokenizer,
         vocab_size=model.config.vocab_size,
     )
-    copied = {}
-    if isinstance(tokenizer, str | os.PathLike):
-        copied = matching(Path(tokenizer), TOKENIZER)
-    elif tokenizer is None and origin is not None:
-        copied = matching(origin.directory, TOKENIZER)
+    copied = matching(Path(tokenizer), TOKENIZER) if isinstance(tokenizer, str | os.PathLike) else {}
     if origin is None:
         fields = {**family_of(model.config).write(model.config), "dtype": dtype, "torch_dtype": dtype}
         if quantization is not None:
@@ -215,7 +226,7 @@ def _companions(
         CONFIG: origin.config_of(model, dtype, quantization),
         GENERATION_CONFIG: origin.generation_config_of(stops),
         **copied,
-        **matching(origin.directory, TERMS),
+        **({} if is_gguf(origin.directory) else matching(origin.directory, TERMS)),
     }
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jlora._typing import Json
+from jlora.files.gguf_read import GGUFCheckpoint
 from jlora.files.hf import find, read_config
-from jlora.files.names import FLOATS
+from jlora.files.names import FLOATS, hf_name
+from jlora.files.opened import open_checkpoint
 from jlora.models import Model, family_of, model_from_config
-from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.stops import GENERATION_CONFIG, generation_config, with_stops
 
@@ -26,10 +27,11 @@ class Origin:
     """A base checkpoint: its files, and the dtypes of its tensors."""
 
     directory: Path
+    """Or its GGUF file."""
     fields: Mapping[str, Json]
     """Of config.json."""
     dtypes: Mapping[str, str]
-    """Tensor -> dtype, such as "bfloat16", of those that are stored dense."""
+    """Tensor -> dtype, such as "bfloat16", of those that are stored dense; blocks of GGUF decode to float32."""
 
     @classmethod
     def read(cls, name: str | os.PathLike) -> "Origin":
@@ -39,9 +41,12 @@ class Origin:
             ValueError: when its files are damaged.
         """
         directory = find(name)
-        stored = Checkpoint(directory).dtypes
+        checkpoint, fields = open_checkpoint(directory), read_config(directory)
+        stored = checkpoint.dtypes
+        if isinstance(checkpoint, GGUFCheckpoint):
+            stored = {hf_name(path): stored[name] for path, name in checkpoint.paths.items() if name in stored}
         dense = {tensor: _JAX_NAMES[dtype] for tensor, dtype in stored.items() if dtype in _JAX_NAMES}
-        return cls(directory, read_config(directory), dense)
+        return cls(directory, fields, dense)
 
     @property
     def dtype(self) -> jnp.dtype:

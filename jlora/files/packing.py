@@ -10,6 +10,7 @@ import numpy as np
 from jlora._typing import Array, DTypeLike, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
+from jlora.files.opened import StoredTensors
 from jlora.quant import NF4, QuantizedTensor, QuantSpec
 from jlora.storage import Checkpoint
 from jlora.storage.fields import shown
@@ -102,12 +103,12 @@ class DenseWeight:
     def tensors(self, name: str) -> TensorTypes:
         return {name: (self.shape, FLOATS)}
 
-    def read(self, checkpoint: Checkpoint, name: str, dtype: DTypeLike) -> Array:
+    def read(self, checkpoint: StoredTensors, name: str, dtype: DTypeLike) -> Array:
         return jnp.array(checkpoint.read(name)).astype(dtype)
 
 
 def stored_weight(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, transposed: bool, is_kernel: bool
+    checkpoint: StoredTensors, name: str, shape: tuple[int, ...], *, transposed: bool, is_kernel: bool
 ) -> PackedWeight | DenseWeight:
     """How a checkpoint stores the weight called `name`.
 
@@ -118,7 +119,9 @@ def stored_weight(
     Raises:
         ValueError: for a weight that is packed in a way that is not read, or from one of another shape.
     """
-    found = [packed for packing in PACKINGS if is_kernel and (packed := packing.find(checkpoint, name)) is not None]
+    found = []
+    if is_kernel and isinstance(checkpoint, Checkpoint):
+        found = [packed for packing in PACKINGS if (packed := packing.find(checkpoint, name)) is not None]
     if not found:
         return DenseWeight(shape[::-1] if transposed else shape)
     # Packed is [out, in], also of the kernels that GPT-2 stores as [in, out].

@@ -8,7 +8,7 @@ Reference: llama.cpp, `src/llama-vocab.cpp` (`llm_tokenizer_spm_session`); trans
 
 from collections.abc import Collection, Mapping, Sequence
 
-from jlora._typing import Json
+from jlora._typing import Json, JsonObject
 
 _REPLACED = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPENDED = {"type": "Prepend", "prepend": "▁"}
@@ -52,6 +52,11 @@ def space_before(fields: Mapping[str, Json]) -> bool:
             "`save_pretrained` and convert the directory with llama.cpp's convert_hf_to_gguf.py."
         )
     return next(before for known, before in _BEFORE if normalizer == known)
+
+
+def normalizer_of(before: bool) -> JsonObject:
+    """The inverse of `space_before`."""
+    return next(dict(known) for known, prefix in _BEFORE if prefix == before)
 
 
 def scores_of(tokens: Sequence[str], merges: Sequence[Sequence[str]], users: Collection[str]) -> list[float]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jlora._typing import Json, JsonObject, PretrainedTokenizer
+from jlora.files.gguf_tokenizer import tokenizer_of
 from jlora.files.hf import find, read_config
 from jlora.models import FAMILIES
 from jlora.storage.fields import (
@@ -28,6 +29,8 @@ from jlora.storage.fields import (
     text,
     wrong_fields,
 )
+from jlora.storage.gguf import GGUFFile, is_gguf
+from jlora.storage.gguf_tokens import GGUFTokens
 from jlora.storage.structured import read_json
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -75,14 +78,15 @@ the process where it cannot; real ones replace a character by at most a few."""
 
 
 def load_tokenizer(name: str | os.PathLike) -> PretrainedTokenizer:
-    """The checkpoint's tokenizer, as a transformers object.
+    """The checkpoint's tokenizer, as a transformers object, which can be saved.
 
     Where there is a tokenizer.json, the ids are that file's: transformers' AutoTokenizer picks a class by the model's
     family, and some classes put a pre-tokenizer of their own in place of the file's. Special tokens and the chat template
-    come from tokenizer_config.json. Code in the directory is never run.
+    come from tokenizer_config.json. Code in the directory is never run. That of a GGUF file is made of its metadata, and gives
+    the ids that llama.cpp gives.
 
     Args:
-        name: a directory, or a hub id (see `load`).
+        name: a directory, a hub id or a .gguf file (see `load`).
 
     Raises:
         FileNotFoundError: no such directory or hub id, or no tokenizer in it.
@@ -91,6 +95,10 @@ def load_tokenizer(name: str | os.PathLike) -> PretrainedTokenizer:
     # transformers greets environments without torch with advice that does not apply here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     directory = find(name)
+    if is_gguf(directory):
+        tokenizer = tokenizer_of(GGUFTokens.of(GGUFFile(directory)))
+        _try(tokenizer, directory)
+        return tokenizer
     settings = _settings(directory)
     if (directory / FILE).exists():
         tokenizer = _from_file(directory, settings)
@@ -209,7 +217,7 @@ def _one_error(path: Path) -> Iterator[None]:
 
 def _try(tokenizer: PretrainedTokenizer, directory: Path) -> None:
     """Some faults of a file show when it is used."""
-    with _one_error(directory / FILE):
+    with _one_error(directory if directory.is_file() else directory / FILE):
         for sample in ("a", " a b\n"):
             tokenizer.decode(tokenizer(sample, verbose=False)["input_ids"])
 

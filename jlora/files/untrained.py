@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from jlora._typing import PretrainedTokenizer
-from jlora.files.names import checkpoint_names
+from jlora.files.opened import names_in, open_checkpoint
 from jlora.models import Model
-from jlora.storage import Checkpoint
 from jlora.storage.stops import own_tokens
 
 HEAD = "lm_head/kernel"
@@ -40,13 +39,13 @@ def untrained_tokens(
     Only the rows of special tokens and a sample of others are read.
 
     Args:
-        directory: of the base checkpoint.
+        directory: of the base checkpoint, or its GGUF file.
         used, learned: ids in the rows of the data, and of them those that are supervised.
         trained: paths of the leaves that the run trains; the embedding and the head are no matter where they are among them.
     """
-    checkpoint, embedding = Checkpoint(directory), model.config.embedding_path
+    checkpoint, embedding = open_checkpoint(directory), model.config.embedding_path
     wanted = {embedding: used} if model.config.tie_word_embeddings else {embedding: used, HEAD: learned}
-    names = checkpoint_names(wanted, checkpoint.shapes)
+    names = names_in(checkpoint, wanted)
     said: dict[str, str] = {}
     modules = []
     for path, ids in wanted.items():

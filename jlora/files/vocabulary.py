@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from jlora._typing import Json, PretrainedTokenizer
 from jlora.files.sentencepiece import scores_of, space_before
 from jlora.models import ModelConfig
+from jlora.storage.gguf_tokens import BYTE, BYTE_LEVEL, CONTROL, NORMAL, SENTENCEPIECE, UNUSED, USER_DEFINED
 from jlora.storage.pre_tokenizers import PRE_TOKENIZERS, steps_of
 from jlora.storage.stops import stop_ids, token_ids, turn_end_ids
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
-"""`tokenizer.ggml.token_type`, as in `gguf.TokenType`."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 _STOP_KEYS = 3  # eos, eot and eom
@@ -84,7 +83,7 @@ class Vocabulary:
             # llama.cpp finds a user's tokens in the text as it is written.
             tokens = [token.replace("▁", " ") if token in users else token for token in tokens]
         return cls(
-            model="llama" if pieces else "gpt2",
+            model=SENTENCEPIECE if pieces else BYTE_LEVEL,
             pre=pre,
             tokens=tokens,
             types=types,

@@ -1,32 +1,12 @@
 """What the house knows of a family of checkpoints: one row, in `jlora.models.families`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping
 
 from jlora._typing import Json, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import ConfigFormat, ConfigReader, ModelConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GGUFLayout:
-    """How llama.cpp has a family. The names of its tensors are those of the package gguf, by architecture."""
-
-    architecture: str
-    """`general.architecture`."""
-    fields: Callable[[Any], JsonObject]
-    """The model's config -> its hyperparameters, without the architecture before their names."""
-    rotates_pairs: bool = False
-    """Whether llama.cpp rotates neighbours where the checkpoints rotate halves, so that rows of queries and keys are permuted."""
-    scale_offset: float = 0.0
-    """Is added to the scales of norms."""
-    tensors: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
-    """The model's config -> tensors that are no parameters."""
-    lacks: Callable[[Any], Iterable[str]] = lambda config: ()
-    """The model's config -> what of it llama.cpp does not compute, each as "`field` = value"."""
+from jlora.models.gguf import GGUFLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

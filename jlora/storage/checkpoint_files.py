@@ -3,6 +3,9 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from jlora.storage.gguf import GGUFFile, is_gguf
 
 CONFIG = "config.json"
 
@@ -36,16 +39,33 @@ def holds_checkpoint(directory: Path) -> bool:
 
 
 def base_fingerprint(directory: Path) -> str:
-    """Of a checkpoint: its config, and of each file of weights the name, the size, the start and the end."""
+    """Of a checkpoint: its config, and of each file of weights the name, the size, the start and the end. Of a GGUF file the same,
+    whatever its name, with all of its metadata."""
+    if is_gguf(directory):
+        gguf = GGUFFile(directory)
+        with gguf.path.open("rb") as file:
+            sha = hashlib.sha256(file.read(gguf.header_size))
+        for path in gguf.files:
+            _add_sample(sha, path, "")
+        return sha.hexdigest()
     sha = hashlib.sha256((directory / CONFIG).read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, size - _SAMPLE_BYTES))
-            sha.update(file.read())
+        _add_sample(sha, path, path.name)
     return sha.hexdigest()
+
+
+def _add_sample(sha: Any, path: Path, name: str) -> None:
+    size = path.stat().st_size
+    sha.update(f"{name} {size}".encode())
+    with path.open("rb") as file:
+        sha.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, size - _SAMPLE_BYTES))
+        sha.update(file.read())
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a model is there that `base_fingerprint` is of: a directory with its config, or a GGUF file."""
+    return is_gguf(path) or (path / CONFIG).is_file()
 
 
 def matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from jlora._typing import Json, JsonObject, NamedTokens
 from jlora.storage.fields import check_fields, either, flag, integer, list_of, number, optional
+from jlora.storage.gguf import GGUFFile, is_gguf
+from jlora.storage.gguf_tokens import GGUFTokens
 from jlora.storage.structured import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
@@ -30,11 +32,18 @@ _TURNS = ({"role": "user", "content": _USER}, {"role": "assistant", "content": _
 
 
 def generation_config(directory: Path) -> JsonObject:
-    """The fields of a checkpoint's generation_config.json, none where there is no such file.
+    """The fields of a checkpoint's generation_config.json, none where there is no such file; of a GGUF file its special tokens.
 
     Raises:
         ValueError: when it is not a JSON object, or a field that is read holds something else than it may.
     """
+    if is_gguf(directory):
+        file = GGUFFile(directory)
+        if "tokenizer.ggml.tokens" not in file.fields:
+            return {}
+        found = GGUFTokens.of(file)
+        ids = {f"{name}_token_id": found.ids[name] for name in ("bos", "pad") if name in found.ids}
+        return with_stops(ids, found.stops) if found.stops else ids
     path = directory / GENERATION_CONFIG
     fields = read_json(path) if path.is_file() else {}
     check_fields(fields, _FIELDS, where=repr(str(path)))
@@ -117,11 +126,15 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, directory: Path) -> "SpecialTokens":
-        """Of tokenizer_config.json, tokenizer.json and chat_template.jinja, as far as they are there.
+        """Of tokenizer_config.json, tokenizer.json and chat_template.jinja, as far as they are there, or of a GGUF file.
 
         Raises:
             ValueError: when one cannot be read.
         """
+        if is_gguf(directory):
+            found = GGUFTokens.of(GGUFFile(directory))
+            ids = {text: found.tokens.index(text) for text in found.named().values()}
+            return cls(found.named(), found.chat_template, found.own | ids)
         fields = _read(directory / "tokenizer_config.json")
         tokens = _read(directory / "tokenizer.json").get("added_tokens")
         tokens = tokens if isinstance(tokens, list) else []
