@@ -42,6 +42,7 @@ from jlora.quant import Q4_1 as Q4_1
 from jlora.quant import Q4_K as Q4_K
 from jlora.quant import Q5_0 as Q5_0
 from jlora.quant import Q5_1 as Q5_1
+from jlora.quant import Q5_K as Q5_K
 from jlora.quant import Q6_K as Q6_K
 from jlora.quant import Q8_0 as Q8_0
 from jlora.quant import Int4 as Int4

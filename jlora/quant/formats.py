@@ -137,4 +137,13 @@ FormatName: TypeAlias = Literal["nf4", "int8", "int4", "int4-g128", "mxfp4", "q8
 SPECS: Mapping[str, type[QuantSpec]] = {
     spec.name: spec for spec in (NF4, Int8, Int4, Int4G128, MXFP4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1)
 }
-"""Name -> spec, of those that weights can be brought to (`ggml.GGML_TYPES` has two more, which files hold)."""
+"""Name -> spec, of those that weights can be brought to (`ggml.GGML_TYPES` has more, which files hold)."""
+
+Kept: TypeAlias = Literal["keep"]
+"""In the place of a spec, or of its name: each kernel stays in the format that its file has it in."""
+KEEP: Kept = "keep"
+
+
+def spec_named(name: str | None) -> QuantSpec | Kept | None:
+    """What a `--quantize` means; None: nothing is packed."""
+    return name if name is None or name == KEEP else SPECS[name]()

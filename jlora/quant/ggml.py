@@ -219,6 +219,19 @@ class Q4_K(OnlyRead):
 
 
 @dataclasses.dataclass(frozen=True)
+class Q5_K(OnlyRead):
+    """5-bit codes in blocks of 256, scaled as Q4_K; 5.5 bits a parameter."""
+
+    block_size: int = 256
+    name, layout, planes, stored, sub_blocks = "q5_k", Nibbles(1), (Plane(1, 256, 4), Plane(4, 64)), SixBitsInHalf, 8
+    fields = (*Q4_K.fields[:3], ("codes", np.uint8, 160))
+
+    @staticmethod
+    def decode(codes):
+        return codes.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Q6_K(OnlyRead):
     """6-bit codes from -32 to 31 in blocks of 256: sixteen parts, each with a scale in 8 bits; 6.5625 bits a parameter."""
 
@@ -231,7 +244,9 @@ class Q6_K(OnlyRead):
         return codes.astype(jnp.float32) - 32
 
 
-GGML_TYPES: Mapping[str, type[GGML]] = {spec.name.upper(): spec for spec in (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q6_K)}
+GGML_TYPES: Mapping[str, type[GGML]] = {
+    spec.name.upper(): spec for spec in (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)
+}
 """Name of a ggml type (`gguf.GGMLQuantizationType`) -> format."""
 
 

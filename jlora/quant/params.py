@@ -35,7 +35,7 @@ def quantize(
         TypeError: when `w` is not a float array.
         ValueError: when `roles` does not fit, and when `w` is empty, a scalar, not finite, or beyond what the scales of the
             format reach (under `jit`, where values cannot be looked at, such a block decodes to NaN or infinity instead); for
-            `Q4_K()` and `Q6_K()`, which only files hold.
+            `Q4_K()`, `Q5_K()` and `Q6_K()`, which only files hold.
 
     Example:
         >>> from jlora import NF4
