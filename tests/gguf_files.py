@@ -58,8 +58,8 @@ def smollm2() -> Path:
 
 
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_FORMS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
-U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+_FORMS = {2: "<H", 4: "<I", 5: "<i", 6: "<f", 7: "<?"}
+U16, U32, I32, F32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 def value(kind, content):

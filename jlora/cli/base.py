@@ -33,9 +33,10 @@ class Weights:
     """Which model."""
 
     model: str | None = None
-    """Hugging Face directory or hub id; default: the base that --adapter names."""
+    """Hugging Face directory or hub id, or a GGUF file; default: the base that --adapter names."""
     adapter: str | None = None
-    """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's. (`jlora generate`: or of several of them.)"""
+    """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's, or a GGUF file. (`jlora generate`: or a directory of
+    several of them.)"""
     quantize: Literal["none"] | FormatName | Kept | None = None
     """Pack the base's linear kernels; keep: as its GGUF file has them; default: as the adapter's run did, otherwise none."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -50,7 +51,9 @@ def resolve_model(weights: Weights) -> str:
     """
     name = weights.model or (weights.adapter and base_model_of(weights.adapter))
     if not name:
-        raise ValueError("Give --model, or an --adapter whose adapter_config.json names its base model.")
+        raise ValueError(
+            "Give --model, or an --adapter whose adapter_config.json names its base model (a GGUF file names none)."
+        )
     return name
 
 
@@ -77,7 +80,7 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
             warnings.simplefilter("ignore", AdapterBeside)
         model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
     if weights.adapter is not None:
-        params = load_adapter(weights.adapter, params)
+        params = load_adapter(weights.adapter, params, model=model)
         note_other_base({"": Path(weights.adapter)}, name)
     tokenizer, files = _tokenizer(find(name), weights.adapter, model)
     return Loaded(add_stops(model, tokenizer), params, tokenizer, files)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jlora.files.run_settings import RunSettings
 from jlora.files.untrained import HEAD
 from jlora.lora import LoraConfig
 from jlora.models import Model, abstract_params, model_from_config
-from jlora.storage import Checkpoint
+from jlora.storage.gguf import GGUFFile, is_gguf
 from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten
 
@@ -56,12 +57,18 @@ def _resolved(options: Inspect) -> Inspect:
     """The same with `path` in its place."""
     if options.path is None:
         return options
-    field = "adapter" if adapter_directories(options.path) else "model"
+    field = "adapter" if _is_adapter(options.path) else "model"
     if getattr(options, field) is not None:
         raise ValueError(
             f"{options.path!r} and --{field} {getattr(options, field)} both say which {field} to look at. Give one of them."
         )
     return dataclasses.replace(options, **{field: options.path, "path": None})
+
+
+def _is_adapter(path: str) -> bool:
+    if is_gguf(Path(path)):
+        return GGUFFile(path).fields.get("general.type") == "adapter"
+    return bool(adapter_directories(path))
 
 
 def show_data(options: Inspect, terminal: Console, trained: RunSettings | None = None) -> None:
@@ -102,7 +109,8 @@ def _trained(adapter: str | None, model: Model) -> set[str]:
     """Which of the embedding and the head an adapter changes, by their paths."""
     if adapter is None:
         return set()
-    files = [Checkpoint(open_adapter(path).weights) for path in adapter_directories(adapter).values()]
+    paths = adapter_directories(adapter).values() or (adapter,)
+    files = [open_adapter(path).tensors for path in paths]
     names = [f".{name}." for file in files for name in file.shapes]
     return {
         path
@@ -138,7 +146,7 @@ def adapter_table(directory: str) -> Table:
     needed = [child for child in kind.TRAINED if child not in kind.OPTIONAL]
     for column in ("module", "rank", "scaling", f"norm of {needed[-1].removeprefix('lora_')}"):
         table.add_column(column)
-    file = Checkpoint(found.weights)
+    file = found.tensors
     updates = update_tensors(found.layout, sorted(file.shapes), kind)
     for module, tensors in updates.items():
         norms = {c: float(np.linalg.norm(file.read(tensors[c]).astype(np.float32))) for c in needed if c in tensors}

@@ -37,7 +37,7 @@ _MEANING = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     model: str
-    """Hugging Face directory or hub id; of it only config.json is read."""
+    """Hugging Face directory or hub id, of which only config.json is read, or a GGUF file, of which the metadata are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

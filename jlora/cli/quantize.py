@@ -19,7 +19,7 @@ class Quantize:
     """Write a checkpoint that is packed: in 4-bit NF4, bitsandbytes' format, which transformers and jlora load."""
 
     model: str
-    """Hugging Face directory or hub id of a dense checkpoint."""
+    """Hugging Face directory or hub id of a dense checkpoint, or a GGUF file."""
     output: str
     """Directory to write; it must not hold weights yet."""
     format: FormatName = "nf4"

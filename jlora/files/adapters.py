@@ -1,4 +1,4 @@
-"""Adapter directories: whose layout they have, decided here by the files found and nowhere else, and reading them.
+"""Adapter directories and files: whose layout they have, decided here by the files found and nowhere else, and reading them.
 
 A layout is one `Layout`, which the file that knows it registers; importing `jlora.files` registers all of them.
 """
@@ -11,9 +11,13 @@ from typing import NamedTuple
 from jlora._typing import Json, Params, PyTree
 from jlora.lora import AdaptedWeight, LoraConfig, stack_adapters
 from jlora.lora.config import reads_configs
+from jlora.models import Model
+from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import holds_checkpoint
 from jlora.storage.fields import check_fields, optional, text
+from jlora.storage.gguf import is_gguf
 from jlora.storage.structured import read_json
+from jlora.storage.tensors import Tensors
 
 CONFIG = "adapter_config.json"
 
@@ -40,6 +44,10 @@ class Layout(NamedTuple):
     """The field of its config that names a revision of the base model on the hub."""
     assumed: bool = False
     """Whether a config without any layout's marks counts as this one's; its reader says what it lacks."""
+    open: Callable[[Path], Tensors] = Checkpoint
+    """The tensors of the file of weights."""
+    is_file: bool = False
+    """Whether the adapter is one file, and no directory with a config."""
     legacy: tuple[tuple[str, str], ...] = ()
     """Files of weights that are not read, each with what to do about it."""
 
@@ -54,8 +62,8 @@ def register(layout: Layout) -> Layout:
 
 
 def layouts() -> list[Layout]:
-    """All there are, the assumed one first."""
-    return sorted(_LAYOUTS.values(), key=lambda layout: not layout.assumed)
+    """All there are of directories, the assumed one first."""
+    return sorted((layout for layout in _LAYOUTS.values() if not layout.is_file), key=lambda layout: not layout.assumed)
 
 
 class AdapterDirectory(NamedTuple):
@@ -63,6 +71,13 @@ class AdapterDirectory(NamedTuple):
     layout: Layout
     fields: Mapping[str, Json]
     """Of `adapter_config.json`."""
+    model: Model | None = None
+    """The base model, where whoever reads the adapter has it."""
+
+    @property
+    def tensors(self) -> Tensors:
+        """Of the file of weights, by their names there."""
+        return self.layout.open(self.weights)
 
     @property
     def weights(self) -> Path:
@@ -96,6 +111,9 @@ def open_adapter(directory: str | os.PathLike) -> AdapterDirectory:
         ValueError: when that is not a JSON object, or config and weights are of different layouts.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        (layout,) = [layout for layout in _LAYOUTS.values() if layout.is_file]
+        return AdapterDirectory(directory, layout, {})
     path = directory / CONFIG
     if not path.is_file():
         inside = [str(path) for path in adapter_directories(directory).values()]
@@ -105,7 +123,7 @@ def open_adapter(directory: str | os.PathLike) -> AdapterDirectory:
                 f"Pass one of the adapters in it: {', '.join(inside)}."
                 if inside
                 else "Pass the directory that `jlora.save_adapter`, PEFT's `save_pretrained` or mlx-lm wrote (after `jlora "
-                "finetune`: OUTPUT/adapter)."
+                "finetune`: OUTPUT/adapter), or a GGUF file."
             )
         )
     fields = read_json(path)
@@ -156,20 +174,22 @@ def load_config(directory: str | os.PathLike) -> LoraConfig:
     return found.layout.config(found)
 
 
-def load_adapter(directory: str | os.PathLike, params: Params) -> PyTree:
-    """Unadapted parameters with the adapter of a directory on them, PEFT's or mlx-lm's.
+def load_adapter(directory: str | os.PathLike, params: Params, *, model: Model | None = None) -> PyTree:
+    """Unadapted parameters with the adapter of a directory on them, PEFT's or mlx-lm's, or of a GGUF file.
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors` (written by `save_adapter` or by PEFT) or
-            `adapters.safetensors` (by `save_mlx_adapter` or by mlx-lm). Which of the two, its config says.
+            `adapters.safetensors` (by `save_mlx_adapter` or by mlx-lm). Which of the two, its config says. Or the file that
+            `save_gguf_adapter` or llama.cpp's convert_lora_to_gguf.py wrote.
         params: unadapted, per-layer or stacked.
+        model: the base model. Files of llama.cpp's own converter need it where the order of rows depends on its heads.
 
     Raises:
         FileNotFoundError: when a file is missing.
         ValueError: for features that are not represented, and for missing, unexpected or mis-shaped tensors, all in
             one error: an adapter that loads in part would silently give other outputs.
     """
-    found = open_adapter(directory)
+    found = open_adapter(directory)._replace(model=model)
     return found.layout.read(found, params)
 
 

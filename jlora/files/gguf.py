@@ -21,6 +21,7 @@ import numpy as np
 
 from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.files.finite import refuse_not_finite
+from jlora.files.gguf_adapter import HEAD_DIM
 from jlora.files.gguf_names import import_gguf, permuted, tensor_name
 from jlora.files.hf_save import layer_rows
 from jlora.files.names import check_shapes, mismatches
@@ -158,6 +159,8 @@ def save_gguf_adapter(path: str | os.PathLike, params: Params, *, config: LoraCo
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        if family_of(model.config).gguf.rotates_pairs:
+            writer.add_uint32(f"{writer.arch}.{HEAD_DIM}", model.config.kv_shape[1])
 
     stored = {name: (array.shape, gguf.GGMLQuantizationType.F32) for name, array in tensors.items()}
     _write(gguf, path, model, describe, stored, tensors.values())

@@ -64,10 +64,12 @@ def permuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
 
 def unpermuted(model: Model, module: str, rows: np.ndarray) -> np.ndarray:
     """The inverse of `permuted`."""
-    if not is_permuted(model, module):
-        return rows
-    heads = len(rows) // model.config.kv_shape[1]
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return unpermuted_rows(rows, model.config.kv_shape[1]) if is_permuted(model, module) else rows
+
+
+def unpermuted_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """(pair, half) of each head becomes (half, pair)."""
+    return rows.reshape(len(rows) // head_dim, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def is_permuted(model: Model, module: str) -> bool:

@@ -121,7 +121,7 @@ class GGUFCheckpoint:
         tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in no_parameters}
         self.shapes = {name: tensor.shape[:: self._step(name)] for name, tensor in tensors.items()}
         """Tensor name -> shape that `read` gives it."""
-        self.dtypes = {name: _read_as(self._gguf, tensor.type) for name, tensor in tensors.items()}
+        self.dtypes = {name: read_as(self._gguf, tensor.type) for name, tensor in tensors.items()}
         """Tensor name -> dtype that `read` gives it, by safetensors' names; the type's own name where it is not read."""
 
     def names(self, paths: Iterable[str]) -> dict[str, str]:
@@ -156,7 +156,8 @@ def _stored_name(path: str, model: Model) -> str:
     return f"{tensor_name(module_path(path), model)}.{'bias' if path.endswith('/bias') else 'weight'}"
 
 
-def _read_as(gguf: ModuleType, kind: TensorType) -> str:
+def read_as(gguf: ModuleType, kind: TensorType) -> str:
+    """The dtype that `decoded` gives a tensor of a type, by safetensors' names; the type's own where it is not decoded."""
     if kind.name in _DENSE:
         return kind.name
     try:

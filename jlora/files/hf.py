@@ -19,7 +19,7 @@ from jlora.files.finite import FiniteCheck
 from jlora.files.gguf_packed import Blocks, kept_specs
 from jlora.files.gguf_read import GGUFCheckpoint, config_fields
 from jlora.files.names import HEAD, is_ignorable, is_transposed, mismatches, wrong_dtypes
-from jlora.files.opened import StoredTensors, names_in, open_checkpoint
+from jlora.files.opened import names_in, open_checkpoint
 from jlora.files.packing import DenseWeight, PackedWeight, check_declared, stored_weight
 from jlora.models import Model, abstract_params, model_from_config
 from jlora.quant import KEEP, Kept, QuantSpec, quantizable, quantize_rows
@@ -28,6 +28,7 @@ from jlora.storage.gguf import SUFFIX, GGUFFile, is_gguf
 from jlora.storage.hub_id import is_hub_id
 from jlora.storage.stops import GENERATION_CONFIG, SpecialTokens, generation_config, stop_ids, token_ids
 from jlora.storage.structured import read_json
+from jlora.storage.tensors import Tensors
 from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten, nest, split_layer_path
 
@@ -166,7 +167,7 @@ def add_stops(model: Model, tokenizer: NamedTokens | None, declared: Iterable[in
 
 
 def _read(
-    checkpoint: StoredTensors,
+    checkpoint: Tensors,
     name: str,
     weight: PackedWeight | DenseWeight,
     dtype: DTypeLike,
@@ -216,7 +217,7 @@ def _check(
     model: Model,
     names: Mapping[str, str],
     weights: Mapping[str, PackedWeight | DenseWeight],
-    checkpoint: StoredTensors,
+    checkpoint: Tensors,
 ) -> None:
     shapes, dtypes = {}, {}
     for path, weight in weights.items():
@@ -235,7 +236,7 @@ def _check(
     _check_tie(directory, model, names, checkpoint)
 
 
-def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: StoredTensors) -> None:
+def _check_tie(directory: Path, model: Model, names: Mapping[str, str], checkpoint: Tensors) -> None:
     """A tied head may be stored a second time; with other values it is a head of its own, and transformers 5 uses it."""
     embedding = names[model.config.embedding_path]
     if not model.config.tie_word_embeddings or HEAD not in checkpoint.shapes:

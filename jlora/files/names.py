@@ -43,7 +43,7 @@ def is_ignorable(name: str, model: Model) -> bool:
 
 
 def mismatches(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], ignorable: Iterable[str] = ()
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()
 ) -> list[str]:
     """Missing, unexpected and mis-shaped names as lines for one error."""
     ignorable = set(ignorable)

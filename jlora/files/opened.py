@@ -2,18 +2,15 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
 
 from jlora.files.gguf_read import GGUFCheckpoint
 from jlora.files.names import checkpoint_names
 from jlora.storage import Checkpoint
 from jlora.storage.gguf import is_gguf
-
-StoredTensors: TypeAlias = Checkpoint | GGUFCheckpoint
-"""With `shapes` and `dtypes` by name, and `read(name)`."""
+from jlora.storage.tensors import Tensors
 
 
-def open_checkpoint(path: Path) -> StoredTensors:
+def open_checkpoint(path: Path) -> Tensors:
     """
     Raises:
         FileNotFoundError: when there are no weights, or a part of them is missing.
@@ -22,7 +19,7 @@ def open_checkpoint(path: Path) -> StoredTensors:
     return GGUFCheckpoint(path) if is_gguf(path) else Checkpoint(path)
 
 
-def names_in(checkpoint: StoredTensors, paths: Iterable[str]) -> dict[str, str]:
+def names_in(checkpoint: Tensors, paths: Iterable[str]) -> dict[str, str]:
     """Tree path -> name of its tensor there."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.names(paths)

@@ -10,10 +10,10 @@ import numpy as np
 from jlora._typing import Array, DTypeLike, Json
 from jlora.files import bnb
 from jlora.files.names import FLOATS
-from jlora.files.opened import StoredTensors
 from jlora.quant import NF4, QuantizedTensor, QuantSpec
 from jlora.storage import Checkpoint
 from jlora.storage.fields import shown
+from jlora.storage.tensors import Tensors
 
 TensorTypes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Tensor name -> (shape, the dtypes that it may have, by safetensors' names)."""
@@ -103,12 +103,12 @@ class DenseWeight:
     def tensors(self, name: str) -> TensorTypes:
         return {name: (self.shape, FLOATS)}
 
-    def read(self, checkpoint: StoredTensors, name: str, dtype: DTypeLike) -> Array:
+    def read(self, checkpoint: Tensors, name: str, dtype: DTypeLike) -> Array:
         return jnp.array(checkpoint.read(name)).astype(dtype)
 
 
 def stored_weight(
-    checkpoint: StoredTensors, name: str, shape: tuple[int, ...], *, transposed: bool, is_kernel: bool
+    checkpoint: Tensors, name: str, shape: tuple[int, ...], *, transposed: bool, is_kernel: bool
 ) -> PackedWeight | DenseWeight:
     """How a checkpoint stores the weight called `name`.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jlora._typing import Params, PyTree
 from jlora.files.names import FLOATS, mismatches, wrong_dtypes
 from jlora.lora import AdaptedWeight
-from jlora.storage import Checkpoint
+from jlora.storage.tensors import Tensors
 from jlora.tree.paths import map_with_path, rows, rows_of
 from jlora.weight import is_adapted
 
@@ -47,7 +47,7 @@ class StoredAdapter(abc.ABC):
 
     def read(
         self,
-        file: Checkpoint,
+        file: Tensors,
         directory: Path,
         *,
         ignorable: Iterable[str] = (),
@@ -72,7 +72,7 @@ class StoredAdapter(abc.ABC):
             raise does_not_fit(directory, [*problems, *hints])
         return map_with_path(lambda path, leaf: self._leaf(file, path, leaf), self.adapted)
 
-    def _leaf(self, file: Checkpoint, path: str, leaf: PyTree) -> PyTree:
+    def _leaf(self, file: Tensors, path: str, leaf: PyTree) -> PyTree:
         if not is_adapted(leaf):
             return leaf
         layers = rows_of(path, leaf)
@@ -86,7 +86,7 @@ class StoredAdapter(abc.ABC):
         return leaf.with_children(**{field: child(field) for field in names[0]})
 
 
-def _finite(file: Checkpoint, name: str) -> np.ndarray:
+def _finite(file: Tensors, name: str) -> np.ndarray:
     array = file.read(name).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(

@@ -15,7 +15,7 @@ class Source:
     """What a run reads, and where it writes."""
 
     model: str
-    """Hugging Face directory or hub id of the base model."""
+    """Hugging Face directory or hub id of the base model, or a GGUF file."""
     data: str
     """A .txt file or folder of them (raw text), a .jsonl or .json file, or the id of a hub data set (records with
     instruction, input, output; or messages)."""
