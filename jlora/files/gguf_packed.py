@@ -8,11 +8,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jlora.files.gguf_read import GGUFCheckpoint
-from jlora.files.opened import StoredTensors
 from jlora.files.packing import DenseWeight, TensorTypes
 from jlora.models import Model, abstract_params
 from jlora.quant import GGML_TYPES, QuantizedTensor, from_file, quantizable
 from jlora.quant.ggml import GGML
+from jlora.storage.tensors import Tensors
 from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten, split_layer_path
 
@@ -40,7 +40,7 @@ class Blocks:
         return from_file(jnp.asarray(checkpoint.blocks(name)), self.spec, self.dtype)
 
 
-def kept_specs(checkpoint: StoredTensors, model: Model, *, stack: bool, where: Path) -> dict[str, GGML]:
+def kept_specs(checkpoint: Tensors, model: Model, *, stack: bool, where: Path) -> dict[str, GGML]:
     """Tree path -> format, of the kernels that stay as the file packs them: every linear one but the head.
 
     Raises:

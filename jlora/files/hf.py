@@ -188,7 +188,7 @@ def _read(
 
 
 def _kept(
-    checkpoint: StoredTensors,
+    checkpoint: Tensors,
     model: Model,
     weights: Mapping[str, PackedWeight | DenseWeight],
     dtype: jnp.dtype,
