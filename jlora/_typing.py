@@ -4,7 +4,7 @@ Dimension words: `batch seq d_in d_out rank vocab d_model heads kv_heads head_di
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike as DTypeLike
@@ -41,14 +41,15 @@ class Tokenizer(Protocol):
     Here and below by what is asked of it: `import jlora` does not import transformers.
     """
 
-    eos_token: str | None
+    if TYPE_CHECKING:  # transformers answers for these in `__getattr__`, where `isinstance` does not look (Python 3.12)
+        eos_token: str | None
 
-    @property
-    def eos_token_id(self) -> int | None: ...
-    @property
-    def bos_token_id(self) -> int | None: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
+        @property
+        def eos_token_id(self) -> int | None: ...
+        @property
+        def bos_token_id(self) -> int | None: ...
+        @property
+        def pad_token_id(self) -> int | None: ...
 
     def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
 
@@ -59,14 +60,16 @@ class Tokenizer(Protocol):
 class NamedTokens(Protocol):
     """What says which tokens mean what: a tokenizer of transformers, or a `SpecialTokens`, read without transformers."""
 
-    @property
-    def eos_token_id(self) -> int | None: ...
-    @property
-    def chat_template(self) -> str | Mapping[str, str] | None: ...
-    @property
-    def special_tokens_map(self) -> Mapping[str, Any]: ...
-    @property
-    def all_special_tokens(self) -> list[str]: ...
+    if TYPE_CHECKING:
+
+        @property
+        def eos_token_id(self) -> int | None: ...
+        @property
+        def chat_template(self) -> str | Mapping[str, str] | None: ...
+        @property
+        def special_tokens_map(self) -> Mapping[str, Any]: ...
+        @property
+        def all_special_tokens(self) -> list[str]: ...
 
     def convert_tokens_to_ids(self, tokens: Any, /) -> Any: ...
 
@@ -77,8 +80,9 @@ class NamedTokens(Protocol):
 class PretrainedTokenizer(Tokenizer, NamedTokens, Protocol):
     """A whole tokenizer of transformers."""
 
-    bos_token: str | None
-    all_special_ids: list[int]
+    if TYPE_CHECKING:
+        bos_token: str | None
+        all_special_ids: list[int]
 
     def get_vocab(self) -> dict[str, int]: ...
 

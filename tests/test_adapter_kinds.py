@@ -61,6 +61,7 @@ def rendered(table):
 # LoHa and MiSS beside PEFT's
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", THEIRS)
 def test_files_go_both_ways(llama, name, tmp_path):
     theirs = theirs_of(name)
@@ -113,6 +114,7 @@ def test_gradients_are_pefts(llama, name, tmp_path):
     assert found == len(expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_tree_invariants(llama, name):
     model, params = llama
@@ -260,6 +262,7 @@ def example(tmp_path_factory):
     del KINDS["hadamard"]
 
 
+@pytest.mark.slow
 def test_the_example(example):
     path, directory, model, params = example
     assert len(path.read_text().splitlines()) <= 60

@@ -41,6 +41,7 @@ def loss(said):
     return json.loads(said.out)["eval_loss"]
 
 
+@pytest.mark.slow
 def test_the_file(chat_run, records_file, llama_dir):
     output, _ = chat_run
     fields = json.loads((output / "adapter" / FILE).read_text())
@@ -395,6 +396,7 @@ def test_a_model_with_an_adapter_beside_it(llama_dir, tmp_path, call, fails, rec
 # How to sample
 
 
+@pytest.mark.slow
 def test_sampling_as_the_checkpoint_says(llama_dir, tmp_path, call):
     model = shutil.copytree(llama_dir, tmp_path / "m")
     flags = ("generate", "--model", model, "--prompts", "The keeper", "--max-new-tokens", 4)

@@ -48,7 +48,7 @@ def theirs(name, **batch):
     return out.logits.numpy(), float(total)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_flattened_rows_have_the_sum_of_their_losses(name):
     alone = sum(loss(name, input_ids=[x], labels=[x])[0] for x in (A, B))
@@ -72,7 +72,7 @@ MASKED = {
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("dtype", [np.int32, bool])

@@ -193,6 +193,7 @@ def test_evaluate(finetuned, text_file, tmp_path, call):
     assert base["supervised_tokens"] == report["supervised_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_compare(finetuned, text_file, tmp_path, call):
     flags = ["--prompts", "The keeper", "Wind [and] rain", "--max-new-tokens", 5, "--output", tmp_path / "new"]
     said = call("compare", "--adapter", finetuned / "adapter", *evaluate_flags(text_file), *flags).out

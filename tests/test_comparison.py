@@ -177,6 +177,7 @@ def test_an_adapter_of_zero_changes_nothing(llama, untrained):
     assert result.base == result.adapted
 
 
+@pytest.mark.slow
 def test_base_and_adapted_are_what_each_generates(llama, adapted):
     model, params, oracle = llama
     result = compared(model, adapted, temperature=0.9, top_k=20, top_p=0.9, held_out=lambda: batches_with([0.5, 0.2]))

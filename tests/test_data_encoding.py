@@ -177,6 +177,7 @@ def test_a_border_that_cannot_be_parted_is_refused_with_its_place():
         rows([talk("a ", "a"), talk("a", "b")], tokenizer, "chat")
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     "change",
     [

@@ -132,6 +132,7 @@ def test_a_document_of_megabytes_is_cut(tmp_path, kind):
     assert ids[:-1] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_cut_is_tried_on_more_than_the_longest_token():
     """Merges that are longer than the usual context."""
     backend = Tokenizer(models.BPE())

@@ -35,6 +35,7 @@ def test_the_ten_lines_run(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_your_own_model_runs(tmp_path):
     assert "2 leaves, 2 factored uses, 0 materialized" in _run("docs/wrap.md", tmp_path)
 

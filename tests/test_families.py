@@ -195,6 +195,7 @@ def test_a_window_of_attention_is_its_mask_forward_and_backward(dtype):
         assert scaled == (window > 1), "one key has all the weight"
 
 
+@pytest.mark.slow
 def test_families_without_windows_keep_the_mask_free_attention():
     """Long rows of them must not get a mask of seq x seq that a fused kernel would have to read."""
     for variant, masks in (("qwen3", 0), ("smollm3", 0), ("gemma3_text", 1)):
@@ -227,6 +228,7 @@ def test_each_segment_equals_the_segment_alone(variant, loaded):
                 np.testing.assert_allclose(packed[row, span], apply(model, tree, alone)[0, : len(span)], atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("variant", ONE_EACH)
 def test_padding_on_the_left_is_that_of_transformers(variant, loaded):
     _, oracle, model, params = loaded(variant)
@@ -297,7 +299,7 @@ def test_loss_and_gradients_are_those_of_peft(variant, loaded, tmp_path):
 GENERATING = [v for v in reversed(VARIANTS) if v in ("mistral", "qwen3", "smollm3") or "windows" in v or "caps" in v]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("variant", GENERATING)
 def test_greedy_continuations_beyond_the_window_are_those_of_transformers(variant, loaded):
     _, oracle, model, params = loaded(variant)
@@ -316,7 +318,7 @@ def test_greedy_continuations_beyond_the_window_are_those_of_transformers(varian
 # Packed bases, and functions that know nothing of our values
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ONE_EACH)
 def test_a_packed_base_under_wrap_is_the_explicit_path(variant, loaded, tmp_path):
     directory, _, model, _ = loaded(variant)

@@ -245,7 +245,7 @@ def same_batches(model, data, output, **changes):
     return options(model=model, data=data, output=output, **fields)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"batch_size": 2, "accumulate": 4}, {"form": "stacked"}, {"remat": "layer"}],

@@ -61,6 +61,7 @@ def test_end_of_text_is_included_and_ends_the_row(loaded):
     assert ended[0] == free[: free.index(stop) + 1]
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours(loaded):
     model, params, _ = loaded["gpt2"]
     kwargs = {"max_new_tokens": NEW, "key": jax.random.key(7)}

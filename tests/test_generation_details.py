@@ -67,7 +67,7 @@ def last_logits(model, params, prompt):
 # Greedy
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @both_forms
 def test_prompts_of_any_length_continue_as_in_transformers(loaded, graph, form):
     model, params, oracle = loaded[graph]

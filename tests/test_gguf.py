@@ -472,6 +472,7 @@ def test_named_chat_templates(loaded, tok, tmp_path):
 # Adapters
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen2"])
 def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_path):

@@ -1,8 +1,11 @@
 """GGUF files whose own blocks stay packed as the frozen base: `quantize="keep"`."""
 
+import contextlib
 import itertools
 import json
 import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import jax
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from gguf_files import RawFile
+from gguf_files import RawFile, smollm2
 
 import jlora
 from jlora.files.gguf_packed import KeptDense, kept_specs, stacks_as_packed
@@ -194,12 +197,122 @@ def test_a_run_on_a_kept_file(dense_files, text_file, call, tmp_path):
     assert gguf.GGUFReader(tmp_path / "a.gguf").tensors
 
 
-# ---- the real model --------------------------------------------------------------------------------------------------
+# ---- the real model: SmolLM2-135M-Instruct in Q4_1 ---------------------------------------------------------------------
 
+STYLE = Path(__file__).parents[1] / "examples" / "assets" / "style.txt"
+PROMPT = "<|im_start|>user\nTell me about the lighthouse keeper.<|im_end|>\n<|im_start|>assistant\n"
 NEW_TOKENS = 32
+
+
+class Real(NamedTuple):
+    model: Any
+    decoded: Any
+    kept: Any
+    adapted: Any
+    """`kept` with an adapter that was trained on it."""
+    config: jlora.LoraConfig
+    tokenizer: Any
+
+    def loss(self, params):
+        """On 512 tokens of the style text that the adapter was not trained on."""
+        ids = np.array(self.tokenizer(STYLE.read_text()[-4000:])["input_ids"][:512]).reshape(4, 128)
+        total, count = jax.jit(jlora.train.causal_lm_loss(self.model))(params, {"input_ids": ids, "labels": ids}, None)
+        return float(total) / float(count)
+
+    def logits(self, params, ids):
+        return np.asarray(self.model.apply({"params": params}, np.array([ids])))[0]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("smollm2")
+    (directory / "style.txt").write_text(STYLE.read_text()[:-4000])
+    result = jlora.finetune(
+        jlora.FinetuneConfig(
+            model=str(smollm2()), data=str(directory / "style.txt"), output=str(directory / "run"), quantize="keep", steps=8,
+            batch_size=2, max_length=64, eval_fraction=0.05, rank=8, dtype="float32", learning_rate=2e-3, quiet=True,
+        )
+    )  # fmt: skip
+    model, kept = jlora.load(smollm2(), dtype="float32", quantize="keep")
+    return Real(
+        model,
+        jlora.load(smollm2(), dtype="float32")[1],
+        kept,
+        jlora.load_adapter(result.adapter_dir, kept),
+        jlora.LoraConfig.load(result.adapter_dir),
+        jlora.load_tokenizer(smollm2()),
+    )
+
+
+@pytest.mark.slow
+def test_the_real_model_kept_is_the_decoded_one(real):
+    leaves = packed_leaves(real.kept)
+    file = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2()).tensors}
+    there = sum(int(tensor.n_bytes) for name, tensor in file.items() if name.startswith("blk") and "norm" not in name)
+    assert len(leaves) == 210 and sum(q.nbytes for q in leaves.values()) == there
+    assert abs(real.loss(real.kept) - real.loss(real.decoded)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_what_llama_cpp_serves_is_what_was_trained(real, tmp_path):
+    """The file with the adapter beside it. llama.cpp rounds activations to 8 bits before each product with packed weights, which
+    makes 2e-3 nats of its own, with or without an adapter; of the same weights in float32 it gives our distributions."""
+    adapter, dense = str(tmp_path / "adapter.gguf"), tmp_path / "f32.gguf"
+    jlora.save_gguf_adapter(adapter, real.adapted, config=real.config, model=real.model)
+    jlora.save_gguf(dense, real.model, real.decoded, tokenizer=real.tokenizer, dtype="f32")
+    prompt = real.tokenizer(PROMPT)["input_ids"]
+    (row,) = jlora.generate(
+        real.model, real.adapted, [prompt], max_new_tokens=NEW_TOKENS, temperature=0.0, eos_token_id=[]
+    )
+    ids = prompt + row
+    ours, base = real.logits(real.adapted, ids), real.logits(real.kept, ids)
+    assert divergence(ours, base) > 0.02  # the adapter does something
+    served = of_llama_cpp(smollm2(), ids, lora_path=adapter)
+    nats, of_base = divergence(served, ours), divergence(of_llama_cpp(smollm2(), ids), base)
+    exact = divergence(of_llama_cpp(dense, ids, lora_path=adapter), ours)
+    print(f"nats: {nats:.1e} of Q4_1 with the adapter, {of_base:.1e} without, {exact:.1e} in float32 with it")
+    assert exact < 1e-6
+    assert nats < 4e-3 and nats < 1.5 * of_base
+    at = slice(len(prompt) - 1, -1)
+    theirs = served[at].argmax(-1)
+    # A near tie may fall the other way.
+    behind = ours[at].max(-1) - ours[at][np.arange(NEW_TOKENS), theirs]
+    assert (theirs == row).sum() >= NEW_TOKENS - 3 and behind.max() < 0.2
+
+
+def of_llama_cpp(path, ids, **options):
+    """Its logits [len(ids), vocab]."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=128, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_threads=1,
+        n_threads_batch=1, verbose=False, **options,
+    )  # fmt: skip
+    with contextlib.closing(model):
+        model.eval(ids)
+        return np.array(model.scores[: len(ids)])
 
 
 def divergence(logits, other):
     """Mean KL of next-token distributions, in nats."""
     p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (logits, other))
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
+
+
+@pytest.mark.slow
+def test_merging_into_the_file_again_loses_most_of_the_adapter(real):
+    """The other way to serve it: merged, and packed again in the type of the file."""
+    merged = jlora.merge(real.adapted)
+    again = jlora.quantize_params(merged, jlora.Q4_1())
+    losses = {
+        "base": real.loss(real.kept),
+        "adapter beside": real.loss(real.adapted),
+        "merged, float32": real.loss(merged),
+        "merged, Q4_1 again": real.loss(again),
+        "base, NF4": real.loss(jlora.quantize_params(real.decoded, jlora.NF4())),
+    }
+    print(", ".join(f"{name}: {loss:.3f}" for name, loss in losses.items()))
+    gain = losses["base"] - losses["adapter beside"]
+    assert gain > 0.05 and abs(losses["merged, float32"] - losses["adapter beside"]) < 1e-4
+    assert losses["merged, Q4_1 again"] > losses["adapter beside"] + 0.3 * gain
+    assert losses["base, NF4"] > losses["base"] + 0.05

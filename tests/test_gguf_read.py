@@ -150,6 +150,32 @@ def test_every_type_of_block_is_decoded_as_by_gguf(kind, wide, tmp_path):
         np.testing.assert_array_equal(checkpoint.read(name), theirs[name])
 
 
+def test_blocks_are_decoded_some_rows_at_a_time(wide, tmp_path, monkeypatch):
+    """The package's decoders make several copies of what they are given."""
+    raw, kind = RawFile.read(wide), 8
+    dims, _, data = raw.tensors["token_embd.weight"]
+    blocks = gguf.quants.quantize(np.frombuffer(data, np.float32).reshape(dims[::-1]), gguf.GGMLQuantizationType.Q8_0)
+    raw.tensors["token_embd.weight"] = dims, kind, blocks.tobytes()
+    path, seen, decode = raw.write(tmp_path / "model.gguf"), [], gguf.quants.dequantize
+    monkeypatch.setattr("jlora.files.gguf_read._DECODED", 5000)
+    monkeypatch.setattr(gguf.quants, "dequantize", lambda data, kind: seen.append(len(data)) or decode(data, kind))
+    read = open_checkpoint(path).read("token_embd.weight")
+    assert max(seen) == 5000 // 256 and sum(seen) == ROWS + 1  # and once, whether it is decoded at all
+    np.testing.assert_array_equal(read, decode(blocks, gguf.GGMLQuantizationType.Q8_0))
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_factors_that_are_all_the_same(factor, files, tmp_path):
+    raw = RawFile.read(files("llama-tied-unscaled"))
+    raw.tensors["rope_freqs.weight"] = [8], 0, np.full(8, factor, np.float32).tobytes()
+    config = jlora.load(raw.write(tmp_path / "m.gguf"))[0].config
+    assert config.rope_scaling == (None if factor == 1 else LinearScaling(4.0))
+    raw = RawFile.read(files("qwen2"))
+    raw.tensors["rope_freqs.weight"] = [6], 0, np.full(6, factor, np.float32).tobytes()
+    with pytest.raises(ValueError, match="unexpected: rope_freqs.weight"):  # llama.cpp has none in this architecture
+        jlora.load(raw.write(tmp_path / "m.gguf"))
+
+
 def test_types_that_gguf_does_not_decode_are_refused(wide, tmp_path):
     raw = RawFile.read(wide)
     dims, _, _ = raw.tensors["blk.0.ffn_up.weight"]

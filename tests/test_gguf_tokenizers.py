@@ -166,6 +166,7 @@ def test_a_token_that_is_there_twice_is_refused(file, tmp_path):
         jlora.load_tokenizer(raw.write(tmp_path / "m.gguf"))
 
 
+@pytest.mark.slow
 def test_the_real_one_splits_digits_and_is_saved(tmp_path):
     """transformers' own reader drops the rule of `smollm` that splits digits, and cannot save what it read."""
     tokenizer = jlora.load_tokenizer(smollm2())

@@ -90,7 +90,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True], ids=["per layer", "stack"])
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "smollm3", "qwen3 with windows", "qwen3"])
 def test_a_step_of_every_family_attends_by_cudnn(family, stack):

@@ -231,6 +231,7 @@ def test_the_tree_invariants(loaded, case):
     assert {x.dtype for x in jax.tree.leaves(jlora.remove_lora(small))} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_in_the_buffer_of_the_frozen(loaded):
     """A donated adapter must not take the base with it."""
     params = loaded("gpt2")[1]

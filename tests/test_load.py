@@ -514,6 +514,7 @@ def test_shards_of_the_asked_size(checkpoint, tmp_path):
     np.testing.assert_array_equal(torch_logits(again, token_ids()), torch_logits(oracle, token_ids()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True])
 def test_adapters_are_merged_on_saving(checkpoints, tmp_path, stack):
     model, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32, stack=stack)

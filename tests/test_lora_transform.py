@@ -66,7 +66,7 @@ def gpt2(loaded):
 # Invariants 1 and 2
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_the_tree_invariants(loaded, family, dtype, stack):
@@ -457,6 +457,7 @@ def test_keys_are_equal_in_both_forms(loaded, family):
     assert len(keys) == len(set(keys)) == len(jlora.lora.adapted_modules(params))
 
 
+@pytest.mark.slow
 def test_masks_are_equal_in_every_execution_form(gpt2):
     """Per layer, stacked (where a scan hands out the keys), and rematerialized: one key, one mask, one gradient."""
     model, params = gpt2

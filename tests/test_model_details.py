@@ -71,6 +71,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(tmp_path, name):
     family, changes = CONFIGS[name]
@@ -257,7 +258,7 @@ def test_rematerialization_keeps_less_for_the_backward_pass(model_and_params, fo
     assert residuals(replace(model, remat="layer")) < 0.8 * residuals(model)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_both_forms_have_the_same_gradients(model_and_params):
     model, params = model_and_params
     ids = token_ids(2, 12)

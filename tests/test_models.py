@@ -50,6 +50,7 @@ def test_logits_are_those_of_transformers(case, tmp_path):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.few(1)
 def test_bfloat16_is_near(checkpoint):
     directory, oracle = checkpoint
     expected = oracle(torch.tensor(IDS)).logits.detach().numpy()
@@ -60,7 +61,7 @@ def test_bfloat16_is_near(checkpoint):
     assert np.abs(actual - expected).mean() < 0.03 * expected.std()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_remat_changes_no_value_and_no_gradient(checkpoint):
     directory, _ = checkpoint
     for stack in (False, True):

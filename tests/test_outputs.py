@@ -61,6 +61,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing handles it."""
 
 
+@pytest.mark.few(3)
 @savers
 def test_stopped_at_every_flush_and_rename_it_is_there_whole_or_not(save, trained, tokenizer, tmp_path, monkeypatch):
     """As a kill leaves it: nothing is cleaned up after it; then the same call again."""
@@ -241,7 +242,7 @@ def flags_for(name, adapter_dir, llama_dir, output):
     return [flag.format(**places) for flag in COMMANDS[name]] + ["--output", str(output)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "at"), [("merge", 2), ("merge", 6), ("ollama", 3), ("quantize", 4), ("gguf", 1), ("mlx", 5)]
 )

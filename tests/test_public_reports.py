@@ -473,6 +473,7 @@ def test_a_tool_call_or_a_thought_is_no_empty_answer():
     assert has_empty_answer({"messages": [USER, {**ANSWER, "content": "", "reasoning_content": ""}]})
 
 
+@pytest.mark.slow
 def test_both_are_said_once_by_finetune_and_by_evaluate(base, tmp_path, capsys):
     data = _chats(tmp_path / "a.jsonl", [*SEVEN, ("hi", " ")] * 3)
     config = jlora.FinetuneConfig(

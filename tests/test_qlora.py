@@ -206,7 +206,7 @@ def test_what_save_quantized_refuses(checkpoints, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["gpt2", "llama"])
 def test_twenty_qlora_steps_follow_peft_and_bitsandbytes(four_bit, trained, tmp_path):
     """From the same 4-bit bytes, adapter and batches.
@@ -336,6 +336,7 @@ def test_memory_does_not_grow_by_dense_layers(dtype, kind, stack):
     assert (temps[1] - temps[0]) / 2 < layer / 10
 
 
+@pytest.mark.slow
 def test_constants_are_small_and_lookups_unchecked():
     """T3: no packed weight is a constant of the graph. T8: the code table is read without NaN fill."""
     step, args = qlora(dtype=jnp.bfloat16)
@@ -392,7 +393,7 @@ def test_both_forms_and_remat_take_the_same_step():
     np.testing.assert_allclose(losses, [losses[0]] * 4, rtol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [make() for make in jlora.quant.SPECS.values()], ids=lambda s: s.name)
 def test_every_format_trains(spec):
     step, (state, base, batch, key) = qlora(spec=spec)

@@ -105,7 +105,7 @@ def test_codes_and_absmax_are_bitsandbytes(name, block_size):
     np.testing.assert_array_equal(np.asarray(jax.jit(jlora.dequantize)(q)).T, expected)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_double_quantization_is_bitsandbytes(name, dtype):
@@ -311,7 +311,7 @@ def test_integer_formats_round_as_the_paper_writes_them():
         np.testing.assert_allclose(np.asarray(jlora.dequantize(q)).T, values * (absmax / np.float32(unit)), rtol=3e-7)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shape", [(128, 96), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -351,6 +351,7 @@ def test_bfloat16_products_sum_in_float32():
     assert jlora.linear(x, q).dtype == jnp.bfloat16
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("shape", [(128, 64), (50, 6)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_of_a_quantized_embedding(name, shape):

@@ -185,7 +185,7 @@ def test_they_shard_along_either_side(name):
     assert flat.codes.ndim == flat.absmax.ndim == 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_them(name, llama_dir, tmp_path, capsys):
     """Loaded packed, stacked or not, predicted, adapted, merged, and refused by name where no file holds it."""

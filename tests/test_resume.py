@@ -144,7 +144,7 @@ def saved(config):
     return list(Path(config.output).glob("checkpoints/[0-9]*"))
 
 
-@pytest.mark.parametrize("dies_at", [5, 30, pytest.param(range(1, 400, 13), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dies_at", [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (30, range(1, 400, 13)))])
 def test_killed_at_a_write(uninterrupted, home, dies_at):
     """Whatever was to be written, renamed or removed next: what saved nothing starts again, and the rest goes on."""
     for number in [dies_at] if isinstance(dies_at, int) else dies_at:

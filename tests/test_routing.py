@@ -84,7 +84,7 @@ def test_mixed_batches_give_pefts_logits(checkpoints, peft_models, family, tmp_p
     np.testing.assert_array_equal(ours(model, jlora.route(tree, None), batch()), ours(model, params, batch()))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_stacked_layers(checkpoints, family):
     model, params = jlora.load(checkpoints[family][0], dtype=jnp.float32, stack=True)
     trees = {

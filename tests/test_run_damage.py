@@ -131,6 +131,7 @@ def test_a_stray_directory_among_the_checkpoints(begun, finished):
     assert_same(begun, finished)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["r[1]", "a[/b]", "[red]", ":x:"])
 def test_names_that_look_like_patterns_or_markup(finished, tmp_path, name, capsys):
     config = dataclasses.replace(finished, output=str(tmp_path / name / "run"), quiet=False)
@@ -521,6 +522,7 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_keeps_it(begun, finished,
     assert_same(begun, finished)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("call", [2, 3, 4])
 def test_a_stop_during_an_evaluation_waits_for_one_batch(finished, tmp_path, monkeypatch, call):
     """The state is saved, and its evaluation is made when the run is resumed. Call 1 is before the first step; the last of the
@@ -605,6 +607,7 @@ def test_the_log_is_json_where_a_perplexity_overflows(finished, tmp_path, monkey
 FULL = OSError(28, "No space left on device")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("module", "name", "error", "saved"),
     [

@@ -347,6 +347,7 @@ def test_directories_without_tokenizer_json(files, error, says, tmp_path):
     assert type(caught.value) is error
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("command", ["finetune", "prepare", "inspect", "generate"])
 def test_no_code_of_a_directory_runs(command, tmp_path):
     """Whatever standard input answers to transformers' question whether to trust it."""

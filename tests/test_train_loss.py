@@ -65,7 +65,7 @@ def plain_gradients(transpose):
     return jax.jit(jax.value_and_grad(functools.partial(plain_loss, transpose=transpose), (0, 1)))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["transposed", "kernel", "lora"])
 @pytest.mark.parametrize("chunk", [5, TOKENS, 64])

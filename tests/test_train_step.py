@@ -49,7 +49,7 @@ def plain_loss(model, params, batch):
     return -jnp.sum(jnp.where(targets != -100, picked, 0.0))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("chunk", [5, 16, 66, 512])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_chunked_loss_is_the_plain_one(chunk, share):
@@ -116,6 +116,7 @@ def test_nothing_of_a_frozen_kernel_is_made(stack, accumulate, remat):
     assert not {x.shape for x in jax.tree.leaves(state)} & forbidden
 
 
+@pytest.mark.slow
 def test_memory_grows_by_activations_and_adapter_only():
     """Twice the layers: the temporary memory of a step grows by less than one layer's dense weights."""
     fields = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
@@ -205,6 +206,7 @@ def test_dropout_needs_a_key_and_is_the_same_in_every_form():
         assert len({round(x, 4) for x in losses[0]}) == 3
 
 
+@pytest.mark.slow
 def test_mask_for_optax_over_the_whole_tree():
     """partition with set_to_zero leaves the base alone; masked alone adds raw gradients to it."""
     model, adapter, base = build(GPT2)

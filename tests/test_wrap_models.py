@@ -50,7 +50,7 @@ def assert_same(mine, theirs, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max()))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -211,6 +211,7 @@ class NnxNorm(nnx.Module):
         return self.down(self.dropout(self.norm(self.up(x))))
 
 
+@pytest.mark.slow
 def test_linen_helper_with_other_collections(quick_compilation):
     model, x = LinenNorm(), jax.random.normal(KEY, (5, 20))
     variables = model.init(KEY, x, training=False)

@@ -70,7 +70,7 @@ VIEWS = {
 
 
 # PiSSA is of dense kernels.
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "base"), [(k, b) for k in KINDS for b in ("dense", "nf4") if (k, b) != ("pissa", "nf4")]
 )

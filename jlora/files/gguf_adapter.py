@@ -23,7 +23,7 @@ from jlora.files.stored import StoredAdapter, does_not_fit
 from jlora.files.updates import kernel_shapes
 from jlora.lora import LoraConfig, add_lora
 from jlora.lora.config import MAX_ALPHA
-from jlora.models import FAMILIES, family_of, model_from_config
+from jlora.models import FAMILIES, GGUF_ARCHITECTURES, family_of, model_from_config
 from jlora.models.config import MAX_HEADS, MAX_LAYERS
 from jlora.storage.fields import check_fields, integer, one_of, positive, shown
 from jlora.storage.gguf import GGUFFile
@@ -51,18 +51,18 @@ class GGUFAdapter:
     def __init__(self, path: Path):
         self._gguf, self.file = import_gguf(), GGUFFile(path)
         where, fields = repr(str(path)), self.file.fields
-        architectures = {row.gguf.architecture: name for name, row in reversed([*FAMILIES.items()])}
         self.architecture = fields.get("general.architecture")
         if fields.get("general.type") != "adapter":
             raise ValueError(
                 f"{where} holds no adapter: its `general.type` is {shown(fields.get('general.type'))}. A model is loaded with "
                 "`jlora.load(file)` (--model FILE)."
             )
-        if not isinstance(self.architecture, str) or self.architecture not in architectures:
+        if not isinstance(self.architecture, str) or self.architecture not in GGUF_ARCHITECTURES:
             raise ValueError(
-                f"{where} is an adapter of the architecture {shown(self.architecture)}; jlora runs {', '.join(architectures)}."
+                f"{where} is an adapter of the architecture {shown(self.architecture)}; jlora runs {', '.join(GGUF_ARCHITECTURES)}."
             )
-        self._layout = FAMILIES[architectures[self.architecture]].gguf
+        family = GGUF_ARCHITECTURES[self.architecture]
+        self._layout = FAMILIES[family].gguf
         head_dim = f"{self.architecture}.{HEAD_DIM}"
         table = {
             "adapter.type": one_of("lora"),
@@ -77,7 +77,7 @@ class GGUFAdapter:
         self.alpha = float(fields["adapter.lora.alpha"])
         self.head_dim: int | None = fields.get(head_dim)
         """Of the base model, where the file says it or whoever reads it has set it."""
-        self._names = dict(self._renamed(architectures[self.architecture], where))
+        self._names = dict(self._renamed(family, where))
         tensors = {name: self.file.tensors[stored] for name, stored in self._names.items()}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes: Mapping[str, str] = {name: read_as(self._gguf, tensor.type) for name, tensor in tensors.items()}

@@ -17,7 +17,7 @@ import numpy as np
 from jlora._typing import JsonObject
 from jlora.files.gguf_names import import_gguf, tensor_name, unpermuted
 from jlora.files.names import is_transposed
-from jlora.models import FAMILIES, Model, abstract_params, family_of, model_from_config
+from jlora.models import FAMILIES, GGUF_ARCHITECTURES, Model, abstract_params, family_of, model_from_config
 from jlora.models.gguf import FACTORS, Stored
 from jlora.storage.fields import shown
 from jlora.storage.gguf import GGUFFile, StoredTensor, TensorType
@@ -42,21 +42,18 @@ def config_fields(file: GGUFFile) -> JsonObject:
     if kind != "model":
         hint = " Load its base model, then `jlora.load_adapter(file, params)`." if kind == "adapter" else ""
         raise ValueError(f"{where} holds no model: its `general.type` is {shown(kind)}.{hint}")
-    families = {
-        row.gguf.architecture: name for name, row in reversed(FAMILIES.items())
-    }  # "llama" is Llama's before Mistral's
-    if not isinstance(architecture, str) or architecture not in families:
+    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise ValueError(
-            f"{where} has `general.architecture` {shown(architecture)}; jlora runs {', '.join(dict.fromkeys(families))}. To adapt "
+            f"{where} has `general.architecture` {shown(architecture)}; jlora runs {', '.join(GGUF_ARCHITECTURES)}. To adapt "
             "another model, write it in JAX and wrap its parameters with `jlora.add_lora`."
         )
-    family, prefix = families[architecture], f"{architecture}."
+    family, prefix = GGUF_ARCHITECTURES[architecture], f"{architecture}."
     stored = Stored(
         where=where,
         architecture=architecture,
         said={key.removeprefix(prefix): value for key, value in file.fields.items() if key.startswith(prefix)},
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
-        factors=_factors(file),
+        factors=_factors(file) if FACTORS in FAMILIES[family].gguf.beside else None,
     )
     ids, dtype = _token_ids(file), _dtype(file)
     fields = {"model_type": family} | FAMILIES[family].gguf.read(stored) | ids
@@ -117,8 +114,8 @@ class GGUFCheckpoint:
         self.paths = self.names(flatten(abstract_params(self.model)))
         """Tree path of the model -> name in the file."""
         self._path_of = {name: path for path, name in self.paths.items()}
-        no_parameters = family_of(self.model.config).gguf.tensors(self.model.config)
-        tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in no_parameters}
+        beside = family_of(self.model.config).gguf.beside
+        tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in beside}
         self.shapes = {name: tensor.shape[:: self._step(name)] for name, tensor in tensors.items()}
         """Tensor name -> shape that `read` gives it."""
         self.dtypes = {name: read_as(self._gguf, tensor.type) for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ Reference: llama.cpp, `src/llama-vocab.cpp`; transformers, `convert_slow_tokeniz
 import json
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jlora._typing import Json, JsonObject, PretrainedTokenizer
 from jlora.files.sentencepiece import normalizer_of
@@ -49,9 +50,11 @@ def tokenizer_of(found: GGUFTokens) -> PretrainedTokenizer:
     state = {"version": "1.0", "truncation": None, "padding": None} | kinds[found.model](found)
     try:
         backend = Tokenizer.from_str(json.dumps(state))
-    except Exception as error:  # tokenizers raises plain Exceptions
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the panics of native code are no `Exception`s
         raise ValueError(f"{found.where} has a vocabulary that cannot be used: {str(error)[:300]}.") from error
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **found.named())
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **found.named())
     template = found.chat_template
     made.chat_template = dict(template) if isinstance(template, Mapping) else template
     return made
@@ -73,7 +76,7 @@ def _byte_level(found: GGUFTokens) -> JsonObject:
             "Convert the original checkpoint again."
         )
     steps, whole_words = rules_of(found.pre, where=found.where)
-    merges = [merge.partition(" ")[::2] for merge in found.merges]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in found.merges)]
     add_bos = found.flags.get("add_bos_token", found.pre in ADDS_BOS)
     ends = _ends(found, add_bos, found.flags.get("add_eos_token", False))
     return {

@@ -197,8 +197,9 @@ def _tokenizer(
     """The same, but a GGUF file's tokenizer in place of the file, which has no files of a tokenizer to copy."""
     if tokenizer is None and origin is not None:
         tokenizer = origin.directory
-    is_file = isinstance(tokenizer, str | os.PathLike) and is_gguf(Path(tokenizer))
-    return load_tokenizer(tokenizer) if is_file else tokenizer
+    if isinstance(tokenizer, str | os.PathLike) and is_gguf(Path(tokenizer)):
+        return load_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _companions(

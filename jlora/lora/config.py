@@ -209,7 +209,7 @@ class LoraConfig:
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "LoraConfig":
-        """The config of a saved adapter, PEFT's or mlx-lm's, from its `adapter_config.json`.
+        """The config of a saved adapter, PEFT's or mlx-lm's, from its `adapter_config.json`, or of a GGUF file.
 
         Raises:
             FileNotFoundError: when there is none.

@@ -12,6 +12,7 @@ from jlora.models.causal import CausalLM as CausalLM
 from jlora.models.config import ModelConfig as ModelConfig
 from jlora.models.context import KVCache as KVCache
 from jlora.models.families import FAMILIES as FAMILIES
+from jlora.models.families import GGUF_ARCHITECTURES as GGUF_ARCHITECTURES
 from jlora.models.family import Family as Family
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config

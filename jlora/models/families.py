@@ -98,3 +98,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }  # fmt: skip
 """`model_type` of a config.json -> its row."""
+
+GGUF_ARCHITECTURES: Mapping[str, str] = {row.gguf.architecture: name for name, row in reversed([*FAMILIES.items()])}
+"""`general.architecture` of a GGUF file -> `model_type`, the first of those that share it: "llama" is Llama, not Mistral."""

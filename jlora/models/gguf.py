@@ -58,6 +58,8 @@ class GGUFLayout:
     """Is added to the scales of norms."""
     tensors: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
     """The model's config -> tensors that are no parameters."""
+    beside: tuple[str, ...] = ()
+    """The names that `tensors` may give."""
     lacks: Callable[[Any], Iterable[str]] = lambda config: ()
     """The model's config -> what of it llama.cpp does not compute, each as "`field` = value"."""
 
@@ -346,7 +348,7 @@ def _like_llama(architecture: str, **changes: Any) -> GGUFLayout:
 
 
 GPT2 = GGUFLayout(architecture="gpt2", keys=_GPT2_KEYS)
-LLAMA = _like_llama("llama", rotates_pairs=True, tensors=_rope_factors, lacks=_lacks(factors=True))
+LLAMA = _like_llama("llama", rotates_pairs=True, tensors=_rope_factors, beside=(FACTORS,), lacks=_lacks(factors=True))
 QWEN2 = _like_llama("qwen2")
 QWEN3 = _like_llama("qwen3", lacks=_lacks(biases=("o_bias",)))
 SMOLLM3 = _like_llama("smollm3", rotates_pairs=True, lacks=_smollm3_lacks)

@@ -281,7 +281,7 @@ class _Header:
             raise Damaged(f"the key {shown(key)} is a list of type {of}; lists are of text or of numbers")
         self._strings += count
         if self._strings > _MAX_STRINGS or 8 * count > self._size - self._at:
-            raise Damaged(f"the key {shown(key)} is a list of {count} texts")
+            raise Damaged(f"the key {shown(key)} is said to be a list of {count} texts, for which there is no room")
         return [self._text() for _ in range(count)]
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
