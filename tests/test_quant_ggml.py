@@ -1,11 +1,14 @@
 """ggml's block formats against the `gguf` package, values, codes and bytes bit for bit; and as the values they are."""
 
+import shutil
+
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.quant import GGML_TYPES, SPECS, from_file, to_file
@@ -126,6 +129,17 @@ def test_what_only_files_hold_is_refused_by_name(name):
 def test_refusals(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_checkpoint_beyond_the_scales_is_refused(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "large")
+    (file,) = (tmp_path / "large").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name] * 0 + 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"NaN or infinite: model.layers.0.mlp.up_proj.weight \(as q5_1\)"):
+        jlora.load(tmp_path / "large", dtype=jnp.float32, quantize=jlora.Q5_1())
 
 
 # ---- as values -------------------------------------------------------------------------------------------------------

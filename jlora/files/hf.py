@@ -184,7 +184,9 @@ def _read(
     finite.see(name, stored)
     if spec is None:
         return stored.T if transposed else stored
-    return quantize_rows(stored if transposed else stored.T, spec)
+    packed = quantize_rows(stored if transposed else stored.T, spec)
+    finite.see(f"{name} (as {spec.name})", packed)  # a scale in float16 may overflow
+    return packed
 
 
 def _kept(
