@@ -181,7 +181,7 @@ def test_evaluate(finetuned, text_file, tmp_path, call):
     assert json.loads(path.read_text()) == report
     assert list(report) == [
         "model", "adapter", "data", "split", "eval_loss", "perplexity", "batches", "supervised_tokens", "batch_size",
-        "max_length", "truncated", "dropped",
+        "max_length", "rows", "widths", "efficiency", "truncated", "dropped",
     ]  # fmt: skip
     log = tiny.read_log(finetuned)
     assert report["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)

@@ -43,7 +43,7 @@ class FinetuneConfig(AdapterFlags, Source):
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
     batch_size: int = 8
-    """Rows in a micro-batch."""
+    """Records in a micro-batch, short ones together in a row; of raw text and with --pack, rows."""
     accumulate: int = 1
     """Micro-batches in a step."""
     learning_rate: float = 2e-4

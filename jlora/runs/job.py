@@ -51,7 +51,9 @@ class Job:
     fingerprint: str
     """Of the base's files."""
     train: TextDataset | InstructDataset
+    layout: data_lib.Layout
     evaluation: TextDataset | InstructDataset | None
+    eval_layout: data_lib.Layout | None
     max_length: int
     """Tokens in a row, at most."""
     steps: int
@@ -112,6 +114,8 @@ class Job:
         )
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
+        widest = model.config.max_length
+        layout = data_lib.lay_out(train, batch_size=rows, accumulate=config.accumulate, widest=widest)
         job = cls(
             config=config,
             lora=lora,
@@ -123,7 +127,11 @@ class Job:
             base=base,
             fingerprint=base_fingerprint(directory),
             train=train,
+            layout=layout,
             evaluation=evaluation,
+            eval_layout=None
+            if evaluation is None
+            else data_lib.lay_out(evaluation, batch_size=config.batch_size, widest=widest),
             max_length=max_length,
             steps=config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch)),
         )
@@ -135,7 +143,8 @@ class Job:
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {size})",
                 "data": _describe(config.data, train, evaluation),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
-                "batch": f"{config.batch_size} rows x {config.accumulate} = {rows} rows of {train.length} tokens",
+                "batch": f"{config.batch_size} x {config.accumulate} = {layout}",
+                "compiled": _kept(),
                 "steps": f"{job.steps} ({job.steps / per_epoch:.3g} epochs of {per_epoch})",
             }
         )
@@ -149,12 +158,14 @@ class Job:
 
     def origin(self) -> JsonObject:
         """What a resumed run must have in common with the one that it continues."""
-        return {
+        origin: JsonObject = {
             "steps": self.steps,
             "data": self.train.digest(),
             "evaluation": self.evaluation and self.evaluation.digest(),
             "base": self.fingerprint,
         }
+        # Without slots the order is that of versions which knew no other, and their runs go on.
+        return origin if self.layout.slots is None else origin | {"layout": self.layout.record()}
 
     def settings(self) -> RunSettings:
         """What stands beside the adapter."""
@@ -181,7 +192,7 @@ class Job:
             Stopped: when a signal came.
         """
         assert self.evaluation is not None
-        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
+        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size, layout=self.eval_layout)
 
         def batches() -> Iterator[Batch]:
             for batch in every:
@@ -212,6 +223,14 @@ def _stored(base: PyTree, dtype: str) -> str:
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
     names = ", ".join(sorted({q.spec.name for q in packed}))
     return f"{names} ({bits:.2f} bits a parameter) and {dtype}"
+
+
+def _kept() -> str:
+    """Where compiled programs are kept."""
+    directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if not (directory and jax.config.jax_enable_compilation_cache):  # pyright: ignore[reportAttributeAccessIssue]
+        return "for this run alone"
+    return f"once, and kept in {directory}"
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
