@@ -230,7 +230,8 @@ def real(tmp_path_factory):
     result = jlora.finetune(
         jlora.FinetuneConfig(
             model=str(smollm2()), data=str(directory / "style.txt"), output=str(directory / "run"), quantize="keep", steps=8,
-            batch_size=2, max_length=64, eval_fraction=0.05, rank=8, dtype="float32", learning_rate=2e-3, quiet=True,
+            batch_size=2, max_length=64, eval_fraction=0.0, checkpoint_every=8, rank=8, dtype="float32", learning_rate=2e-3,
+            quiet=True,
         )
     )  # fmt: skip
     model, kept = jlora.load(smollm2(), dtype="float32", quantize="keep")
