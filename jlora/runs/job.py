@@ -14,10 +14,11 @@ from jlora import data as data_lib
 from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
 from jlora.data import InstructDataset, TextDataset
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
+from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config
-from jlora.quant import SPECS
+from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
@@ -86,9 +87,16 @@ class Job:
         lora = config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
-        spec = SPECS[config.quantize]() if config.quantize else None
         stack, why = _form(config, on_cpu)
-        model, params = load(directory, dtype=jnp.dtype(dtype), quantize=spec, stack=stack, remat=config.remat)
+        if config.quantize == KEEP and config.form == "auto" and stack and not stacks_as_packed(directory):
+            stack, why = False, "packed in several formats"
+        model, params = load(
+            directory,
+            dtype=jnp.dtype(dtype),
+            quantize=spec_named(config.quantize),
+            stack=stack,
+            remat=config.remat,
+        )
         max_length = data_lib.row_length(config.max_length, model.config.max_length)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
@@ -213,7 +221,8 @@ def _stored(base: PyTree, dtype: str) -> str:
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
-    return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
+    names = ", ".join(sorted({q.spec.name for q in packed}))
+    return f"{names} ({bits:.2f} bits a parameter) and {dtype}"
 
 
 def _kept() -> str:
