@@ -457,7 +457,10 @@ def test_console_script(tmp_path):
     flags = ["finetune", "--model", "./nowhere", "--data", "d.txt", "--output", "out"]
     said = subprocess.run([script, *flags], capture_output=True, text=True, cwd=tmp_path)
     assert (said.returncode, said.stdout) == (cli.FAILURE, "")
-    assert said.stderr.startswith("error: './nowhere' is not a directory and no GGUF file.") and "Traceback" not in said.stderr
+    assert (
+        said.stderr.startswith("error: './nowhere' is not a directory and no GGUF file.")
+        and "Traceback" not in said.stderr
+    )
     assert not os.listdir(tmp_path)
 
 
