@@ -1,6 +1,7 @@
 """GGUF files: what is written in tests of them, and how they are read by others."""
 
 import dataclasses
+import functools
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,9 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from oracles import make_torch_model
+
+import jlora
 
 ROWS = 420  # a few more than the tokenizer has tokens
 IDS = np.array([[5, 300, 17, 256, 9, 44, 123, 8, 61, 7, 350, 2]])
@@ -49,6 +53,20 @@ def read_by_transformers(path, config=None):
     return transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, dtype=torch.float32
     ).eval()
+
+
+def loader(tmp_path_factory, variants):
+    """variant -> (transformers model, our model, float32 parameters), made once each."""
+
+    @functools.cache
+    def get(variant):
+        family, changes = variants[variant]
+        theirs = make_torch_model(family, vocab_size=ROWS, **changes)
+        directory = tmp_path_factory.mktemp(f"gguf-{variant}")
+        theirs.save_pretrained(directory)
+        return theirs, *jlora.load(directory, dtype="float32")
+
+    return get
 
 
 def smollm2() -> Path:

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from gguf_files import ADAPTERS, IDS, NEEDS_CONFIG, ROWS, VARIANTS, read, read_by_transformers
-from oracles import LLAMA3_ROPE, make_torch_model, torch_logits
+from gguf_files import ADAPTERS, IDS, NEEDS_CONFIG, ROWS, VARIANTS, loader, read, read_by_transformers
+from oracles import LLAMA3_ROPE, torch_logits
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from trees import adapted
 
@@ -41,19 +41,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """variant -> (transformers model, our model, parameters), made once each."""
-    made = {}
-
-    def get(variant):
-        if variant not in made:
-            family, changes = VARIANTS[variant]
-            theirs = make_torch_model(family, vocab_size=ROWS, **changes)
-            directory = tmp_path_factory.mktemp(f"gguf-{variant}")
-            theirs.save_pretrained(directory)
-            made[variant] = theirs, *jlora.load(directory, dtype="float32")
-        return made[variant]
-
-    return get
+    return loader(tmp_path_factory, VARIANTS)
 
 
 # Models

@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from gguf_files import ADAPTERS, F32, IDS, ROWS, STRING, VARIANTS, RawFile, value
-from oracles import make_torch_model
+from gguf_files import ADAPTERS, F32, IDS, STRING, VARIANTS, RawFile, loader, value
 from trees import adapted
 
 import jlora
@@ -15,18 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """variant -> (our model, parameters), made once each."""
-    made = {}
-
-    def get(variant):
-        if variant not in made:
-            family, changes = VARIANTS[variant]
-            directory = tmp_path_factory.mktemp(f"gguf-{variant}")
-            make_torch_model(family, vocab_size=ROWS, **changes).save_pretrained(directory)
-            made[variant] = jlora.load(directory, dtype="float32")
-        return made[variant]
-
-    return get
+    return loader(tmp_path_factory, VARIANTS)
 
 
 def updates(params):
@@ -39,7 +27,7 @@ def updates(params):
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "qwen2", "mistral", "qwen3", "smollm3", "gemma3"])
 def test_what_is_written_is_read(variant, kind, loaded, tmp_path):
-    model, params = loaded(variant)
+    _, model, params = loaded(variant)
     config = jlora.LoraConfig(**ADAPTERS[kind])
     trained = adapted(params, config)
     path = tmp_path / "adapter.gguf"
@@ -65,7 +53,7 @@ def test_what_is_written_is_read(variant, kind, loaded, tmp_path):
 
 
 def test_some_layers_and_the_head(loaded, tmp_path):
-    model, params = loaded("llama")
+    _, model, params = loaded("llama")
     for number, targets in enumerate((["q_proj", "lm_head"], ["model.layers.1.mlp.up_proj"], ["v_proj"])):
         layers = [1] if targets == ["v_proj"] else None
         config = jlora.LoraConfig(rank=4, targets=targets, layers_to_transform=layers)
@@ -79,7 +67,7 @@ def test_some_layers_and_the_head(loaded, tmp_path):
 
 @pytest.fixture(scope="module")
 def file(loaded, tmp_path_factory):
-    model, params = loaded("llama")
+    _, model, params = loaded("llama")
     config = jlora.LoraConfig(rank=4, targets=["q_proj", "up_proj"])
     path = tmp_path_factory.mktemp("adapter") / "adapter.gguf"
     jlora.save_gguf_adapter(path, adapted(params, config), config=config, model=model)
@@ -88,7 +76,7 @@ def file(loaded, tmp_path_factory):
 
 def test_files_of_llama_cpps_converter_need_the_model(file, loaded, tmp_path):
     """They do not say how long a head is, and may be f16."""
-    model, params = loaded("llama")
+    _, model, params = loaded("llama")
     raw = RawFile.read(file)
     del raw.fields["llama.attention.key_length"]
     for name, (dims, _, data) in raw.tensors.items():
@@ -132,16 +120,16 @@ def test_adapters_that_are_refused(change, says, file, loaded, tmp_path):
     raw = RawFile.read(file)
     change(raw)
     with pytest.raises(ValueError, match=says):
-        jlora.load_adapter(raw.write(tmp_path / "a.gguf"), loaded("llama")[1])
+        jlora.load_adapter(raw.write(tmp_path / "a.gguf"), loaded("llama")[2])
 
 
 def test_one_of_another_architecture_is_refused(file, loaded):
-    model, params = loaded("qwen2")
+    _, model, params = loaded("qwen2")
     with pytest.raises(ValueError, match="architecture: 'llama', should be 'qwen2'"):
         jlora.load_adapter(file, params, model=model)
     assert family_of(model.config).gguf.architecture == "qwen2"
     with pytest.raises(ValueError, match="unexpected: model.layers.0.self_attn.q_proj.lora_a"):
-        jlora.load_adapter(file, loaded("gpt2")[1])
+        jlora.load_adapter(file, loaded("gpt2")[2])
 
 
 def test_the_commands_take_it(llama_dir, call, tmp_path):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from gguf_files import ARRAY, BOOL, F32, IDS, ROWS, STRING, U32, VARIANTS, RawFile, value
-from oracles import make_torch_model, torch_logits
+from gguf_files import ARRAY, BOOL, F32, IDS, ROWS, STRING, U32, VARIANTS, RawFile, loader, value
+from oracles import torch_logits
 
 import jlora
 from jlora.files.hf import PackedTwice
@@ -49,19 +49,7 @@ MORE = VARIANTS | {
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """variant -> (transformers model, our model, parameters), made once each."""
-    made = {}
-
-    def get(variant):
-        if variant not in made:
-            family, changes = MORE[variant]
-            theirs = make_torch_model(family, vocab_size=ROWS, **changes)
-            directory = tmp_path_factory.mktemp(f"gguf-{variant}")
-            theirs.save_pretrained(directory)
-            made[variant] = theirs, *jlora.load(directory, dtype="float32")
-        return made[variant]
-
-    return get
+    return loader(tmp_path_factory, MORE)
 
 
 def logits(model, params):

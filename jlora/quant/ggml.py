@@ -193,6 +193,10 @@ class OnlyRead(GGML):
     block_size: int = 256
     block_sizes = (256,)
 
+    @staticmethod
+    def decode(codes):
+        return codes.astype(jnp.float32)
+
     def quantize(self, blocks):
         raise ValueError(
             f'Weights cannot be brought to {self.name}, which is kept as a GGUF file has it (`jlora.load(file, quantize="keep")`); '
@@ -213,10 +217,6 @@ class Q4_K(OnlyRead):
         ("codes", np.uint8, 128),
     )
 
-    @staticmethod
-    def decode(codes):
-        return codes.astype(jnp.float32)
-
 
 @dataclasses.dataclass(frozen=True)
 class Q5_K(OnlyRead):
@@ -225,10 +225,6 @@ class Q5_K(OnlyRead):
     block_size: int = 256
     name, layout, planes, stored, sub_blocks = "q5_k", Nibbles(1), (Plane(1, 256, 4), Plane(4, 64)), SixBitsInHalf, 8
     fields = (*Q4_K.fields[:3], ("codes", np.uint8, 160))
-
-    @staticmethod
-    def decode(codes):
-        return codes.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
