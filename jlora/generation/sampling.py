@@ -1,7 +1,7 @@
 """How the next token is drawn from logits."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,12 @@ class Draw(NamedTuple):
     """How to draw, as values: others compile nothing anew."""
 
     key: PRNGKeyArray
-    temperature: np.ndarray | np.generic
-    """0: the likeliest token."""
-    top_k: np.ndarray | np.generic
-    top_p: np.ndarray | np.generic
+    temperature: Any
+    """float32 []; 0: the likeliest token."""
+    top_k: Any
+    """int32 []."""
+    top_p: Any
+    """float32 []."""
     stops: np.ndarray
     """int32, -1 where there is none."""
 
