@@ -156,7 +156,7 @@ def _prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top
         stops=_stops(model, eos_token_id), vocab_size=model.config.vocab_size,
     )  # fmt: skip
     capacity = decoding.capacity_of(model, max(map(len, prompts)) + max_new_tokens)
-    return _Job(*for_decoding(model, params), prompts, draw, capacity)
+    return _Job(*for_decoding(model, params, batch=len(prompts)), prompts, draw, capacity)
 
 
 def _stops(model: Model, eos_token_id: int | Sequence[int] | None) -> Sequence[int]:

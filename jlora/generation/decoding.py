@@ -83,13 +83,13 @@ def grown(cache: Any, capacity: int) -> Any:
     """The cache with room for more positions."""
 
     def grow(x):
-        return jnp.pad(x, [(0, capacity - n if axis == x.ndim - 3 else 0) for axis, n in enumerate(x.shape)])
+        return jnp.pad(x, [(0, capacity - n if axis == x.ndim - 2 else 0) for axis, n in enumerate(x.shape)])
 
     return jax.tree.map(grow, cache)
 
 
 def capacity_in(cache: Any) -> int:
-    return jax.tree.leaves(cache)[0].shape[-3]
+    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
