@@ -15,6 +15,7 @@ import gc
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,6 +68,11 @@ def main(args: Args) -> None:
         write(args.output, report)
 
 
+def compiled_programs() -> int:
+    counts: list[Any] = [begin, advance]
+    return sum(program._cache_size() for program in counts)
+
+
 def measure(args: Args, batch: int, models: dict, peers: dict) -> dict:
     prompts = np.random.default_rng(0).integers(100, 40000, (batch, args.prompt_tokens))
 
@@ -91,9 +97,9 @@ def measure(args: Args, batch: int, models: dict, peers: dict) -> dict:
     calls |= {f"transformers {name}": lambda name=name: peer(name) for name in peers}
     tokens = {name: call() for name, call in calls.items()}
     assert tokens["jlora float32"] == tokens["transformers float32"], "the float32 tokens differ"
-    before = begin._cache_size(), advance._cache_size()
+    before = compiled_programs()
     ours("float32", new=args.new_tokens + 9, prompts=prompts[:, 5:])
-    compiled = begin._cache_size() - before[0], advance._cache_size() - before[1]
+    compiled = compiled_programs() - before
     times = {name: [] for name in calls}
     first = {name: [] for name in models}
     for _ in range(args.turns):

@@ -38,6 +38,14 @@ from jlora.lora import with_dropout as with_dropout
 from jlora.models import untie as untie
 from jlora.quant import MXFP4 as MXFP4
 from jlora.quant import NF4 as NF4
+from jlora.quant import Q4_0 as Q4_0
+from jlora.quant import Q4_1 as Q4_1
+from jlora.quant import Q4_K as Q4_K
+from jlora.quant import Q5_0 as Q5_0
+from jlora.quant import Q5_1 as Q5_1
+from jlora.quant import Q5_K as Q5_K
+from jlora.quant import Q6_K as Q6_K
+from jlora.quant import Q8_0 as Q8_0
 from jlora.quant import Int4 as Int4
 from jlora.quant import Int4G128 as Int4G128
 from jlora.quant import Int8 as Int8

@@ -12,6 +12,7 @@ from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Int as Int
+from jaxtyping import Int8 as Int8
 from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
 from jaxtyping import PyTree as PyTree

@@ -1,10 +1,16 @@
 """`jlora finetune` as a process to be killed, with batches that take a moment, so that there is a middle to be killed in."""
 
+import collections
 import contextlib
+import io
+import json
 import os
+import pathlib
 import signal
 import sys
 import time
+
+import jax
 
 import jlora.cli
 from jlora.runs import loop
@@ -43,3 +49,21 @@ def finetune(flags, stderr, batch_seconds, dies_at=None):
     with open(stderr, "w", buffering=1) as file, contextlib.redirect_stderr(file):
         jlora.cli.main(["finetune", *flags])
     sys.exit(0)
+
+
+def command(flags, cache, output):
+    """A command that keeps its compiled programs below `cache`; writes what it says, and counts of JAX's events, to `output`."""
+    jax.config.update("jax_compilation_cache_dir", None)  # not that of the tests
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    os.environ["JLORA_CACHE"] = str(cache)
+    counts = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
+    said, noted, code = io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(noted):
+            jlora.cli.main(flags)
+    except SystemExit as end:
+        code = end.code
+    kept = jax.config.jax_compilation_cache_dir
+    report = {"code": code, "out": said.getvalue(), "err": noted.getvalue(), "kept": kept, **counts}
+    pathlib.Path(output).write_text(json.dumps(report))

@@ -181,7 +181,7 @@ def test_evaluate(finetuned, text_file, tmp_path, call):
     assert json.loads(path.read_text()) == report
     assert list(report) == [
         "model", "adapter", "data", "split", "eval_loss", "perplexity", "batches", "supervised_tokens", "batch_size",
-        "max_length", "truncated", "dropped",
+        "max_length", "rows", "widths", "efficiency", "truncated", "dropped",
     ]  # fmt: skip
     log = tiny.read_log(finetuned)
     assert report["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
@@ -457,7 +457,10 @@ def test_console_script(tmp_path):
     flags = ["finetune", "--model", "./nowhere", "--data", "d.txt", "--output", "out"]
     said = subprocess.run([script, *flags], capture_output=True, text=True, cwd=tmp_path)
     assert (said.returncode, said.stdout) == (cli.FAILURE, "")
-    assert said.stderr.startswith("error: './nowhere' is not a directory.") and "Traceback" not in said.stderr
+    assert (
+        said.stderr.startswith("error: './nowhere' is not a directory and no GGUF file.")
+        and "Traceback" not in said.stderr
+    )
     assert not os.listdir(tmp_path)
 
 

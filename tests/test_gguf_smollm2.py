@@ -62,7 +62,17 @@ def test_the_real_model_is_fine_tuned(tmp_path, call):
     text = tmp_path / "log.txt"
     text.write_text(tiny.text(1200))
     flags = ["--data", str(text), "--steps", "6", "--batch-size", "2", "--max-length", "64", "--eval-fraction", "0"]
-    flags += ["--dtype", "bfloat16", "--learning-rate", "1e-3", "--checkpoint-every", "6", "--quiet"]
+    flags += [
+        "--dtype",
+        "bfloat16",
+        "--learning-rate",
+        "1e-3",
+        "--checkpoint-every",
+        "6",
+        "--form",
+        "stacked",
+        "--quiet",
+    ]
     call("finetune", "--model", str(smollm2()), *flags, "--output", str(tmp_path / "r"))
     entries = tiny.read_log(tmp_path / "r")
     losses = [entry["loss"] for entry in entries if "loss" in entry]

@@ -26,7 +26,7 @@ from trees import adapted
 import jlora
 from jlora.cli import main
 from jlora.models import gpt2, model_from_config
-from jlora.storage.pre_tokenizers import PRE_TOKENIZERS
+from jlora.storage.pre_tokenizers import PRE_TOKENIZERS, SAME_RULES
 
 pytestmark = pytest.mark.slow
 
@@ -318,6 +318,15 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
     other = "llama-bpe" if name in ("gpt-2", "smollm") else "gpt-2"
     with opened(path, vocab_only=True, kv_overrides={"tokenizer.ggml.pre": other}) as model:
         assert [tokens(model, text) for text in texts] != expected
+
+
+@pytest.mark.parametrize("name", SAME_RULES)
+def test_names_of_the_same_rules(name, tmp_path):
+    tokenizer = rebuilt(SAME_RULES[name])
+    path = vocabulary_file(tmp_path / "model.gguf", tokenizer)
+    with opened(path, vocab_only=True, kv_overrides={"tokenizer.ggml.pre": name}) as model:
+        for text in texts_of(1000):
+            assert tokens(model, text) == tokenizer(text)["input_ids"], text
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["gemma", "mistral"])

@@ -229,6 +229,11 @@ def test_error_on_a_normal_weight():
         (jlora.Int8(double_quant=True), 8.127),
         (jlora.Int4G128(), 4.125),
         (jlora.MXFP4(), 4.25),
+        (jlora.Q8_0(), 8.5),
+        (jlora.Q4_0(), 4.5),
+        (jlora.Q4_1(), 5.0),
+        (jlora.Q5_0(), 5.5),
+        (jlora.Q5_1(), 6.0),
     ],
 )
 def test_bits_per_parameter(spec, bits):
@@ -259,7 +264,19 @@ def test_round_trip(name, double_quant, shape):
     dense = jlora.dequantize(q)
     assert dense.shape == shape and dense.dtype == jnp.float32
     # Half the widest gap between two codes, of the block's absmax, which is at most the weight's; more for its own coding.
-    gap = {"nf4": 0.152, "int8": 0.5 / 127, "int4": 0.5 / 7, "int4-g128": 0.503 / 7.5, "mxfp4": 0.25}[name]
+    # ggml's: half a step, a whole one at the end that has no code, and what float16 rounds off the scale and the minimum.
+    gap = {
+        "nf4": 0.152,
+        "int8": 0.5 / 127,
+        "int4": 0.5 / 7,
+        "int4-g128": 0.503 / 7.5,
+        "mxfp4": 0.25,
+        "q8_0": 0.5 / 127 + 0.0005,
+        "q4_0": 1 / 8 + 0.0005,
+        "q4_1": 1 / 15 + 0.001,
+        "q5_0": 1 / 16 + 0.0005,
+        "q5_1": 1 / 31 + 0.001,
+    }[name]
     assert np.abs(dense - w).max() <= (gap + 0.05 * bool(double_quant)) * np.abs(w).max()
     assert jlora.dequantize(q, jnp.bfloat16).dtype == jnp.bfloat16
     again = jlora.quantize(dense, spec)

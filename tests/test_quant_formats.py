@@ -22,6 +22,7 @@ from jlora.train.memory import abstract_tree
 from jlora.tree.paths import flatten
 
 NEW = ("int4-g128", "mxfp4")
+MODELS = (*NEW, "q4_1", "q8_0", "q4_0", "q5_0", "q5_1")
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -185,7 +186,7 @@ def test_they_shard_along_either_side(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_them(name, llama_dir, tmp_path, capsys):
     """Loaded packed, stacked or not, predicted, adapted, merged, and refused by name where no file holds it."""
     spec = SPECS[name]()
@@ -217,7 +218,7 @@ def test_a_model_in_them(name, llama_dir, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", MODELS)
 def test_commands_take_them(name, llama_dir, text_file, tmp_path, capsys):
     main(["memory", "--model", str(llama_dir), "--quantize", name, "--max-length", "16", "--json"])
     assert '"weights"' in capsys.readouterr().out

@@ -24,6 +24,13 @@ _FOREIGN_LENGTH = 400
 """Characters of another library's message; some are pages long."""
 
 
+_OF_ALL = """
+
+--config FILE.yaml gives any of these flags; flags win over it.
+
+--no-compilation-cache compiles everything anew, and keeps none of it for the next command."""
+
+
 def _commands() -> Mapping[str, tuple[type, Callable]]:
     """Name -> (dataclass of its flags, what runs it)."""
     from jlora.cli import chat, compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
@@ -77,6 +84,8 @@ def _main(arguments: list[str]) -> None:
     commands = _commands()
     import tyro
 
+    from jlora.cli import compilation
+
     _start.raise_on_interrupt()
     if not arguments or arguments[0] in ("-h", "--help"):
         console().print(_overview(commands))
@@ -95,25 +104,31 @@ def _main(arguments: list[str]) -> None:
             USAGE_ERROR,
         )
     options, function = commands[name]
+    wanted = compilation.OFF not in flags
+    flags = [flag for flag in flags if flag != compilation.OFF]
     config = tyro.cli(
         options,
         prog=f"jlora {name}",
         args=with_config_file(options, flags),
-        description=(options.__doc__ or "") + "\n\n--config FILE.yaml gives any of these flags; flags win over it.",
+        description=(options.__doc__ or "") + _OF_ALL,
     )
+    compilation.keep_compiled(wanted)
     function(config)
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Warnings are printed as what they say, without the line of code that they come from."""
-    before = warnings.formatwarning
+    from jlora.cli.compilation import repairing
+
+    before, shown = warnings.formatwarning, warnings.showwarning
+    warnings.showwarning = repairing(shown)
     if not os.environ.get("JLORA_TRACEBACK"):
         warnings.formatwarning = lambda message, *_, **__: f"warning: {visible(str(message))}\n"
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning, warnings.showwarning = before, shown
 
 
 def _flush() -> None:

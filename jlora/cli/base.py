@@ -23,7 +23,7 @@ from jlora.files.hf import AdapterBeside, add_stops
 from jlora.files.origin import Origin
 from jlora.files.run_settings import RunSettings
 from jlora.models import Model, has_adapted_tie, untie
-from jlora.quant import SPECS, FormatName
+from jlora.quant import FormatName, Kept, spec_named
 
 Split = Literal["validation", "train", "all"]
 
@@ -37,8 +37,8 @@ class Weights:
     adapter: str | None = None
     """Directory of an adapter, such as OUTPUT/adapter: PEFT's or mlx-lm's, or a GGUF file. (`jlora generate`: or a directory of
     several of them.)"""
-    quantize: Literal["none"] | FormatName | None = None
-    """Pack the base's linear kernels; default: as the adapter's run did, otherwise none."""
+    quantize: Literal["none"] | FormatName | Kept | None = None
+    """Pack the base's linear kernels; keep: as its GGUF file has them; default: as the adapter's run did, otherwise none."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""
 
@@ -74,7 +74,7 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
         to_write: the weights become another file; then float32 also where there is no loss only in running in bfloat16.
     """
     name = resolve_model(weights)
-    spec = None if weights.quantize in (None, "none") else SPECS[weights.quantize]()
+    spec = spec_named(None if weights.quantize == "none" else weights.quantize)
     with warnings.catch_warnings():
         if weights.adapter is not None:  # what is to be put on is said
             warnings.simplefilter("ignore", AdapterBeside)

@@ -11,7 +11,7 @@ from jlora._numbers import json_text
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
-from jlora.data import eval_batches
+from jlora.data import eval_batches, lay_out
 from jlora.files.run_settings import RunSettings
 from jlora.report import compare, print_comparison
 from jlora.storage.whole import check_writable, whole_files, write_text
@@ -46,6 +46,8 @@ def run(options: Compare) -> None:
         if options.data
         else nullcontext() as data
     ):
+        size = options.batch_size
+        layout = None if data is None else lay_out(data, batch_size=size, widest=model.config.max_length)
         result = compare(
             model,
             params,
@@ -53,7 +55,7 @@ def run(options: Compare) -> None:
             decode=lambda row: tokenizer.decode(row, skip_special_tokens=True),
             key=jax.random.key(options.seed),
             **sampling(options, resolve_model(options)),
-            held_out=None if data is None else lambda: eval_batches(data, batch_size=options.batch_size),
+            held_out=None if data is None else lambda: eval_batches(data, batch_size=size, layout=layout),
         )
     print_comparison(result)
     if options.output is not None:

@@ -5,7 +5,7 @@ import dataclasses
 from jlora._numbers import json_text
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, require_data, resolve_model
-from jlora.data import eval_batches
+from jlora.data import eval_batches, lay_out
 from jlora.storage.whole import check_writable, write_text
 from jlora.train import evaluate
 
@@ -25,7 +25,8 @@ def run(options: Evaluate) -> None:
         check_writable(options.output, file=True)
     model, params, tokenizer, _ = load_weights(options)
     with open_data(options, tokenizer, model, trained) as data:
-        result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size))
+        layout = lay_out(data, batch_size=options.batch_size, widest=model.config.max_length)
+        result = evaluate(model, params, eval_batches(data, batch_size=options.batch_size, layout=layout))
     report = {
         "model": resolve_model(options),
         "adapter": options.adapter,
@@ -37,6 +38,9 @@ def run(options: Evaluate) -> None:
         "supervised_tokens": result.supervised_tokens,
         "batch_size": options.batch_size,
         "max_length": data.length,
+        "rows": layout.rows,
+        "widths": layout.widths,
+        "efficiency": layout.efficiency,
         "truncated": data.stats.truncated,
         "dropped": data.stats.dropped,
     }

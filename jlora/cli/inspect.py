@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from jlora._terminal import console, say
 from jlora.cli.as_trained import as_trained, note
 from jlora.cli.base import OF_DATA, EvaluationData, Split, Weights, open_data, resolve_model
-from jlora.data import preview, summary
+from jlora.data import lay_out, preview, summary
 from jlora.files import find, load_tokenizer, read_config, untrained_tokens
 from jlora.files.adapters import adapter_directories, open_adapter, update_tensors
 from jlora.files.peft import PEFT, PREFIX, to_peft
@@ -77,6 +77,7 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
     tokenizer = load_tokenizer(name)
     with open_data(options, tokenizer, model, trained) as data:
         counts = summary(data)
+        layout = lay_out(data, batch_size=options.batch_size, widest=model.config.max_length)
         used, learned = data.tokens()
         said = untrained_tokens(
             find(name), model, tokenizer, used=used, learned=learned, trained=_trained(options.adapter, model)
@@ -95,6 +96,7 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
                 continue
         shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         table.add_row(field.replace("_", " "), shown)
+    table.add_row("a batch", str(layout))
     terminal.print(table)
     say(
         terminal,

@@ -12,9 +12,11 @@ from rich.text import Text
 from jlora._terminal import console, say
 from jlora.data import row_length
 from jlora.files import find, read_config
+from jlora.files.gguf_packed import kept_specs
+from jlora.files.opened import open_checkpoint
 from jlora.lora import split
 from jlora.models import model_from_config
-from jlora.quant import SPECS, FormatName
+from jlora.quant import KEEP, FormatName, Kept, spec_named
 from jlora.runs import FinetuneConfig
 from jlora.runs.flags import AdapterFlags
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
@@ -48,8 +50,8 @@ class Memory(AdapterFlags, Subject):
     """Micro-batches in a step."""
     max_length: int | None = None
     """Tokens in a row; default: as `jlora finetune`."""
-    quantize: FormatName | None = FinetuneConfig.quantize
-    """Pack the frozen linear kernels."""
+    quantize: FormatName | Kept | None = FinetuneConfig.quantize
+    """Pack the frozen linear kernels; keep: as a GGUF file has them."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -63,14 +65,16 @@ class Memory(AdapterFlags, Subject):
 
 
 def run(options: Memory) -> None:
-    model = model_from_config(read_config(find(options.model)), dtype=jnp.dtype(options.dtype), remat=options.remat)
+    directory = find(options.model)
+    model = model_from_config(read_config(directory), dtype=jnp.dtype(options.dtype), remat=options.remat)
+    spec, stack = spec_named(options.quantize), options.form == "stacked"
     length = row_length(options.max_length, model.config.max_length)
     params = abstract_tree(
         model,
         options.lora(),
         dtype=jnp.dtype(options.dtype),
-        quantize=SPECS[options.quantize]() if options.quantize else None,
-        stack=options.form == "stacked",
+        quantize=kept_specs(open_checkpoint(directory), model, stack=stack, where=directory) if spec == KEEP else spec,
+        stack=stack,
     )
     tx = adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
     sizes = {"batch_size": options.batch_size, "length": length, "accumulate": options.accumulate}

@@ -1,17 +1,20 @@
 """Data: raw text, instruction and chat records -> tokens, labels, segments; stateless batches."""
 
-from jlora.data.batches import IGNORED as IGNORED
-from jlora.data.batches import Dataset as Dataset
-from jlora.data.batches import Row as Row
 from jlora.data.batches import batch as batch
 from jlora.data.batches import batch_tokens as batch_tokens
 from jlora.data.batches import eval_batches as eval_batches
+from jlora.data.batches import lay_out as lay_out
 from jlora.data.batches import steps_per_epoch as steps_per_epoch
-from jlora.data.batches import supervised_tokens as supervised_tokens
+from jlora.data.batches import widths_of as widths_of
 from jlora.data.instruct import InstructDataset as InstructDataset
+from jlora.data.layout import Layout as Layout
 from jlora.data.preview import preview as preview
 from jlora.data.preview import summary as summary
 from jlora.data.records import read_records as read_records
+from jlora.data.rows import IGNORED as IGNORED
+from jlora.data.rows import Dataset as Dataset
+from jlora.data.rows import Row as Row
+from jlora.data.rows import supervised_tokens as supervised_tokens
 from jlora.data.sources import EVAL_FRACTION as EVAL_FRACTION
 from jlora.data.sources import is_hub_data as is_hub_data
 from jlora.data.sources import kind_of as kind_of

@@ -8,15 +8,15 @@ from itertools import pairwise
 import numpy as np
 
 from jlora._typing import Json, PretrainedTokenizer
-from jlora.data.batches import IGNORED, Row, supervised_tokens
 from jlora.data.columns import has_empty_answer
 from jlora.data.encoding import Encoded, encode_pieces
+from jlora.data.layout import MULTIPLE
 from jlora.data.packing import first_fit_decreasing, packed
+from jlora.data.rows import IGNORED, Row, supervised_tokens
 from jlora.data.stats import Stats
 from jlora.data.templates import Rendering, rendering
 from jlora.data.tokens import added_bos, pad_id
 
-_MULTIPLE = 8  # of which the width of a batch is one: matrix units want it, and lengths that nearly agree then share it
 _RECORDS_AT_ONCE = 1024  # encoded in one call, so that a fast tokenizer can use the cores
 
 
@@ -33,7 +33,7 @@ class InstructDataset:
         max_length: the most tokens in a row, >= 2.
         pack: put several records into each row of `max_length` tokens, with segment ids.
     Attributes:
-        length: the width of the batches: the longest row, rounded up to a multiple of 8, but at most `max_length`;
+        length: the width of a row for each record: the longest, rounded up to a multiple of 8, but at most `max_length`;
             `max_length` itself when packed.
         largest_token: the largest id in any row.
         stats: what became of the records.
@@ -81,13 +81,13 @@ class InstructDataset:
             )
         n_tokens = sum(len(row.input_ids) for row in rows)
         longest_row = max(len(row.input_ids) for row in rows)
-        self.pad_id = pad_id(tokenizer)
+        self.pad_id, self.fills_rows = pad_id(tokenizer), pack
         if pack:
             bins = first_fit_decreasing([len(row.input_ids) for row in rows], capacity=max_length)
             rows = [packed([rows[i] for i in items]) for items in bins]
             self.length = max_length
         else:
-            self.length = min(max_length, -(-longest_row // _MULTIPLE) * _MULTIPLE)
+            self.length = min(max_length, -(-longest_row // MULTIPLE) * MULTIPLE)
         self._rows = rows
         self.largest_token = max(int(row.input_ids.max()) for row in rows)
         self.stats = Stats(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.data.batches import IGNORED, Row
+from jlora.data.rows import IGNORED, Row
 
 
 def first_fit_decreasing(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from functools import partial
 from itertools import groupby
 
 from jlora._typing import PretrainedTokenizer
-from jlora.data.batches import IGNORED, CountedDataset, Dataset
+from jlora.data.rows import IGNORED, CountedDataset, Dataset
 from jlora.data.tokens import continuation
 
 

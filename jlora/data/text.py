@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from jlora._typing import JsonObject, PretrainedTokenizer
-from jlora.data.batches import IGNORED, Row
 from jlora.data.chunks import context_of, encode_chunks, stable_chunks
+from jlora.data.rows import IGNORED, Row
 from jlora.data.shards import (
     BUILDING,
     META,
@@ -176,7 +176,7 @@ class TextDataset:
                 f"a split needs at least 2 tokens; {split!r} in {directory} has {n_tokens}. "
                 f"Prepare the text with another `eval_fraction` (it was {meta['request']['eval_fraction']})."
             )
-        self.length, self.pad_id = length, pad_id
+        self.length, self.pad_id, self.fills_rows = length, pad_id, True
         self._largest: int | None = None
         is_whole = not meta["request"]["eval_fraction"]
         self._documents = [bytes.fromhex(s["sha256"]) for s in meta["request"]["sources"]] if is_whole else []

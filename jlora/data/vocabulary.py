@@ -1,7 +1,7 @@
 """Whether a data set's tokens are a model's."""
 
 from jlora._typing import PretrainedTokenizer
-from jlora.data.batches import CountedDataset
+from jlora.data.rows import CountedDataset
 
 
 def check_vocabulary(dataset: CountedDataset, tokenizer: PretrainedTokenizer, vocab_size: int) -> None:

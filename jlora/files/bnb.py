@@ -13,8 +13,8 @@ import numpy as np
 from jlora._typing import Json, JsonObject
 from jlora.quant import NF4, NF4Tensor
 from jlora.quant.codes import DYNAMIC_CODE, NF4_CODE
-from jlora.quant.formats import BLOCK_SIZES
 from jlora.quant.scales import NESTED_BLOCK, Absmax, NestedAbsmax
+from jlora.quant.spec import BLOCK_SIZES
 from jlora.quant.tensor import keeps_rows
 from jlora.storage import Checkpoint
 from jlora.storage.fields import Kind, check_fields, integer, is_number, list_of, one_of, shown

@@ -1,8 +1,8 @@
-"""GGUF: models and LoRA adapters for llama.cpp and what is built on it.
+"""GGUF: models and LoRA adapters written for llama.cpp and what is built on it; `jlora.files.gguf_read` and `gguf_adapter` read
+them.
 
-Kernels [in, out] are stored as numpy [out, in] (GGUF counts the axes the other way round). llama.cpp rotates neighbouring
-pairs in some architectures, such as "llama", where Hugging Face's checkpoints rotate halves, so the rows of their query and
-key projections are permuted. Which do, and what else differs between families, is in their rows: `jlora.models.families`.
+Kernels [in, out] are stored as numpy [out, in] (GGUF counts the axes the other way round). In which families rows are permuted,
+and what else differs between them, is in their layouts: `jlora.models.gguf`.
 
 Reference: the GGUF specification (ggml, docs/gguf.md); llama.cpp's `conversion/` (`convert_hf_to_gguf.py`) and
 `src/llama-adapter.cpp`.

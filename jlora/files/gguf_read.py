@@ -139,6 +139,10 @@ class GGUFCheckpoint:
         array = unpermuted(self.model, module_path(path), array)
         return array.T if self._step(name) < 0 else array
 
+    def blocks(self, name: str) -> np.ndarray:
+        """One tensor as it is packed, uint8 [out, bytes of a row]: its rows in transformers' order, GPT-2's as they are."""
+        return unpermuted(self.model, module_path(self._path_of[name]), self.file.read(name))
+
     def _step(self, name: str) -> int:
         """-1 where a checkpoint has the axes in the other order: GPT-2's kernels, which llama.cpp has as [out, in]."""
         path = self._path_of.get(name, "")

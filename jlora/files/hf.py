@@ -16,13 +16,13 @@ import numpy as np
 from jlora._typing import Array, DTypeLike, Int, JsonObject, NamedTokens, PyTree
 from jlora.files.adapters import CONFIG as ADAPTER_CONFIG
 from jlora.files.finite import FiniteCheck
+from jlora.files.gguf_packed import Blocks, kept_specs
 from jlora.files.gguf_read import GGUFCheckpoint, config_fields
 from jlora.files.names import HEAD, is_ignorable, is_transposed, mismatches, wrong_dtypes
 from jlora.files.opened import names_in, open_checkpoint
 from jlora.files.packing import DenseWeight, PackedWeight, check_declared, stored_weight
 from jlora.models import Model, abstract_params, model_from_config
-from jlora.quant import QuantSpec, quantizable, quantize_rows
-from jlora.storage import Checkpoint
+from jlora.quant import KEEP, Kept, QuantSpec, quantizable, quantize_rows
 from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.gguf import SUFFIX, GGUFFile, is_gguf
 from jlora.storage.hub_id import is_hub_id
@@ -45,7 +45,7 @@ def load(
     name: str | os.PathLike,
     *,
     dtype: DTypeLike = jnp.bfloat16,
-    quantize: QuantSpec | None = None,
+    quantize: QuantSpec | Kept | None = None,
     stack: bool = False,
     remat: str = "none",
 ) -> tuple[Model, dict[str, PyTree]]:
@@ -53,15 +53,16 @@ def load(
 
     Reads safetensors, single or sharded, memory-mapped and one tensor at a time, the largest first: the peak is the
     parameters plus one dense tensor. Checkpoints that bitsandbytes quantized to NF4 are read as they are packed; the blocks of
-    a GGUF file are decoded.
+    a GGUF file are decoded, unless they are to be kept.
 
     Args:
         name: a directory with config.json and safetensors, a hub id such as "gpt2" (downloaded to the hub's cache), or a
             .gguf file, of a split model the first.
         dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
             dtype they were quantized from.)
-        quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()` or `MXFP4()`: packs every linear kernel but the head, as soon
-            as it is read.
+        quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()`, `MXFP4()` or one of ggml's formats, such as `Q4_1()`: packs
+            every linear kernel but the head, as soon as it is read. "keep": those of a GGUF file stay in its own blocks, where
+            they are of a type in `jlora.quant.GGML_TYPES`; other types, embeddings and the head are decoded.
         stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
         remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
 
@@ -72,7 +73,8 @@ def load(
     Raises:
         FileNotFoundError: no such directory or hub id, or no safetensors in it.
         ValueError: a family or config field that the graphs do not compute; missing, unexpected and mis-shaped tensors,
-            all in one error; weights that are NaN or infinite; `quantize` for a checkpoint that is quantized otherwise.
+            all in one error; weights that are NaN or infinite; `quantize` for a checkpoint that is quantized otherwise; "keep"
+            for what packs nothing that is kept, and with `stack` for layers that are packed in several formats.
         ImportError: for a GGUF file, without the package gguf.
     """
     try:
@@ -81,6 +83,8 @@ def load(
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32; got {dtype!r}.") from error
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
+    if isinstance(quantize, str) and quantize != KEEP:
+        raise ValueError(f'`quantize` must be a format, such as `jlora.NF4()`, or "keep"; got {quantize!r}.')
     directory = find(name)
     if all((directory / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         warnings.warn(
@@ -91,10 +95,9 @@ def load(
         )
     model = _with_stops(model_from_config(read_config(directory), dtype=dtype, remat=remat), directory)
     expected = flatten(abstract_params(model))
-    packed_paths = quantizable(modules_of(abstract_params(model))) if quantize else set()
     checkpoint = open_checkpoint(directory)
     names = names_in(checkpoint, expected)
-    weights = {
+    weights: dict[str, PackedWeight | DenseWeight] = {
         path: stored_weight(
             checkpoint,
             names[path],
@@ -104,17 +107,22 @@ def load(
         )
         for path, leaf in expected.items()
     }
+    if quantize == KEEP:
+        weights |= _kept(checkpoint, model, weights, dtype, stack=stack, where=directory)
     _check(directory, model, names, weights, checkpoint)
+    spec = quantize if isinstance(quantize, QuantSpec) else None
+    to_pack = quantizable(modules_of(abstract_params(model))) if spec else set()
     packed = {str(weight.spec): weight.spec for weight in weights.values() if not isinstance(weight, DenseWeight)}
-    if quantize and any(spec != quantize for spec in packed.values()):
+    if spec and any(stored != spec for stored in packed.values()):
         raise ValueError(
             f"{str(directory)!r} is quantized already, as {next(iter(packed))}; it cannot be loaded as {quantize}. "
             "Leave `quantize` out, or load the dense original."
         )
-    if quantize and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.packed:
+    if spec and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.packed:
         warnings.warn(
             f"{str(directory)!r} is quantized already ({', '.join(checkpoint.packed)}); packing what it decodes to as {quantize} "
-            "rounds a second time, which costs quality. The original checkpoint, packed once, is better.",
+            'rounds a second time, which costs quality. Keep it as it is, with `quantize="keep"` (--quantize keep), or pack the '
+            "original checkpoint.",
             PackedTwice,
             stacklevel=2,
         )
@@ -122,8 +130,8 @@ def load(
     finite = FiniteCheck()
     # Largest first: its copies are made while there is little else.
     for path in sorted(names, key=lambda p: -math.prod(expected[p].shape)):
-        spec = quantize if path in packed_paths else None
-        value = _read(checkpoint, names[path], weights[path], dtype, is_transposed(path, model), spec, finite)
+        to = spec if path in to_pack else None
+        value = _read(checkpoint, names[path], weights[path], dtype, is_transposed(path, model), to, finite)
         layer = split_layer_path(path) if stack else None
         if layer is None:
             flat[path] = value
@@ -169,7 +177,6 @@ def _read(
 ):
     """One leaf: packed as it is stored, or dense in `dtype` and then packed by `spec`."""
     if not isinstance(weight, DenseWeight):
-        assert isinstance(checkpoint, Checkpoint)
         packed = weight.read(checkpoint, name)
         finite.see(name, packed)
         return packed
@@ -177,7 +184,25 @@ def _read(
     finite.see(name, stored)
     if spec is None:
         return stored.T if transposed else stored
-    return quantize_rows(stored if transposed else stored.T, spec)
+    packed = quantize_rows(stored if transposed else stored.T, spec)
+    finite.see(f"{name} (as {spec.name})", packed)  # a scale in float16 may overflow
+    return packed
+
+
+def _kept(
+    checkpoint: Tensors,
+    model: Model,
+    weights: Mapping[str, PackedWeight | DenseWeight],
+    dtype: jnp.dtype,
+    *,
+    stack: bool,
+    where: Path,
+) -> dict[str, PackedWeight | DenseWeight]:
+    """The kernels that stay as a GGUF file packs them."""
+    specs = kept_specs(checkpoint, model, stack=stack, where=where)
+    shapes = {path: leaf.shape[::-1] for path, leaf in flatten(abstract_params(model)).items()}
+    dense = {path: weight for path, weight in weights.items() if isinstance(weight, DenseWeight)}
+    return {path: Blocks(dense[path], shapes[path], spec, dtype.name) for path, spec in specs.items()}
 
 
 def _zeros(depth: int, row: PyTree) -> PyTree:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ class PackedWeight(Protocol):
         """All that is stored for the weight called `name`."""
         ...
 
-    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
+    def read(self, checkpoint: Any, name: str) -> QuantizedTensor:
         """The weight as it is packed, from tensors that `tensors` lists."""
         ...
 

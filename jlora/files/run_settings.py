@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jlora._typing import Json
-from jlora.quant import SPECS
+from jlora.quant import KEEP, SPECS
 from jlora.storage.structured import read_json
 from jlora.storage.whole import whole_file
 
@@ -85,6 +85,8 @@ def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+_PACKED = (*SPECS, KEEP)
+
 _CHECKS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "template": ("'alpaca', 'chat' or null", lambda v: v in (None, "alpaca", "chat")),
     "data": ("a name or null", _is_text),
@@ -93,7 +95,10 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "seed": ("an integer from 0", lambda v: _is_int(v, 0)),
     "max_length": ("an integer from 2", lambda v: _is_int(v, 2)),
     "pack": ("true or false", lambda v: isinstance(v, bool)),
-    "quantize": (f"{', '.join(map(repr, SPECS))} or null", lambda v: v is None or (isinstance(v, str) and v in SPECS)),
+    "quantize": (
+        f"{', '.join(map(repr, _PACKED))} or null",
+        lambda v: v is None or (isinstance(v, str) and v in _PACKED),
+    ),
     "base": ("a fingerprint or null", _is_text),
 }
 """Field -> (what it must be, whether a value is)."""

@@ -61,3 +61,24 @@ UNPACK: Mapping[str, Callable[[Array], Array]] = {"cpu": unpack_words}
 def unpack(packed: Array) -> Array:
     """The inverse of `pack`, as is fastest on the backend; the last axis is a multiple of 4."""
     return UNPACK.get(jax.default_backend(), unpack_pairs)(packed)
+
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16}
+"""Bits of a code -> the word of eight of them."""
+
+
+def pack_bits(codes: Array, bits: int) -> Array:
+    """Codes of 1 or 2 bits by eight, in little-endian words of one or two bytes, the first code lowest."""
+    words = codes.reshape(*codes.shape[:-1], -1, 8).astype(_WORDS[bits])
+    shifts = lax.broadcasted_iota(_WORDS[bits], words.shape, words.ndim - 1) * bits
+    packed = lax.bitcast_convert_type(jnp.sum(words << shifts, axis=-1, dtype=_WORDS[bits]), jnp.uint8)
+    return packed.reshape(*codes.shape[:-1], -1)
+
+
+def unpack_bits(packed: Array, bits: int) -> Array:
+    """The inverse of `pack_bits`."""
+    parts = packed if bits == 1 else packed.reshape(*packed.shape[:-1], -1, bits)
+    # In 32 bits, as `unpack_words` has the lower bits of the same codes.
+    words = lax.bitcast_convert_type(parts, _WORDS[bits])[..., None].astype(jnp.uint32)
+    shifts = lax.broadcasted_iota(jnp.uint32, (1,) * packed.ndim + (8,), packed.ndim) * bits
+    return ((words >> shifts) & (2**bits - 1)).reshape(*packed.shape[:-1], -1)

@@ -1,62 +1,23 @@
-"""The quantized formats: codes, blocks, and how the scales of the blocks are stored; a class each.
+"""The quantized formats, a class each.
 
 To add one: its class here, its name in `FormatName` and `SPECS`. Everything else asks the spec, which travels with the tensor.
 """
 
-import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from jlora._typing import Array
 from jlora.quant.codes import E2M1_CODE, NF4_CODE, choose, nearest_code, nearest_e2m1
-from jlora.quant.scales import E8M0, Absmax, BFloat16, NestedAbsmax, Scales
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own range
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantSpec(abc.ABC):
-    """How to quantize: the codes, the block that shares a scale, and how the scale is stored."""
-
-    block_size: int = 64
-    """Consecutive elements of the [out, in] weight that share one scale."""
-
-    name: ClassVar[str]
-    """On the command line and in a tensor's repr."""
-    bits: ClassVar[int]
-    """Of a code: 4 or 8."""
-    unit: ClassVar[float]
-    """Blocks are scaled into [-unit, unit]."""
-    block_sizes: ClassVar[tuple[int, ...]] = BLOCK_SIZES
-
-    def __post_init__(self):
-        size = self.block_size
-        if not isinstance(size, int) or size not in self.block_sizes:
-            sizes = ", ".join(map(str, self.block_sizes))
-            only = "one of " if len(self.block_sizes) > 1 else ""
-            raise ValueError(f"`block_size` of {type(self).__name__} must be {only}{sizes}; got {size!r}.")
-
-    @property
-    @abc.abstractmethod
-    def scales(self) -> type[Scales]:
-        """How the scales are stored."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def encode(scaled: Array) -> Array:
-        """float32 in [-unit, unit] -> uint8 codes below 2**bits."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def decode(codes: Array) -> Array:
-        """The inverse: codes -> float32."""
+from jlora.quant.ggml import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from jlora.quant.layouts import Bytes, Nibbles
+from jlora.quant.scales import E8M0, Absmax, BFloat16, NestedAbsmax
+from jlora.quant.spec import QuantSpec, Scaled
 
 
 @dataclasses.dataclass(frozen=True)
-class Blockwise(QuantSpec):
+class Blockwise(Scaled):
     """Formats whose scale is the absmax of a block, from 32 to 4096 elements."""
 
     double_quant: bool = False
@@ -75,7 +36,7 @@ class NF4(Blockwise):
     """
 
     double_quant: bool = True
-    name, bits, unit = "nf4", 4, 1.0
+    name, layout, unit = "nf4", Nibbles(), 1.0
 
     @staticmethod
     def encode(scaled):
@@ -93,7 +54,7 @@ class Int8(Blockwise):
     Reference: QLoRA, arXiv:2305.14314, equation 1.
     """
 
-    name, bits, unit = "int8", 8, 127.0
+    name, layout, unit = "int8", Bytes(), 127.0
 
     @staticmethod
     def encode(scaled):
@@ -108,7 +69,7 @@ class Int8(Blockwise):
 class Int4(Blockwise):
     """Blockwise symmetric int4, `round(7 / absmax * x)`, stored with an offset of 8."""
 
-    name, bits, unit = "int4", 4, 7.0
+    name, layout, unit = "int4", Nibbles(), 7.0
 
     @staticmethod
     def encode(scaled):
@@ -120,7 +81,7 @@ class Int4(Blockwise):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4G128(QuantSpec):
+class Int4G128(Scaled):
     """Symmetric int4 in groups of 128 along `in`, the format of hardware and its kernels: 4.125 bits a parameter.
 
     Two's complement codes from -8 to 7 times a bfloat16 scale, `absmax / 7.5`: an element is at most half a step from its code
@@ -130,7 +91,7 @@ class Int4G128(QuantSpec):
     """
 
     block_size: int = 128
-    name, bits, unit = "int4-g128", 4, 7.5
+    name, layout, unit = "int4-g128", Nibbles(), 7.5
     block_sizes = (128,)
 
     @property
@@ -147,14 +108,14 @@ class Int4G128(QuantSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class MXFP4(QuantSpec):
+class MXFP4(Scaled):
     """OCP Microscaling FP4: E2M1 floats in blocks of 32 with a power of two for a scale; 4.25 bits a parameter.
 
     Reference: Open Compute Project, OCP Microscaling Formats (MX) Specification, version 1.0, 2023.
     """
 
     block_size: int = 32
-    name, bits, unit = "mxfp4", 4, 6.0
+    name, layout, unit = "mxfp4", Nibbles(), 6.0
     block_sizes = (32,)
 
     @property
@@ -170,8 +131,19 @@ class MXFP4(QuantSpec):
         return choose(E2M1_CODE, codes)
 
 
-FormatName: TypeAlias = Literal["nf4", "int8", "int4", "int4-g128", "mxfp4"]
+FormatName: TypeAlias = Literal["nf4", "int8", "int4", "int4-g128", "mxfp4", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 """What `--quantize` may be."""
 
-SPECS: Mapping[str, type[QuantSpec]] = {spec.name: spec for spec in (NF4, Int8, Int4, Int4G128, MXFP4)}
-"""Name -> spec."""
+SPECS: Mapping[str, type[QuantSpec]] = {
+    spec.name: spec for spec in (NF4, Int8, Int4, Int4G128, MXFP4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1)
+}
+"""Name -> spec, of those that weights can be brought to (`ggml.GGML_TYPES` has more, which files hold)."""
+
+Kept: TypeAlias = Literal["keep"]
+"""In the place of a spec, or of its name: each kernel stays in the format that its file has it in."""
+KEEP: Kept = "keep"
+
+
+def spec_named(name: str | None) -> QuantSpec | Kept | None:
+    """What a `--quantize` means; None: nothing is packed."""
+    return name if name is None or name == KEEP else SPECS[name]()

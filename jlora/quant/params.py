@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jlora._typing import AnyArray, Array, DTypeLike, Float, PyTree
-from jlora.quant.formats import QuantSpec
+from jlora.quant.spec import QuantSpec
 from jlora.quant.tensor import QuantizedTensor, quantize_kernel, quantize_rows
 from jlora.tree.modules import ALL_LINEAR, Modules, describe, modules_of, named, nearest
 from jlora.tree.paths import flatten, is_weight, map_with_path
@@ -22,7 +22,8 @@ def quantize(
 
     Args:
         w: float32, bfloat16 or float16; quantized in float32.
-        spec: `NF4(…)`, `Int8(…)`, `Int4(…)`, `Int4G128()` or `MXFP4()`.
+        spec: `NF4(…)`, `Int8(…)`, `Int4(…)`, `Int4G128()`, `MXFP4()`, or one of ggml's: `Q8_0()`, `Q4_0()`, `Q4_1()`, `Q5_0()`
+            or `Q5_1()`.
         roles: what each trailing axis is for, for kernels that are not [*stack, in, out]: "ioo" for (d_model, heads,
             head_dim), "oi" for one that is stored transposed; leading axes it does not name are stack axes. The bytes
             are those of the kernel brought to [in, out], blocks along the in-axes.
@@ -32,8 +33,9 @@ def quantize(
 
     Raises:
         TypeError: when `w` is not a float array.
-        ValueError: when `roles` does not fit, and when `w` is empty, a scalar, or not finite (under `jit`, where values
-            cannot be looked at, a block with a value that is not finite decodes to NaN instead).
+        ValueError: when `roles` does not fit, and when `w` is empty, a scalar, not finite, or beyond what the scales of the
+            format reach (under `jit`, where values cannot be looked at, such a block decodes to NaN or infinity instead); for
+            `Q4_K()`, `Q5_K()` and `Q6_K()`, which only files hold.
 
     Example:
         >>> from jlora import NF4
@@ -53,10 +55,14 @@ def quantize(
     if not isinstance(w, Tracer):
         check_finite(w, "w")
     if roles is None:
-        return quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
-    if w.ndim < len(check_roles(roles)):
+        q = quantize_rows(jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, spec)
+    elif w.ndim < len(check_roles(roles)):
         raise ValueError(f"`roles` {roles!r} names {len(roles)} axes; `w` has {w.ndim}: {w.shape}. Name each of them.")
-    return quantize_kernel(w, spec, roles)
+    else:
+        q = quantize_kernel(w, spec, roles)
+    if not isinstance(w, Tracer):
+        _check_reach(q, w)
+    return q
 
 
 def check_finite(w: Array, name: str) -> None:
@@ -66,6 +72,16 @@ def check_finite(w: Array, name: str) -> None:
         raise ValueError(
             f"Quantization needs finite values; {bad} of the {w.size} of {name!r} are NaN or infinite, and their blocks "
             "would be lost. Repair the weight first."
+        )
+
+
+def _check_reach(q: QuantizedTensor, w: Array) -> None:
+    """Raises a ValueError when a scale has overflowed: float16 ends at 65504."""
+    floats = [leaf for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if sum(leaf.size - int(_count_finite(leaf)) for leaf in floats):
+        raise ValueError(
+            f"The largest magnitude of `w`, {float(jnp.abs(w).max()):.4g}, is beyond what the scales of {q.spec.name} hold. Pass a "
+            "format with float32 scales, such as jlora.Int8()."
         )
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora._typing import Array, DTypeLike, Float, UInt8
-from jlora.quant.blockwise import absolute_maximum, in_blocks, pack, scale_to_unit, unpack
-from jlora.quant.formats import NF4, QuantSpec
+from jlora.quant.blockwise import in_blocks
+from jlora.quant.formats import NF4
 from jlora.quant.matmul import implementation, quantized_matmul
 from jlora.quant.scales import NestedAbsmax, Scales
+from jlora.quant.spec import QuantSpec
 from jlora.weight import Parts, Weight, register_node
 from jlora.weight.roles import LINEAR, check_roles, inverse, order, sizes
 
@@ -24,9 +25,9 @@ _META = ("kernel_shape", "spec", "logical_dtype", "roles", "axes")
 class QuantizedTensor(Weight):
     """Stands for a dense weight [*stack, in, out] (or [n]) that is stored as blockwise codes.
 
-    The codes are in the order of the transposed weight [out, in], row-major, which is PyTorch's and so bitsandbytes':
-    blocks run along `in`, 4-bit codes lie two to a byte with the first in the high nibble. Where `in` divides into
-    blocks the arrays keep their rows, so that they can be sharded along either side; elsewhere they are flat.
+    The codes are in the order of the transposed weight [out, in], row-major, which is PyTorch's, bitsandbytes' and ggml's:
+    blocks run along `in`, 4-bit codes lie two to a byte with the first in the high nibble (`spec.layout`). Where `in` divides
+    into blocks the arrays keep their rows, so that they can be sharded along either side; elsewhere they are flat.
     Every array may carry leading stack axes; the static fields describe the trailing ones.
     """
 
@@ -54,13 +55,14 @@ class QuantizedTensor(Weight):
         return self.scales.blocks
 
     @property
-    def _has_rows(self) -> bool:
+    def has_rows(self) -> bool:
+        """Whether the arrays keep the rows of [out, in]."""
         return keeps_rows(self.kernel_shape, self.block_size)
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the leading stack axes."""
-        return self.codes.shape[: self.codes.ndim - (2 if self._has_rows else 1)]
+        return self.codes.shape[: self.codes.ndim - (2 if self.has_rows else 1)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,20 +96,28 @@ class QuantizedTensor(Weight):
     def parts(self):
         return Parts(self, roles=self.roles)
 
-    def factors(self) -> Float[Array, "*stack blocks"]:
-        """What the value of a code is multiplied by in each block, float32; flattened where the codes have rows."""
-        stored = self.scales.blocks
-        flat = stored.reshape(*stored.shape[: -2 if self._has_rows else -1], -1)
-        return dataclasses.replace(self.scales, blocks=flat).decode(self.spec.unit)
+    def _flat_scales(self) -> Scales:
+        return self.scales.without_rows() if self.has_rows else self.scales
+
+    def factors(self) -> Float[Array, "*stack parts"]:
+        """What the value of a code is multiplied by in each block or sub-block, float32; flattened where the codes have rows."""
+        return self._flat_scales().decode(self.spec.unit)
+
+    def minimum(self) -> Float[Array, "*stack parts"] | None:
+        """What is added then, alike; None: nothing."""
+        return self._flat_scales().minimum()
 
     def rows(self, dtype: DTypeLike) -> Array:
         """The dense weight as it is stored, transposed: [*stack, out, in] (or [n]).
 
         Decoded in float32 and rounded once to `dtype`, as bitsandbytes does.
         """
-        stack, per_byte = self.stack, 8 // self.spec.bits
-        blocks = in_blocks(self.codes.reshape(*stack, -1), self.block_size // per_byte)
-        values = self.spec.decode(unpack(blocks) if per_byte == 2 else blocks) * self.factors()[..., None]
+        stack, spec = self.stack, self.spec
+        blocks = in_blocks(self.codes.reshape(*stack, -1), self.block_size * spec.layout.bits // 8)
+        codes = in_blocks(spec.layout.unpack(blocks).reshape(*stack, -1), self.block_size // spec.sub_blocks)
+        values = spec.decode(codes) * self.factors()[..., None]
+        minimum = self.minimum()
+        values = values if minimum is None else values + minimum[..., None]
         flat = values.astype(dtype).reshape(*stack, -1)
         return flat[..., : math.prod(self.kernel_shape)].reshape(*stack, *self.kernel_shape[::-1])
 
@@ -123,12 +133,10 @@ class QuantizedTensor(Weight):
         d_in, d_out = self.kernel_shape
         # Element (id, o) of [in, out] is number o * in + id of the stored order.
         at = jnp.clip(ids, 0, d_in - 1)[..., None] + d_in * jnp.arange(d_out)
-        if self.spec.bits == 4:
-            byte = self.codes.reshape(-1)[at // 2]
-            codes = jnp.where(at % 2 == 0, byte >> 4, byte & 15)
-        else:
-            codes = self.codes.reshape(-1)[at]
-        return (self.spec.decode(codes) * self.factors()[at // self.block_size]).astype(self.dtype)
+        part = at // (self.block_size // self.spec.sub_blocks)
+        codes = self.spec.layout.pick(self.codes.reshape(-1), at, self.block_size)
+        values, minimum = self.spec.decode(codes) * self.factors()[part], self.minimum()
+        return (values if minimum is None else values + minimum[part]).astype(self.dtype)
 
     def dense(self, dtype=None):
         rows = self.rows(dtype or self.dtype)
@@ -213,12 +221,10 @@ def quantize_rows(rows: Array, spec: QuantSpec) -> QuantizedTensor:
     kernel_shape = rows.shape[-2:][::-1]
     stack = rows.shape[: -len(kernel_shape)]
     blocks = in_blocks(rows.astype(jnp.float32).reshape(*stack, -1), spec.block_size)
-    scales, absmax = spec.scales.encode(absolute_maximum(blocks), spec.unit)
-    codes = spec.encode(scale_to_unit(blocks, absmax, spec.unit)).reshape(*stack, -1)
-    codes = codes if spec.bits == 8 else pack(codes)
-    codes = codes[..., : math.ceil(math.prod(kernel_shape) * spec.bits / 8)]
+    codes, scales = spec.quantize(blocks)
+    codes = spec.layout.pack(codes).reshape(*stack, -1)
+    codes = codes[..., : spec.layout.nbytes(math.prod(kernel_shape), spec.block_size)]
     if keeps_rows(kernel_shape, spec.block_size):
-        codes, per_block = (part.reshape(*stack, kernel_shape[1], -1) for part in (codes, scales.blocks))
-        scales = dataclasses.replace(scales, blocks=per_block)
+        codes, scales = codes.reshape(*stack, kernel_shape[1], -1), scales.in_rows(kernel_shape[1])
     kind = NF4Tensor if isinstance(spec, NF4) else QuantizedTensor
     return kind(codes, scales, kernel_shape, spec, rows.dtype.name)

@@ -6,7 +6,7 @@ import os
 from typing import Literal
 
 from jlora._numbers import MAX_COUNT, check_seed
-from jlora.quant import FormatName
+from jlora.quant import FormatName, Kept
 from jlora.runs.flags import AdapterFlags
 
 
@@ -43,7 +43,7 @@ class FinetuneConfig(AdapterFlags, Source):
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
     batch_size: int = 8
-    """Rows in a micro-batch."""
+    """Records in a micro-batch, short ones together in a row; of raw text and with --pack, rows."""
     accumulate: int = 1
     """Micro-batches in a step."""
     learning_rate: float = 2e-4
@@ -70,9 +70,9 @@ class FinetuneConfig(AdapterFlags, Source):
     save: Literal["last", "best"] = "last"
     """Which state becomes OUTPUT/adapter: the last, or that of the lowest evaluation loss."""
 
-    quantize: FormatName | None = None
-    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5. A
-    bitsandbytes 4-bit checkpoint is used as it is."""
+    quantize: FormatName | Kept | None = None
+    """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5;
+    q4_0 and the like are ggml's. keep: a GGUF file's own blocks. A bitsandbytes 4-bit checkpoint is used as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"

@@ -14,10 +14,11 @@ from jlora import data as data_lib
 from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
 from jlora.data import InstructDataset, TextDataset
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
+from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config
-from jlora.quant import SPECS
+from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
 from jlora.runs.run import Run
@@ -50,7 +51,9 @@ class Job:
     fingerprint: str
     """Of the base's files."""
     train: TextDataset | InstructDataset
+    layout: data_lib.Layout
     evaluation: TextDataset | InstructDataset | None
+    eval_layout: data_lib.Layout | None
     max_length: int
     """Tokens in a row, at most."""
     steps: int
@@ -84,9 +87,16 @@ class Job:
         lora = config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
-        spec = SPECS[config.quantize]() if config.quantize else None
         stack, why = _form(config, on_cpu)
-        model, params = load(directory, dtype=jnp.dtype(dtype), quantize=spec, stack=stack, remat=config.remat)
+        if config.quantize == KEEP and config.form == "auto" and stack and not stacks_as_packed(directory):
+            stack, why = False, "packed in several formats"
+        model, params = load(
+            directory,
+            dtype=jnp.dtype(dtype),
+            quantize=spec_named(config.quantize),
+            stack=stack,
+            remat=config.remat,
+        )
         max_length = data_lib.row_length(config.max_length, model.config.max_length)
         params = add_lora(params, lora, key=jax.random.key(config.seed))
         adapter, base = split(params)
@@ -104,6 +114,8 @@ class Job:
         )
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
+        widest = model.config.max_length
+        layout = data_lib.lay_out(train, batch_size=rows, accumulate=config.accumulate, widest=widest)
         job = cls(
             config=config,
             lora=lora,
@@ -115,7 +127,11 @@ class Job:
             base=base,
             fingerprint=base_fingerprint(directory),
             train=train,
+            layout=layout,
             evaluation=evaluation,
+            eval_layout=None
+            if evaluation is None
+            else data_lib.lay_out(evaluation, batch_size=config.batch_size, widest=widest),
             max_length=max_length,
             steps=config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch)),
         )
@@ -127,7 +143,8 @@ class Job:
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {size})",
                 "data": _describe(config.data, train, evaluation),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
-                "batch": f"{config.batch_size} rows x {config.accumulate} = {rows} rows of {train.length} tokens",
+                "batch": f"{config.batch_size} x {config.accumulate} = {layout}",
+                "compiled": _kept(),
                 "steps": f"{job.steps} ({job.steps / per_epoch:.3g} epochs of {per_epoch})",
             }
         )
@@ -141,12 +158,14 @@ class Job:
 
     def origin(self) -> JsonObject:
         """What a resumed run must have in common with the one that it continues."""
-        return {
+        origin: JsonObject = {
             "steps": self.steps,
             "data": self.train.digest(),
             "evaluation": self.evaluation and self.evaluation.digest(),
             "base": self.fingerprint,
         }
+        # Without slots the order is that of versions which knew no other, and their runs go on.
+        return origin if self.layout.slots is None else origin | {"layout": self.layout.record()}
 
     def settings(self) -> RunSettings:
         """What stands beside the adapter."""
@@ -173,7 +192,7 @@ class Job:
             Stopped: when a signal came.
         """
         assert self.evaluation is not None
-        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size)
+        every = data_lib.eval_batches(self.evaluation, batch_size=self.config.batch_size, layout=self.eval_layout)
 
         def batches() -> Iterator[Batch]:
             for batch in every:
@@ -202,7 +221,16 @@ def _stored(base: PyTree, dtype: str) -> str:
     if not packed:
         return dtype
     bits = 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)
-    return f"{packed[0].spec.name} ({bits:.2f} bits a parameter) and {dtype}"
+    names = ", ".join(sorted({q.spec.name for q in packed}))
+    return f"{names} ({bits:.2f} bits a parameter) and {dtype}"
+
+
+def _kept() -> str:
+    """Where compiled programs are kept."""
+    directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if not (directory and jax.config.jax_enable_compilation_cache):  # pyright: ignore[reportAttributeAccessIssue]
+        return "for this run alone"
+    return f"once, and kept in {directory}"
 
 
 def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jlora.train import (
     planned,
     warmup_cosine,
 )
+from jlora.train.memory import abstract_batch
 
 
 class TrainingDiverged(RuntimeError):
@@ -118,16 +120,15 @@ class _Training:
         done, unlogged = self._resume() if job.config.resume else self._start()
         display.start(job.steps, done)
         batch, tokens = self._batch(done + 1)
-        # Compiled ahead of its first call, for the compiler's own account of the memory; another shape would be an error.
-        step_fn = make_step(causal_lm_loss(job.model), self.tx, accumulate=job.config.accumulate)
-        step_fn = step_fn.lower(self.state, job.base, batch, self.key).compile()
-        memory = memory_of(job, self.state, self.tx, planned(step_fn))
+        step_of = self._compiled(done, segments="segment_ids" in batch)
+        memory = memory_of(job, self.state, self.tx, max(map(planned, step_of.values())))
         self.stop.defer()
         self.began = True
         if unlogged is not None:
             self._complete(unlogged)
         for step in range(done + 1, job.steps + 1):
             started = time.perf_counter()
+            step_fn = step_of[batch["input_ids"].shape[1]]
             self.state, metrics = step_fn(self.state, job.base, batch, jax.random.fold_in(self.key, step))
             upcoming = self._batch(step + 1)  # while the device works
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -145,6 +146,22 @@ class _Training:
         display.stop()
         display.say(memory)
         return finish(job, self.checkpoints, self.state, self.history)
+
+    def _compiled(self, done: int, *, segments: bool) -> dict[int, jax.stages.Compiled]:
+        """The step for each width of the batches to come.
+
+        Ahead of their first calls, for the compiler's own account of the memory, and so that a signal need not wait for them.
+        """
+        job = self.job
+        step_fn = make_step(causal_lm_loss(job.model), self.tx, accumulate=job.config.accumulate)
+        widths = data_lib.widths_of(job.train, range(done, job.steps), **self._order) or job.layout.widths[-1:]
+        batches = {width: abstract_batch(job.layout.rows, width, segments=segments) for width in widths}
+        return {w: step_fn.lower(self.state, job.base, batch, self.key).compile() for w, batch in batches.items()}
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What decides which records are in which batch, beside the data."""
+        return {"batch_size": self.job.rows, "seed": self.job.config.seed, "layout": self.job.layout}
 
     def _start(self) -> tuple[int, None]:
         """The log's entry before the first step."""
@@ -177,10 +194,8 @@ class _Training:
 
     def _batch(self, step: int) -> tuple[Batch, int]:
         """(the batch of a step, its tokens)."""
-        where = {"batch_size": self.job.rows, "seed": self.job.config.seed}
-        return data_lib.batch(self.job.train, step - 1, **where), data_lib.batch_tokens(
-            self.job.train, step - 1, **where
-        )
+        train = self.job.train
+        return data_lib.batch(train, step - 1, **self._order), data_lib.batch_tokens(train, step - 1, **self._order)
 
     def _complete(self, entry: JsonObject) -> None:
         """What comes after a step: evaluation, log, checkpoint, and the end if a signal asked for it."""

@@ -76,7 +76,8 @@ def _same(file: Path, other: Path) -> bool:
 
 def memory_of(job: Job, state: TrainState, tx: optax.GradientTransformation, compiled: int) -> str:
     """The predicted and the compiled peak of a step, in words; on a GPU the measured one too."""
-    rows = {"batch_size": job.config.batch_size, "length": job.train.length, "accumulate": job.config.accumulate}
+    accumulate = job.config.accumulate
+    rows = {"batch_size": job.layout.rows // accumulate, "length": job.layout.widths[-1], "accumulate": accumulate}
     predicted = predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
     text = f"memory of a step: {predicted / 2**20:,.0f} MiB predicted, {compiled / 2**20:,.0f} MiB in the compiled step"
     measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

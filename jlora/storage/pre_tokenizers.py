@@ -23,7 +23,7 @@ PRE_TOKENIZERS: Mapping[tuple[tuple, bool], str] = {
 }
 """(steps of the pre-tokenizer, whether whole words skip the merges) -> `tokenizer.ggml.pre`."""
 
-_SAME: Mapping[str, str] = {
+SAME_RULES: Mapping[str, str] = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "mpt": "gpt-2", "olmo": "gpt-2", "phi-2": "gpt-2", "jais": "gpt-2",
     "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "starcoder": "smollm", "refact": "smollm", "command-r": "smollm",
 }  # fmt: skip
@@ -43,9 +43,9 @@ def rules_of(name: str, *, where: str) -> tuple[tuple, bool]:
     Raises:
         ValueError: for a name that is not known; `where` is the file that has it.
     """
-    found = [rules for rules, known in PRE_TOKENIZERS.items() if known == _SAME.get(name, name)]
+    found = [rules for rules, known in PRE_TOKENIZERS.items() if known == SAME_RULES.get(name, name)]
     if not found:
-        known = ", ".join([*PRE_TOKENIZERS.values(), *_SAME])
+        known = ", ".join([*PRE_TOKENIZERS.values(), *SAME_RULES])
         raise ValueError(
             f"{where} has `tokenizer.ggml.pre` {name!r}, by which llama.cpp knows how to split text, and jlora does not; it knows "
             f"{known}. With other rules the model would read other tokens than it was trained on: load the original checkpoint."

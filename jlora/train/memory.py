@@ -1,6 +1,7 @@
 """How much memory a training step will take, from shapes alone."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import optax
 from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
-from jlora.quant import QuantSpec, quantize_params
+from jlora.quant import QuantSpec, from_file, quantize_params
+from jlora.quant.ggml import GGML
 from jlora.train.loss import CHUNK, causal_lm_loss
-from jlora.tree.paths import flatten, layer_path, nbytes
+from jlora.tree.paths import flatten, layer_path, map_with_path, nbytes
 from jlora.weight import is_weight, origin
 
 
@@ -39,15 +41,32 @@ class Memory:
 
 
 def abstract_tree(
-    model: Model, lora: LoraConfig | None, *, dtype: DTypeLike, quantize: QuantSpec | None, stack: bool
+    model: Model,
+    lora: LoraConfig | None,
+    *,
+    dtype: DTypeLike,
+    quantize: QuantSpec | Mapping[str, GGML] | None,
+    stack: bool,
 ) -> Params:
-    """The parameters as `jax.ShapeDtypeStruct` leaves, quantized, stacked and adapted; nothing is allocated."""
+    """The parameters as `jax.ShapeDtypeStruct` leaves, quantized, stacked and adapted; nothing is allocated.
+
+    Args:
+        quantize: how the linear kernels are; or path -> format of those that a file packs.
+    """
+
+    def packed(path, leaf):
+        spec = quantize.get(path) if isinstance(quantize, Mapping) else None
+        if spec is None:
+            return leaf
+        d_in, d_out = leaf.shape
+        blocks = jnp.zeros((d_out, d_in // spec.block_size * spec.file_bytes), jnp.uint8)
+        return from_file(blocks, spec, leaf.dtype.name)
 
     def build(params):
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = map_with_path(packed, jax.tree.map(lambda x: x.astype(dtype), params))
         if stack:
             params = stack_layers(params)
-        if quantize is not None:
+        if isinstance(quantize, QuantSpec):
             params = quantize_params(params, quantize)
         return params if lora is None else add_lora(params, lora, key=jax.random.key(0))
 

@@ -240,5 +240,5 @@ def dense_matmul(x: AnyArray, w: AnyArray, *, transpose: bool, out_dtype: DTypeL
     if flat.shape[0] == 1 and flat.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # XLA:CPU has no product of one bfloat16 row: it converts the whole kernel to float32, which takes 20 times as long.
         flat = jnp.concatenate([flat, flat])
-    y = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)[: math.prod(x.shape[:-1])]
-    return y.reshape(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
+    y: Any = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)
+    return y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], y.shape[-1])
