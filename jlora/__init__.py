@@ -13,6 +13,7 @@ from jlora.files import save_mlx_adapter as save_mlx_adapter
 from jlora.files import save_pretrained as save_pretrained
 from jlora.files import save_quantized as save_quantized
 from jlora.generation import generate as generate
+from jlora.generation import stream as stream
 from jlora.lora import FullWeight as FullWeight
 from jlora.lora import LohaWeight as LohaWeight
 from jlora.lora import LoraConfig as LoraConfig

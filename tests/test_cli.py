@@ -25,7 +25,7 @@ from jlora.cli.config_file import positional, with_config_file
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-COMMANDS = "finetune evaluate compare generate merge export push quantize inspect memory prepare".split()
+COMMANDS = "finetune evaluate compare generate chat merge export push quantize inspect memory prepare".split()
 PLACES = {"directory": "DIR", "repo": "REPO", "path": "PATH"}  # what is given without a flag, as help calls it
 # As scripts give them; design.md promises these names.
 FLAGS = (

@@ -1,5 +1,7 @@
 """Sampling against transformers' and against the uncached model."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import transformers
 
 import jlora
-from jlora.generation import _generate, truncate
+from jlora.generation import Past, advance, begin, decoding, for_decoding, form, truncate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], list(range(20, 40))]
@@ -84,12 +86,110 @@ def test_truncation_is_transformers(loaded):
         )
 
 
-def test_sampling_parameters_do_not_recompile(loaded):
+def compiled():
+    return begin._cache_size(), advance._cache_size()
+
+
+def test_neither_sampling_nor_lengths_compile_anew(loaded):
     model, params, _ = loaded["qwen2"]
     jlora.generate(model, params, PROMPTS, max_new_tokens=4, key=jax.random.key(0))
-    before = _generate._cache_size()
-    jlora.generate(model, params, PROMPTS, max_new_tokens=4, temperature=0.3, top_k=3, top_p=0.5, key=jax.random.key(1))
-    assert _generate._cache_size() == before
+    before = compiled()
+    other = {"temperature": 0.3, "top_k": 3, "top_p": 0.5, "eos_token_id": [5, 6, 7], "key": jax.random.key(1)}
+    jlora.generate(model, params, PROMPTS, max_new_tokens=4, **other)
+    jlora.generate(model, params, [[5], [6] * 32, [7] * 9], max_new_tokens=31, temperature=0)
+    list(jlora.stream(model, params, [[5], [6] * 30, [7] * 9], max_new_tokens=9, **other))
+    assert compiled() == before
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_has_the_tokens_of_generate(loaded, family, temperature):
+    model, params, _ = loaded[family]
+    options = {"max_new_tokens": NEW, "temperature": temperature, "key": jax.random.key(3)}
+    free = jlora.generate(model, params, PROMPTS, eos_token_id=[], **options)
+    stops = [free[0][4], free[1][7]]
+    expected = jlora.generate(model, params, PROMPTS, eos_token_id=stops, **options)
+    steps = list(jlora.stream(model, params, PROMPTS, eos_token_id=stops, **options))
+    assert [[token for token in row if token is not None] for row in zip(*steps, strict=True)] == expected
+    assert len(steps) == max(map(len, expected)) and None in steps[-1]
+    assert expected == [row[: next((i + 1 for i, t in enumerate(row) if t in stops), NEW)] for row in free]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("form", ["per layer", "stacked"])
+def test_a_prompt_goes_on_from_the_past(loaded, form):
+    model, params, _ = loaded["llama"]
+    params = jlora.stack_layers(params) if form == "stacked" else params
+    past, options = Past(), {"max_new_tokens": 6, "temperature": 0, "eos_token_id": []}
+    prompt = PROMPTS[0]
+    for said, stop in ((PROMPTS[1], 6), ([8, 9], 2), (list(range(20)), 6), ([], 6)):
+        expected = jlora.generate(model, params, [prompt], **options)[0][:stop]
+        got = [t for (t,) in itertools.islice(jlora.stream(model, params, [prompt], past=past, **options), stop)]
+        assert got == expected
+        assert past.ids == [*prompt, *got[:-1]]
+        prompt = [*prompt, *got, *said]
+    before = past.ids
+    other = [*PROMPTS[0], 1, 2]  # begins like it, and goes on otherwise
+    assert past.shared(other) == len(PROMPTS[0]) and past.shared(before) == len(before) - 1
+    got = [t for (t,) in jlora.stream(model, params, [other], past=past, **options)]
+    assert got == jlora.generate(model, params, [other], **options)[0]
+
+
+def test_a_past_grows(loaded, monkeypatch):
+    """As when a conversation outgrows the cache."""
+    monkeypatch.setattr(decoding, "_LEAST_CAPACITY", 16)
+    model, params, _ = loaded["gpt2"]
+    past, options = Past(), {"max_new_tokens": 5, "temperature": 0, "eos_token_id": []}
+    prompt, sizes = PROMPTS[0], []
+    for _ in range(4):
+        got = [t for (t,) in jlora.stream(model, params, [prompt], past=past, **options)]
+        assert got == jlora.generate(model, params, [prompt], **options)[0]
+        sizes.append(decoding.capacity_in(past.cache))
+        prompt = [*prompt, *got, 4, 5, 6]
+    assert sizes == [16, 16, 32, 32]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("spec", [None, jlora.NF4(), jlora.Int8()], ids=repr)
+def test_the_form_for_decoding_computes_the_same(checkpoints, monkeypatch, spec, native, dtype):
+    """On CPU packed kernels are decoded once, and bfloat16 stays where it is fast: for several rows, where the CPU has it."""
+    monkeypatch.setattr(form, "multiplies_bfloat16", lambda: native)
+    model, params = jlora.load(checkpoints["llama"][0], dtype=dtype, quantize=spec)
+    params = jlora.add_lora(params, jlora.LoraConfig(rank=2), key=jax.random.key(0))
+    adapter, base = jlora.split(params)
+    params = jlora.combine(jax.tree.map(lambda x: x + 0.05, adapter), base)
+    ids = jnp.asarray([PROMPTS[2]])
+    exact = jlora.models.replace(model, dtype=jnp.float32)
+    expected = exact.apply({"params": params}, ids)
+    for batch in (1, 2):
+        fast, formed = for_decoding(model, params, batch=batch)
+        stays = dtype == jnp.bfloat16 and native and batch > 1
+        assert fast.dtype == (jnp.bfloat16 if stays else jnp.float32)
+        again = jax.tree.leaves(for_decoding(fast, formed, batch=batch)[1])
+        assert all(a is b for a, b in zip(jax.tree.leaves(formed), again, strict=True)), "nothing is copied twice"
+        assert not any(leaf.dtype == jnp.uint8 for leaf in again), "nothing is packed"
+        got = fast.apply({"params": formed}, ids)
+        if stays:  # its rounding errors are others, and no greater
+            plain = model.apply({"params": params}, ids)
+            assert np.abs(got - expected).mean() < 1.5 * np.abs(plain - expected).mean() + 1e-3
+        else:
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_what_does_not_fit_is_decoded_as_it_is(loaded, monkeypatch):
+    model, params, _ = loaded["llama"]
+    packed = jlora.quantize_params(params, jlora.NF4())
+    monkeypatch.setattr(form, "_free_bytes", lambda: 0.0)
+    assert for_decoding(model, packed)[1] is packed
+
+
+def test_arguments_of_a_stream_are_looked_at_before_it_starts(loaded):
+    model, params, _ = loaded["llama"]
+    with pytest.raises(ValueError, match="needs a key"):
+        jlora.stream(model, params, PROMPTS)
+    with pytest.raises(ValueError, match="one row; got 3"):
+        jlora.stream(model, params, PROMPTS, temperature=0, past=Past())
 
 
 @pytest.mark.parametrize(

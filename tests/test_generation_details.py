@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trees import adapted
 
 import jlora
-from jlora.generation import _generate, truncate
+from jlora.generation import advance, begin, truncate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -256,18 +256,17 @@ def test_equal_logits_are_kept_together():
 def test_calls_of_like_shape_share_a_compilation(loaded, checkpoints):
     model, params, _ = loaded["gpt2"]
     kwargs = {"max_new_tokens": 3}
-    _generate.clear_cache()
     jlora.generate(model, params, [[1, 2], [3]], key=jax.random.key(0), **kwargs)
-    before = _generate._cache_size()
+    before = begin._cache_size(), advance._cache_size()
     for i, sampling in enumerate(({"temperature": 0.1}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 3, "top_p": 0.2})):
         jlora.generate(
             model, params, [[4] * (3 + i), [5] * 9], key=jax.random.key(i), eos_token_id=i, **sampling, **kwargs
         )
     again, params_again = jlora.load(checkpoints["gpt2"][0], dtype=jnp.float32)
     jlora.generate(again, params_again, [[4], [5]], key=jax.random.key(9), **kwargs)
-    assert _generate._cache_size() == before
+    assert (begin._cache_size(), advance._cache_size()) == before
     jlora.generate(model, params, [[4] * 33, [5]], key=jax.random.key(0), **kwargs)
-    assert _generate._cache_size() == before + 1
+    assert (begin._cache_size(), advance._cache_size()) == (before[0] + 1, before[1])
 
 
 # Refusals

@@ -11,7 +11,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import jlora
 from jlora import generation
-from jlora.models import model_from_config
+from jlora.generation.sampling import Draw
+from jlora.models import empty_cache, model_from_config
 from jlora.quant.matmul import quantized_matmul
 from jlora.train.loss import cross_entropy
 from jlora.train.memory import abstract_batch, abstract_tree
@@ -114,11 +115,16 @@ def test_a_step_of_every_family_attends_by_cudnn(family, stack):
     ("nf4", "stack", "batch"), [(False, True, 1), (True, True, 1), (True, True, 8), (True, False, 1)], ids=str
 )
 def test_generation(nf4, stack, batch):
-    text = lowered(
-        generation._generate, gpu_models.model_of("tiny"), tree(nf4=nf4, stack=stack, lora=None), of((batch, 32), jnp.int32),
-        of((batch,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0)), of((), jnp.float32), of((), jnp.int32),
-        of((), jnp.float32), of((1,), jnp.int32), max_new_tokens=16, greedy=True,
-    )  # fmt: skip
+    model, params = gpu_models.model_of("tiny"), tree(nf4=nf4, stack=stack, lora=None)
+    cache = jax.eval_shape(lambda: empty_cache(model, batch, 64, stacked=stack))
+    draw = jax.eval_shape(
+        lambda: Draw(jax.random.key(0), jnp.float32(0), jnp.int32(5), jnp.float32(1), jnp.zeros(8, jnp.int32))
+    )
+    prompts, one, rows = of((batch, 32), jnp.int32), of((), jnp.int32), of((batch,), jnp.int32)
+    arguments = model, params, prompts, one, rows, cache, draw
+    assert lowered(generation.begin, *arguments)
+    state = jax.eval_shape(lambda *a: generation.begin(model, *a), *arguments[1:])
+    text = lowered(generation.advance, model, params, state, draw, one)
     assert "stablehlo.while" in text and ("tensor<16xf32>" in text) == nf4
 
 

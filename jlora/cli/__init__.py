@@ -33,7 +33,7 @@ _OF_ALL = """
 
 def _commands() -> Mapping[str, tuple[type, Callable]]:
     """Name -> (dataclass of its flags, what runs it)."""
-    from jlora.cli import compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
+    from jlora.cli import chat, compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
     from jlora.runs import FinetuneConfig, finetune
 
     return {
@@ -41,6 +41,7 @@ def _commands() -> Mapping[str, tuple[type, Callable]]:
         "evaluate": (evaluate.Evaluate, evaluate.run),
         "compare": (compare.Compare, compare.run),
         "generate": (generate.Generate, generate.run),
+        "chat": (chat.Chat, chat.run),
         "merge": (merge.Merge, merge.run),
         "export": (export.Export, export.run),
         "push": (push.Push, push.run),

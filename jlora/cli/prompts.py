@@ -18,16 +18,9 @@ _FROM_CHECKPOINT = ("temperature", "top_k", "top_p")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """What to continue, and how."""
+class Drawing:
+    """How to sample."""
 
-    prompts: tuple[str, ...] = ()
-    """Prompts to continue."""
-    prompts_file: str | None = None
-    """More prompts: a .txt file with one a line, or .jsonl or .json records with `instruction` and `input`, or `messages`."""
-    template: Literal["none", "alpaca", "chat"] | None = None
-    """none: continue the prompt as it is; alpaca, chat: take it as an instruction; default: as the adapter was trained,
-    otherwise none."""
     max_new_tokens: int = SAMPLING.max_new_tokens
     """At most this many new tokens a prompt."""
     temperature: float | None = None
@@ -41,6 +34,19 @@ class Prompts:
 
     def __post_init__(self):
         check_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts(Drawing):
+    """What to continue, and how."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to continue."""
+    prompts_file: str | None = None
+    """More prompts: a .txt file with one a line, or .jsonl or .json records with `instruction` and `input`, or `messages`."""
+    template: Literal["none", "alpaca", "chat"] | None = None
+    """none: continue the prompt as it is; alpaca, chat: take it as an instruction; default: as the adapter was trained,
+    otherwise none."""
 
 
 def read_prompts(options: Prompts) -> list[Prompt]:
@@ -75,7 +81,7 @@ def _raw(text: str, record: JsonObject) -> str:
     return text
 
 
-def sampling(options: Prompts, base: str) -> JsonObject:
+def sampling(options: Drawing, base: str) -> JsonObject:
     """The arguments of `generate` that say how to sample; what the checkpoint says of it, and is taken or not, is said."""
     fields = generation_config(find(base))
     taken = {

@@ -28,6 +28,7 @@ from jlora.data.templates import prompt_ids as prompt_ids
 from jlora.data.templates import render as render
 from jlora.data.text import TextDataset as TextDataset
 from jlora.data.text import prepare_text as prepare_text
+from jlora.data.tokens import Continued as Continued
 from jlora.data.tokens import continuation as continuation
 from jlora.data.tokens import decode_continuation as decode_continuation
 from jlora.data.tokens import pad_id as pad_id

@@ -82,6 +82,35 @@ def continuation(decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[in
     return whole[len(commonprefix([before.rstrip("\N{REPLACEMENT CHARACTER}"), whole])) :]
 
 
+class Continued:
+    """`decode_continuation` token by token: text as soon as it is whole.
+
+    Bytes of a character that later tokens complete are held back until then.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._before, self._held = list(prompt_ids)[-_CONTEXT:], []
+
+    def add(self, token: int) -> str:
+        """What the next token adds to the text."""
+        self._held.append(token)
+        text = continuation(self._decode, self._before, self._held)
+        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._said(text)
+
+    def rest(self) -> str:
+        """What is still held back when no token follows: bytes that are no character."""
+        return self._said(continuation(self._decode, self._before, self._held)) if self._held else ""
+
+    def _said(self, text: str) -> str:
+        self._before, self._held = [*self._before, *self._held][-_CONTEXT:], []
+        return text
+
+
+_CONTEXT = 16
+"""Tokens behind which the next ones are decoded: a character has at most four bytes, and decoders look back by one token."""
+
+
 def added_bos(tokenizer: Tokenizer) -> int | None:
     """The beginning-of-text id if the tokenizer itself puts one before a text, else None.
 

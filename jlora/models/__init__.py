@@ -63,12 +63,17 @@ def abstract_params(model: Model) -> PyTree:
 
 
 def empty_cache(model: Model, batch: int, length: int, *, stacked: bool) -> list[KVCache] | KVCache:
-    """A zero KV cache for `length` positions, in the form of the parameters."""
-    shape = (batch, length, *model.config.kv_shape)
+    """A zero KV cache for `length` positions, in the form of the parameters.
+
+    Of the model's dtype; on CPU float32, as XLA:CPU writes a bfloat16 row by making float32 of all the cache and bfloat16 again.
+    """
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else model.dtype
+    heads, head_dim = model.config.kv_shape
+    shape = (batch, heads, length, head_dim)
     if stacked:
         shape = (model.config.depth, *shape)
-        return KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
-    return [KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in range(model.config.depth)]
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.config.depth)]
 
 
 def replace(model: Model, **changes: object) -> Model:

@@ -59,7 +59,7 @@ def attention(
     # against 13 ms, bfloat16 24 against 8).
     rows = q.reshape(batch, seq, kv_heads, groups, head_dim).swapaxes(2, 3).reshape(batch, -1, kv_heads, head_dim)
     mask = jnp.repeat(mask, groups, axis=1)[:, None]
-    if q.dtype == jnp.float32:
+    if q.dtype == jnp.float32 or k.shape[1] != seq:  # a cache has its heads first too
         # Heads first suits float32 (13 against 19 ms), but XLA:CPU runs bfloat16 dots of transposed operands in
         # float32 (16 against 8 ms).
         out = _attend("bhsd", scale, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,10 +13,13 @@ from jlora.models.rope import Rope, rope_angles, rope_frequencies
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer by position; the stacked form has a leading layer axis on both."""
+    """Keys and values of one layer by position; the stacked form has a leading layer axis on both.
 
-    k: Float[Array, "batch kv_len kv_heads head_dim"]
-    v: Float[Array, "batch kv_len kv_heads head_dim"]
+    Heads come first, as in the products: with positions first each token would transpose all that were before it.
+    """
+
+    k: Float[Array, "batch kv_heads kv_len head_dim"]
+    v: Float[Array, "batch kv_heads kv_len head_dim"]
 
 
 class LayerKind(NamedTuple):
@@ -49,11 +52,11 @@ def attend(q, k, v, context: Context, cache: KVCache | None, *, scale: float | N
     if cache is not None:
         rows = jnp.arange(q.shape[0])[:, None]
         cache = KVCache(
-            cache.k.at[rows, context.positions].set(k.astype(cache.k.dtype), mode="drop"),
-            cache.v.at[rows, context.positions].set(v.astype(cache.v.dtype), mode="drop"),
+            cache.k.at[rows, :, context.positions].set(k.astype(cache.k.dtype), mode="drop"),
+            cache.v.at[rows, :, context.positions].set(v.astype(cache.v.dtype), mode="drop"),
         )
-        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-    y = attention(q, k, v, context.mask, window=context.window, scale=scale)
+        k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
+    y = attention(q.astype(k.dtype), k, v, context.mask, window=context.window, scale=scale).astype(q.dtype)
     if context.blind is not None:
         # As torch's `scaled_dot_product_attention` has it.
         y = jnp.where(context.blind[:, :, None, None], jnp.zeros((), y.dtype), y)
@@ -99,7 +102,7 @@ def make_context(
     if positions is None:
         positions = jnp.broadcast_to(index, shape) if segment_ids is None else segment_positions(segment_ids)
     if cache is not None:
-        length = jax.tree.leaves(cache)[0].shape[-3]
+        length = jax.tree.leaves(cache)[0].shape[-2]
         return Context(positions, positions, jnp.arange(length) <= positions[..., None])
     if not given:
         return Context(positions, index, None)

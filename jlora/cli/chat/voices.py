@@ -1,0 +1,136 @@
+"""Who may answer in a chat: the base model and adapters of it, side by side."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from jlora._typing import Params, PretrainedTokenizer, PyTree
+from jlora.cli.as_trained import as_trained, note, note_other_base, settings_of
+from jlora.cli.base import Weights, load_weights
+from jlora.cli.chat.options import Chat
+from jlora.files import base_model_of, load_adapter
+from jlora.files.adapters import adapter_directories
+from jlora.generation import for_decoding
+from jlora.lora import remove_lora, route, stack_adapters
+from jlora.models import Model
+from jlora.tree.modules import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Voices:
+    """The parameters to decode with, by name; None is the base."""
+
+    names: tuple[str, ...]
+    routed: PyTree | None
+    """Base and adapters in one tree: another choice compiles nothing."""
+    trees: Mapping[str | None, PyTree]
+    """Where there is no such tree: one of each."""
+
+    def params(self, name: str | None) -> PyTree:
+        """
+        Raises:
+            ValueError: for a name that there is none of.
+        """
+        if name is not None and name not in self.names:
+            there = (
+                f"the adapters are {', '.join(map(repr, self.names))}" if self.names else "none was given (--adapter)"
+            )
+            raise ValueError(f"There is no adapter {name!r}; {there}.{nearest(name, self.names)}")
+        return self.trees[name] if self.routed is None else route(self.routed, name)
+
+    @classmethod
+    def of(cls, base: Params, adapted: Mapping[str, PyTree]) -> "Voices":
+        names = tuple(adapted)
+        if not adapted:
+            return cls((), None, {None: base})
+        try:
+            return cls(names, stack_adapters(adapted), {})
+        except ValueError:  # more than a low-rank update
+            if len(adapted) > 1:
+                raise
+        note(
+            f"{names[0]!r} is more than a plain low-rank update; the first answer after each of /base and /adapter compiles anew"
+        )
+        return cls(names, None, {None: base, **adapted})
+
+    def for_decoding(self, model: Model) -> tuple[Model, "Voices"]:
+        """With the parameters in the form for decoding."""
+        if self.routed is not None:
+            fast, routed = for_decoding(model, self.routed)
+            return fast, dataclasses.replace(self, routed=routed)
+        made = {name: for_decoding(model, tree) for name, tree in self.trees.items()}
+        return next(iter(made.values()))[0], dataclasses.replace(self, trees={n: tree for n, (_, tree) in made.items()})
+
+
+def load_voices(options: Chat) -> tuple[Model, Voices, PretrainedTokenizer, str]:
+    """(model, who may answer, tokenizer, name of the base)."""
+    places = adapter_places(options.adapter)
+    weights = Weights(model=options.model or _base(places), quantize=options.quantize, dtype=options.dtype)
+    weights = dataclasses.replace(weights, quantize=_quantize(weights, places))
+    for name, path in places.items():
+        _say_template(name, path)
+    if len(places) == 1:  # whose tokenizer may differ
+        ((name, path),) = places.items()
+        model, tree, tokenizer, _ = load_weights(dataclasses.replace(weights, adapter=str(path)))
+        voices = Voices.of(remove_lora(tree), {name: tree})
+    else:
+        model, base, tokenizer, _ = load_weights(weights)
+        note_other_base(places, str(weights.model))
+        voices = Voices.of(base, {name: load_adapter(path, base, model=model) for name, path in places.items()})
+    return *voices.for_decoding(model), tokenizer, str(weights.model)
+
+
+def adapter_places(given: tuple[str, ...]) -> dict[str, Path]:
+    """Name -> place of each adapter. One that lies in OUTPUT/adapter is called after OUTPUT, others after their directory or file.
+
+    Raises:
+        ValueError: when two have one name.
+    """
+    places: dict[str, Path] = {}
+    for text in given:
+        found = adapter_directories(text) or {"default": Path(text)}
+        for name, path in found.items():
+            name = _name(path) if name == "default" else name
+            if name in places:
+                raise ValueError(
+                    f"Two adapters are called {name!r}: {str(places[name])!r} and {str(path)!r}. Rename one of the directories."
+                )
+            places[name] = path
+    return places
+
+
+def _name(path: Path) -> str:
+    whole = path.expanduser().resolve()
+    return whole.parent.name if whole.name == "adapter" else whole.stem if whole.is_file() else whole.name
+
+
+def _base(places: Mapping[str, Path]) -> str:
+    bases = {name: base_model_of(path) for name, path in places.items()}
+    if not bases or None in bases.values():
+        raise ValueError(
+            "Give --model, or an --adapter whose adapter_config.json names its base model (a GGUF file names none)."
+        )
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{name}: {base}" for name, base in bases.items())
+        raise ValueError(
+            f"The adapters name different base models ({listed}). Give the one they are to share with --model."
+        )
+    return str(next(iter(bases.values())))
+
+
+def _quantize(weights: Weights, places: Mapping[str, Path]):
+    """How the base is packed: as was said, or as in the runs of the adapters."""
+    each = [dataclasses.replace(weights, adapter=str(path)) for path in places.values()] or [weights]
+    found = {as_trained(one, "quantize")[0].quantize for one in each}
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
+        raise ValueError(f"The adapters were trained on bases packed in different ways ({listed}). Give --quantize.")
+    return found.pop()
+
+
+def _say_template(name: str, path: Path) -> None:
+    settings = settings_of(str(path)).get("default") or next(iter(settings_of(str(path)).values()), None)
+    if settings is not None and settings.template != "chat":
+        note(
+            f"{name!r} was trained on {settings.template or 'raw text'}, not on chats; here it answers in the chat template"
+        )

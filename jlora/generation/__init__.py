@@ -1,0 +1,12 @@
+"""Sampling with a cache of keys and values: whole continuations, or token by token."""
+
+from jlora.generation.api import check_sampling as check_sampling
+from jlora.generation.api import generate as generate
+from jlora.generation.api import stream as stream
+from jlora.generation.decoding import Past as Past
+from jlora.generation.decoding import advance as advance
+from jlora.generation.decoding import begin as begin
+from jlora.generation.form import for_decoding as for_decoding
+from jlora.generation.sampling import SAMPLING as SAMPLING
+from jlora.generation.sampling import Sampling as Sampling
+from jlora.generation.sampling import truncate as truncate
