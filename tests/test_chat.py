@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from command import on_a_terminal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_terminal import on_a_terminal
 
 import jlora
 from jlora.cli.chat.options import Chat

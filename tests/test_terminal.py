@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import run
+from command import on_a_terminal, run
 from rich.table import Table
 from rich.text import Text
 
@@ -35,10 +35,6 @@ HOSTILE = [
     "\udc80",
     "[@click=f()]x[/]",
 ]
-
-
-def on_a_terminal(width=200):
-    return console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
 
 
 def in_a_pipe():
