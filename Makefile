@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart demo test slow lint bench clean
+.PHONY: quickstart demo test slow lint bench study clean
 
 quickstart: .venv/smollm2
 	$(BIN)/python examples/quickstart.py
@@ -38,6 +38,11 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/quantized_matmul.py --output benchmarks/results/quantized_matmul_cpu.json
 	$(BIN)/python benchmarks/large_model.py --output benchmarks/results/large_model_cpu.json
 	$(BIN)/python benchmarks/wrap_overhead.py --output benchmarks/results/wrap_overhead_cpu.json
+
+# Writes docs/results.md again, and benchmarks/results/study_cpu.json, from which it is made: half an hour on two quiet cores. A study
+# that was stopped goes on; remove the JSON file to begin anew.
+study: .venv/smollm2
+	$(BIN)/python benchmarks/study.py
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
