@@ -78,7 +78,7 @@ class Args:
 
 def settings_of(args: Args) -> dict[str, Any]:
     """What every run shares, and with it what a study that goes on must be equal in."""
-    names = ("steps", "batch", "records", "few_records", "held_out", "threads")
+    names = ("steps", "batch", "records", "few_records", "held_out")
     shared = {name: getattr(args, name) for name in names}
     lengths = {"chat_length": CHAT_LENGTH, "text_length": TEXT_LENGTH, "text_rows": TEXT_ROWS}
     return shared | lengths | {"characters": CHARACTERS, "dtype": "bfloat16"}
@@ -137,33 +137,30 @@ def run(name: str, trial: Trial | None, args: Args, model: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def begun(args: Args, settings: dict[str, Any]) -> dict[str, Any]:
-    """The runs that an earlier start has written, if it had these settings."""
+def begun(args: Args, settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The runs that an earlier start has written, if it had these settings on this machine: times are compared."""
     if not args.output.is_file():
         return {}
     report = json.loads(args.output.read_text())
-    if report["settings"] != settings:
-        sys.exit(
-            f"{args.output} has other settings: {report['settings']}, not {settings}. Remove it, or use another --output."
-        )
+    before = {**report["settings"], **report["machine"], "commit": None}
+    now = {**settings, **here, "commit": None}
+    if other := [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]]:
+        sys.exit(f"{args.output} is of another study: {'; '.join(other)}. Remove it, or use another --output.")
     return report["runs"]
 
 
 def missing(runs: dict[str, Any]) -> list[str]:
-    """The names of the runs that are not there as they are wanted now, in their order."""
-    wanted: dict[str, Trial | None] = {**TRIALS, USE: None}
-    return [
-        name
-        for name, trial in wanted.items()
-        if name not in runs or runs[name]["trial"] != (trial.record() if trial else None)
-    ]
+    """The names of the runs that are not there as they are wanted now, in their order; the adapters' use after the adapters."""
+    wanted = {name: trial.record() for name, trial in TRIALS.items()}
+    left = [name for name, trial in wanted.items() if name not in runs or runs[name]["trial"] != trial]
+    return [*left, USE] if USE not in runs or not set(PAIR).isdisjoint(left) else left
 
 
 def main(args: Args) -> None:
     if not args.write_only:
         args = dataclasses.replace(args, threads=pin(args.threads), place=args.place.absolute())
-        settings, model = settings_of(args), model_file()
-        runs = begun(args, settings)
+        settings, here, model = settings_of(args), machine(args.threads), model_file()
+        runs = begun(args, settings, here)
         write_data(args, model, args.place / "data")
         names = [name for name in missing(runs) if not args.only or name in args.only]
         if USE in names:  # its adapters may be gone where the results are still there
@@ -172,7 +169,7 @@ def main(args: Args) -> None:
         for place, name in enumerate(names, 1):
             print(f"\n== {name} ({place} of {len(names)})", flush=True)
             runs[name] = run(name, TRIALS.get(name), args, model)
-            write(args.output, {"machine": machine(args.threads), "settings": settings, "runs": runs})
+            write(args.output, {"machine": here, "settings": settings, "runs": runs})
     report = json.loads(args.output.read_text())
     if left := missing(report["runs"]):
         sys.exit(f"No page yet: these runs are missing from {args.output}: {', '.join(left)}.")

@@ -330,7 +330,8 @@ def main(task: Task, result: Path) -> None:
     if task.trial is None:
         found = use(task)
     else:
-        trial = Trial(**task.trial | {"targets": tuple(task.trial["targets"])})
+        fields: dict[str, Any] = task.trial | {"targets": tuple(task.trial["targets"])}
+        trial = Trial(**fields)
         found = {"adapter": train_adapter, "full": train_full}[trial.how](task, trial)
     result.write_text(json.dumps(found))
 

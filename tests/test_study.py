@@ -107,15 +107,19 @@ def test_a_study_goes_on_with_what_is_missing():
     del runs["DoRA"]
     runs["rank 8"]["trial"]["rank"] = 4
     assert study.missing(runs) == ["rank 8", "DoRA"]
+    del runs["seed 1"]
+    assert study.missing(runs) == ["seed 1", "rank 8", "DoRA", study.USE]
 
 
-def test_a_study_with_other_settings_is_refused(tmp_path):
+def test_a_study_with_other_settings_or_on_another_machine_is_refused(tmp_path):
     args = study.Args(output=tmp_path / "study.json")
-    assert study.begun(args, {"steps": 1}) == {}
-    args.output.write_text(json.dumps({"settings": {"steps": 1}, "runs": {"default": {}}}))
-    assert study.begun(args, {"steps": 1}) == {"default": {}}
-    with pytest.raises(SystemExit, match="has other settings"):
-        study.begun(args, {"steps": 2})
+    settings, machine = {"steps": 1}, {"cpu": "a CPU", "commit": "a"}
+    assert study.begun(args, settings, machine) == {}
+    args.output.write_text(json.dumps({"settings": settings, "machine": machine, "runs": {"default": {}}}))
+    assert study.begun(args, settings, machine | {"commit": "b"}) == {"default": {}}
+    for other in (({"steps": 2}, machine), (settings, machine | {"cpu": "another"})):
+        with pytest.raises(SystemExit, match="is of another study"):
+            study.begun(args, *other)
 
 
 # ---- the data ---------------------------------------------------------------------------------------------------------
