@@ -43,7 +43,6 @@ TRIALS = {
     "kept": Trial(quantize="keep"),
     "100 records": Trial(data="chat-100"),
     "rate 1e-4": Trial(learning_rate=1e-4),
-    "rate 5e-4": Trial(learning_rate=5e-4),
     "rate 1e-3": Trial(learning_rate=1e-3),
     "rate 3e-3": Trial(learning_rate=3e-3),
     "350 tokens": Trial(data="text-350", rank=8, learning_rate=1e-3),
@@ -66,7 +65,7 @@ class Args:
     """Data and adapters of the runs, some 500 MB."""
     only: tuple[str, ...] = ()
     """Run these alone, such as "rank 8"; and write no page unless they were the last."""
-    steps: int = 32
+    steps: int = 28
     batch: int = 8
     """Records in a step."""
     records: int = 1000

@@ -94,10 +94,10 @@ def test_rank_helps_where_it_gains_most():
 def test_a_run_that_diverged_is_one():
     claim, report = "5e-4 may diverge", _report()
     assert _outcomes(report)[claim] == "does not hold here"
-    report["runs"]["rate 5e-4"] |= {"loss": None, "diverged": "Step 3 has loss nan"}
-    assert _outcomes(report)[claim] == "holds"
+    report["runs"]["rate 1e-3"] |= {"loss": None, "diverged": "Step 3 has loss nan"}
+    assert _outcomes(report)[claim] == "at twice that it does"
     page = study_page.page_of(report)
-    assert "diverged or worse than no training: 5e-4." in page
+    assert "diverged or worse than no training: 1e-3." in page
     assert not re.search(r"\bnan\b", page)
 
 
