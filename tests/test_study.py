@@ -14,6 +14,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 import study_data  # noqa: E402
 import study_page  # noqa: E402
+import study_runs  # noqa: E402
+
+import jlora.runs.loop  # noqa: E402
 
 
 def _said(*turns):
@@ -120,6 +123,31 @@ def test_a_study_with_other_settings_or_on_another_machine_is_refused(tmp_path):
     for other in (({"steps": 2}, machine), (settings, machine | {"cpu": "another"})):
         with pytest.raises(SystemExit, match="is of another study"):
             study.begun(args, *other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["adapter", "full", "diverged"])
+def test_a_run_finds_what_the_page_needs(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(jlora.runs.loop, "memory_of", jlora.runs.loop.memory_of)  # taken back after the test
+    lines = study.TEXT.read_text().splitlines(keepends=True)
+    (tmp_path / "data").mkdir()
+    for name, text in zip(study_runs.FILES["text-350"], (lines[:2], lines[2:8]), strict=True):
+        (tmp_path / "data" / name).write_text("".join(text))
+    task = study_runs.Task(
+        name="run", trial=None, model=str(ROOT / "examples" / "assets" / "tiny-gpt2"), place=str(tmp_path), steps=4, batch=2
+    )  # fmt: skip
+    rate = {"adapter": 5e-3, "full": 1e-3, "diverged": 1e30}[how]
+    trial = study_runs.Trial(data="text-350", how="full" if how == "full" else "adapter", learning_rate=rate)
+    found = (study_runs.train_full if how == "full" else study_runs.train_adapter)(task, trial)
+    assert found["step_bytes"] > found["base_bytes"] and found["train_tokens"] > 50
+    assert (found["base"] == 0) == (how == "full")
+    if how == "diverged":
+        assert found["loss"] is None and "diverged" in found["diverged"]
+        return
+    assert found["loss"] < found["base_loss"] and len(found["train_losses"]) == 4
+    assert found["step_s"]["median"] > 0
+    if how == "adapter":
+        assert found["factors"] == found["trained"] and [step for step, _ in found["evaluations"]] == [0, 1, 2, 3, 4]
 
 
 # ---- the data ---------------------------------------------------------------------------------------------------------
