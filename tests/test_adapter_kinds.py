@@ -61,7 +61,7 @@ def rendered(table):
 # LoHa and MiSS beside PEFT's
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THEIRS)
 def test_files_go_both_ways(llama, name, tmp_path):
     theirs = theirs_of(name)
@@ -143,6 +143,7 @@ def test_the_tree_invariants(llama, name):
     np.testing.assert_allclose(our_logits(model, jlora.route(routed, "one")), expected, atol=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", THEIRS)
 def test_on_a_packed_base(llama, name):
     """The adapter of an NF4 base is that of its dequantized base, and no dense kernel is kept for the backward pass."""
@@ -160,6 +161,7 @@ def test_on_a_packed_base(llama, name):
     assert weight.shape not in {leaf.shape for leaf in jax.tree.leaves(back)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_wrapped(name, transpose):

@@ -71,6 +71,7 @@ def test_of_raw_text(tmp_path, gpt2_dir, text_file, call):
     assert "The keeper" in said.out and "template" not in said.err
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_runs_own_figure(chat_run, records_file, call):
     output, result = chat_run
     bare = call("evaluate", "--adapter", output / "adapter")
@@ -111,6 +112,7 @@ def test_flags_win_and_what_differs_is_said(flags, says, chat_run, records_file,
     assert loss(said) != pytest.approx(result.eval_loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_elsewhere(chat_run, records_file, tmp_path, call):
     """An adapter that was copied, data that moved, and other data, whose split is nobody's."""
     output, result = chat_run
@@ -275,6 +277,7 @@ def test_an_adapter_on_another_base(kind, moving_base, other_dir, tmp_path, call
     assert base_notes(said) == [f"note: the adapter {expected}"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("named", "model", "noted"),
     [
@@ -370,6 +373,7 @@ def test_no_adapter_is_written_beside_a_model(weights, layout, llama_dir, tmp_pa
         save(directory)
 
 
+@pytest.mark.slow
 def test_a_model_with_an_adapter_beside_it(llama_dir, tmp_path, call, fails, recwarn):
     both, alone = shutil.copytree(llama_dir, tmp_path / "both"), tmp_path / "alone"
     _, params = jlora.load(both, dtype="float32")

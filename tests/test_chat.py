@@ -102,6 +102,7 @@ def test_a_pipe_gets_the_answers_alone_with_the_history_in_the_template(chat, ch
     assert [{k: turn[k] for k in ("role", "content")} for turn in record["messages"]] == turns
 
 
+@pytest.mark.slow
 def test_adapters_are_switched_without_compiling(chat, chat_dir, voices_dir):
     flags = ["--adapter", voices_dir, "--temperature", 0, "--max-new-tokens", 8]
     lines = ["the keeper", "/reset", "/adapter tide", "the keeper", "/reset", "/base", "the keeper", "/adapter"]

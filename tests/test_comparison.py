@@ -195,6 +195,7 @@ def test_base_and_adapted_are_what_each_generates(llama, adapted):
     assert abs(result.base.loss - result.adapted.loss) > 1e-3
 
 
+@pytest.mark.slow
 def test_distances_are_taken_after_the_prompt(llama, adapted):
     model, params, _ = llama
     result = compared(model, adapted)

@@ -59,6 +59,7 @@ def supervised(row, tokenizer):
     return tokenizer.decode(row.input_ids[row.labels != IGNORED].tolist(), skip_special_tokens=False)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_ids_are_those_of_the_whole_conversation(tokenizers, kind, name):
@@ -250,6 +251,7 @@ def pre_tokenizer(steps):
     return {"type": "Sequence", "pretokenizers": [{"type": kind, **kinds[kind](*rest)} for kind, *rest in steps]}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=["plain", "NFC"])
 @pytest.mark.parametrize("steps", sorted(WORDS_APART), ids=lambda steps: steps[0][0] + str(len(steps[0][1:])))
 def test_a_text_cut_between_words_has_the_ids_of_the_whole(steps, normalizer):

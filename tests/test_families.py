@@ -77,6 +77,7 @@ def forms(params):
 # Reading and writing
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(variant, loaded):
     directory, oracle, model, params = loaded(variant)

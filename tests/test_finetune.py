@@ -280,6 +280,7 @@ def test_keeps_the_last_checkpoints(run):
     assert saved_steps(run.output)[-2:] == [8, 12]
 
 
+@pytest.mark.slow
 def test_best_state_becomes_the_adapter(best_run, tmp_path):
     best = best_step(best_run)
     assert best != STEPS and best % best_run.config.checkpoint_every, "the run must overfit between two checkpoints"
@@ -357,6 +358,7 @@ def test_resuming_with_other_data_or_another_base_is_refused(run):
     assert (adapter_bytes(run.output), (run.output / "metrics.jsonl").read_bytes()) == (adapter, log)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(run):
     adapter, log = adapter_bytes(run.output), (run.output / "metrics.jsonl").read_bytes()
     result = jlora.finetune(dataclasses.replace(run.config, resume=True))
@@ -463,6 +465,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     assert adapter_bytes(output) == adapter_bytes(run.output)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_breaks_the_model(run, tmp_path):
     """The loss of step 1 is that of the base; its evaluation shows what the step did, and that state is not kept."""
     config = dataclasses.replace(

@@ -135,6 +135,7 @@ def test_a_prompt_goes_on_from_the_past(loaded, form):
     assert got == jlora.generate(model, params, [other], **options)[0]
 
 
+@pytest.mark.slow
 def test_a_past_grows(loaded, monkeypatch):
     """As when a conversation outgrows the cache."""
     monkeypatch.setattr(decoding, "_LEAST_CAPACITY", 16)
@@ -149,6 +150,7 @@ def test_a_past_grows(loaded, monkeypatch):
     assert sizes == [16, 16, 32, 32]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("spec", [None, jlora.NF4(), jlora.Int8()], ids=repr)
@@ -181,7 +183,8 @@ def test_what_does_not_fit_is_decoded_as_it_is(loaded, monkeypatch):
     model, params, _ = loaded["llama"]
     packed = jlora.quantize_params(params, jlora.NF4())
     monkeypatch.setattr(form, "_free_bytes", lambda: 0.0)
-    assert for_decoding(model, packed)[1] is packed
+    with pytest.warns(UserWarning, match="Decoding without a copy of the kernels in float32"):
+        assert for_decoding(model, packed)[1] is packed
 
 
 def test_arguments_of_a_stream_are_looked_at_before_it_starts(loaded):

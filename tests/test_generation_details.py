@@ -76,7 +76,7 @@ def test_prompts_of_any_length_continue_as_in_transformers(loaded, graph, form):
     assert all(len(row) == NEW for row in expected)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), [("gpt2", "stacked"), ("llama", "per layer")])
 def test_an_adapter_generates_what_its_merged_weights_do(loaded, family, form):
     model, params, _ = loaded[family]
@@ -221,6 +221,7 @@ def test_tokens_come_as_often_as_they_should(loaded, draw):
 # Truncation
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60), st.floats(0.01, 1.0), st.sampled_from([0.5, 1.0, 4.0]))
 def test_truncation_is_transformers(seed, top_k, top_p, scale):

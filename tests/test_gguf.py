@@ -253,7 +253,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(variant, changes, says, load
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 def test_an_adapter_on_a_quantized_base_is_merged_in_float32(variant, loaded, tok, tmp_path):
     _, model, params = loaded(variant)
@@ -460,7 +460,7 @@ def test_named_chat_templates(loaded, tok, tmp_path):
 # Adapters
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen2"])
 def test_base_plus_adapter_is_the_merged_model(variant, kind, loaded, tok, tmp_path):
@@ -607,6 +607,7 @@ def test_without_the_package(loaded, tok, tmp_path, monkeypatch):
 # PyTorch state dicts
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_dict(variant, dtype, loaded, tmp_path):
@@ -719,6 +720,7 @@ def export(to, adapter, output, *flags):
     main(["export", "--to", to, "--adapter", str(adapter), "--output", str(output), *flags])
 
 
+@pytest.mark.slow
 def test_export_writes_the_same_model_everywhere(llama_dir, adapter_dir, tmp_path, capsys):
     out = {to: tmp_path / to for to in ("transformers", "torch", "gguf", "gguf-adapter", "ollama")}
     for to, path in out.items():

@@ -23,7 +23,7 @@ def updates(params):
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), found, jlora.remove_lora(params))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "qwen2", "mistral", "qwen3", "smollm3", "gemma3"])
 def test_what_is_written_is_read(variant, kind, loaded, tmp_path):
@@ -132,6 +132,7 @@ def test_one_of_another_architecture_is_refused(file, loaded):
         jlora.load_adapter(file, loaded("gpt2")[2])
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(llama_dir, call, tmp_path):
     model, params = jlora.load(llama_dir, dtype="float32")
     config = jlora.LoraConfig(rank=4)

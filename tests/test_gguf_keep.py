@@ -74,7 +74,7 @@ def packed_leaves(params):
     return {path: leaf for path, leaf in flatten(params).items() if isinstance(leaf, jlora.QuantizedTensor)}
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "kind"), [*itertools.product(["llama"], GGML_TYPES), ("gpt2", "Q8_0"), ("gpt2", "Q5_K")]
 )
@@ -111,6 +111,7 @@ def test_a_kept_file_is_the_decoded_one(family, kind, dense_files, tmp_path):
         jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str(a)), predicted, params)
 
 
+@pytest.mark.slow
 def test_layers_in_several_formats(dense_files, tmp_path, fails, call):
     """As llama.cpp's Q4_K_M has them: every second one stays in more bits. They load, and do not stack."""
     path = packed_as(
@@ -160,6 +161,7 @@ def test_refusals(dense_files, llama_dir, tmp_path, fails):
     assert "is none" in fails("generate", "--model", str(llama_dir), "--quantize", "keep", "--prompts", "a")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_kept_file(dense_files, text_file, call, tmp_path):
     """Trained, and taken as it was trained by every command; merged into dense weights."""
     path = packed_as(dense_files["llama"], tmp_path / "model.gguf", lambda name: "Q4_1")

@@ -41,6 +41,7 @@ def outputs(directory, ids):
     return np.asarray(model.apply({"params": params}, ids))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_trained_on(run, base):
     fields = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(base)
@@ -51,6 +52,7 @@ def test_a_run_says_what_it_was_trained_on(run, base):
 IDS = np.array([[3, 50, 60, 70, 9, 8]])
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_adapter_of_a_run(run, base, call, tmp_path):
     adapter = ["--adapter", str(run / "adapter")]
     said = call("evaluate", *adapter)

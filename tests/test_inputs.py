@@ -98,7 +98,7 @@ def with_rope(target, fields):
     return target
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", SAME)
 def test_rotations_are_those_of_transformers(case, tmp_path):
     directory = with_rope(tmp_path / "m", SAME[case])
@@ -270,6 +270,7 @@ FITS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", FITS)
 def test_adapters_that_fit_are_read_as_peft_reads_them(case, adapter, base, tmp_path):
     fields = FITS[case]

@@ -93,7 +93,7 @@ def wrapped(family, *, noise=0.1, tied=None, **fields):
 # Against PEFT
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PARITY)
 def test_files_go_both_ways(checkpoints, loaded, case, tmp_path):
     family, fields = PARITY[case]
@@ -265,6 +265,7 @@ def test_nothing_of_a_frozen_kernel_is_made(stack, kind):
     assert not {x.shape for x in jax.tree.leaves(state)} & forbidden
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_every_kind(loaded, tmp_path):
     params = loaded("gpt2")[1]
     adapter, _ = jlora.split(perturbed(jlora.add_lora(params, LoraConfig(rank=2, **OURS["all"]), key=KEY)))
@@ -475,6 +476,7 @@ TIES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("case", TIES)
 def test_an_adapted_embedding_that_is_the_head_is_merged_untied(case, stack, tmp_path):

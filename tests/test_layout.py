@@ -255,6 +255,7 @@ def test_a_record_longer_than_the_data_set_says():
 # The loss
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_loss_of_an_epoch_is_that_of_a_row_for_each(family):
     """Token-weighted, in float32, trained batches and evaluated ones."""
@@ -270,6 +271,7 @@ def test_the_loss_of_an_epoch_is_that_of_a_row_for_each(family):
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_the_batch():
     model, adapter, base = small.build(small.LLAMA)
     data = Data(np.random.default_rng(4).integers(2, 20, 24))
@@ -310,6 +312,7 @@ def uneven_run(model, data, output, **changes):
     return jlora.FinetuneConfig(model=str(model), data=str(data), output=str(output), **fields | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_says_how_records_lie_and_resumes_to_the_byte(
     uneven_model, uneven_records, tmp_path, capsys, monkeypatch

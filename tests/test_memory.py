@@ -51,7 +51,7 @@ def compiled_peak(model, params, tx, batch_size, length):
     return planned(step.lower(state, base, abstract_batch(batch_size, length), key).compile())
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_prediction_is_near_the_compilers_plan(case):
     model, params = prepare(*CASES[case])

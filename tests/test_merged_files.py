@@ -74,7 +74,7 @@ def bytes_of(directory, *names):
     return {name: (Path(directory) / name).read_bytes() for name in names}
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("command", [("merge",), ("export", "--to", "transformers")], ids=lambda c: c[0])
 def test_the_files_are_the_bases(dtype, command, tmp_path):

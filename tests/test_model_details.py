@@ -191,7 +191,7 @@ def spans(row):
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @both_forms
 def test_each_segment_equals_the_segment_alone(model_and_params, form):
     model, params = model_and_params

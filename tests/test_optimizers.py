@@ -98,7 +98,7 @@ def run(tx, steps=4, adapter=ADAPTER, accumulate=2):
     return state
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_step_follows_optax(name):
     state = run(MAKERS[name]())
@@ -138,6 +138,7 @@ def test_all_that_optax_makes(tx):
     run(tx, steps=3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # in optax's L-BFGS
 @pytest.mark.parametrize("name", ["adamw", "prodigy", "schedule_free", "MultiSteps", "lbfgs"])
 def test_a_bfloat16_adapter_is_one_program(name):

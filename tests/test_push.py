@@ -213,6 +213,7 @@ def front_matter(card):
 # What arrives
 
 
+@pytest.mark.slow
 def test_a_run_arrives_whole_and_nothing_else(hub, finetuned, capsys):
     before = snapshot(finetuned)
     assert run("push", finetuned, REPO, "--base-model", "somebody/tiny-gpt2", "--license", "mit") == 0
@@ -544,6 +545,7 @@ def test_a_server_that_echoes_the_token(text, hub, finetuned, fails, monkeypatch
 # What goes wrong
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("where", "status", "says"),
     [

@@ -354,6 +354,7 @@ def test_constants_are_small_and_lookups_unchecked():
         assert eqn.params["mode"] in (jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS, jax.lax.GatherScatterMode.CLIP)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stack", [True, False])
 def test_bfloat16_dots_have_operands_of_one_dtype(stack):
     """T4."""
@@ -404,7 +405,7 @@ def test_every_format_trains(spec):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_generation_from_a_quantized_model(four_bit, family):
     _, directory, theirs = four_bit[family]
     model, params = jlora.load(directory, dtype=jnp.float32)
@@ -415,6 +416,7 @@ def test_generation_from_a_quantized_model(four_bit, family):
     assert tokens == merged
 
 
+@pytest.mark.slow
 def test_merging_an_adapter_on_a_quantized_base(four_bit, tmp_path):
     """float32 on the dequantized base; transformers reads the dense result."""
     _, directory, _ = four_bit["llama"]

@@ -110,6 +110,7 @@ def test_the_remaining_commands_take_a_packed_model(packed_dir, text_file, tmp_p
     assert not any(isinstance(leaf, jlora.QuantizedTensor) for leaf in jlora.tree.paths.flatten(params).values())
 
 
+@pytest.mark.slow
 def test_what_quantize_refuses(packed_dir, llama_dir, tmp_path, capsys):
     for flags, words in (
         (["--model", llama_dir, "--output", packed_dir], "already holds"),

@@ -252,7 +252,7 @@ SETTINGS = [
 SHAPES = [(128, 96), (2, 50, 6), (64,), (100,), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8)]
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("name", "double_quant"), SETTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trip(name, double_quant, shape):
@@ -287,6 +287,7 @@ def test_round_trip(name, double_quant, shape):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_stack_is_its_layers(name):
     w = draw(3, 64, 32)
@@ -334,6 +335,7 @@ def test_products_and_their_gradient(name, implementation, transpose, shape):
     np.testing.assert_allclose(jax.vmap(lambda x: jlora.linear(x, q, transpose=transpose))(x), plain(x), atol=2e-5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", SPECS)
 def test_products_of_a_stack_under_vmap(name):
     w = draw(3, 64, 32)
@@ -351,7 +353,7 @@ def test_bfloat16_products_sum_in_float32():
     assert jlora.linear(x, q).dtype == jnp.bfloat16
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("shape", [(128, 64), (50, 6)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_of_a_quantized_embedding(name, shape):

@@ -64,6 +64,7 @@ HALVES = {
 }
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("halves", HALVES)
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_any_block_decodes_to_the_packages_bits(name, halves):
@@ -95,6 +96,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", MADE)
 def test_quantizing_makes_the_packages_bytes(name, weight):
@@ -145,7 +147,7 @@ def test_a_checkpoint_beyond_the_scales_is_refused(llama_dir, tmp_path):
 # ---- as values -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_products_lookups_and_gradients(name):
     q = random_kernel(name, 512, 24)
@@ -167,6 +169,7 @@ def test_products_lookups_and_gradients(name):
     np.testing.assert_array_equal(jlora.embed(ids, q), dense[ids])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_stacked_scanned_and_sharded(name):
     layers = [random_kernel(name, 256, 16, seed=i) for i in range(3)]
@@ -183,6 +186,7 @@ def test_stacked_scanned_and_sharded(name):
         np.testing.assert_array_equal(jax.jit(jlora.linear)(eye, placed), dense[0])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_adapted_wrapped_and_merged(name):
     """`jlora.wrap` of a plain function, LoRA on the packed kernel, and the merged weight, which is dense."""

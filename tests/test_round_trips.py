@@ -179,7 +179,7 @@ def test_the_table_is_about_these():
     assert set(CELLS.values()) <= {"both", "out", "no", "untied only", "not GPT-2"}
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("row", "column", "family"), cells("out"))
 def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     _, model, params = loaded(family)
@@ -191,7 +191,7 @@ def test_what_we_write_is_read(row, column, family, loaded, tok, tmp_path):
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "quantize", [pytest.param(jlora.NF4(), id="nf4"), pytest.param(jlora.Int8(), id="int8", marks=pytest.mark.slow)]
 )
@@ -211,7 +211,7 @@ def test_adapters_of_a_packed_base_are_written_alike(column, family, quantize, l
     np.testing.assert_allclose(theirs, expected, atol=ATOL, rtol=ATOL)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("row", "column", "family"), [c for c in cells("both") if c.values[1] == "PEFT"])
 def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
     """tests/test_mlx.py has the reverse for mlx-lm, among the slow tests."""

@@ -96,7 +96,7 @@ def raising(error):
 # Checkpoints
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -458,6 +458,7 @@ def test_after_a_run_that_failed_before_its_first_checkpoint_others_settings_are
     assert_same(config, finished)
 
 
+@pytest.mark.slow
 def test_after_divergence_another_rate_may_be_tried(finished, tmp_path):
     config = dataclasses.replace(finished, output=str(tmp_path / "out"), save="last")
     with pytest.raises(TrainingDiverged):

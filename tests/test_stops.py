@@ -182,6 +182,7 @@ def test_fields_that_checkpoints_have(fields, tmp_path):
     assert generation_config(tmp_path) == fields
 
 
+@pytest.mark.slow
 def test_generation_stops_where_transformers_does(tmp_path):
     directory = checkpoint(tmp_path / "m")
     model, params = jlora.load(directory, dtype=jnp.float32)

@@ -135,6 +135,7 @@ def test_no_more_logits_exist_than_those_of_a_chunk(kind, dtype):
 SPECS = {"ti,io->to": ((7, 5), (5, 6)), "ti,oi->to": ((7, 5), (6, 5)), "bsi,bij->bsj": ((2, 3, 5), (2, 5, 4))}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_einsum_gradients_are_those_of_jnp_einsum(spec, dtype):

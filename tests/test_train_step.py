@@ -49,7 +49,7 @@ def plain_loss(model, params, batch):
     return -jnp.sum(jnp.where(targets != -100, picked, 0.0))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [5, 16, 66, 512])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_chunked_loss_is_the_plain_one(chunk, share):
@@ -66,6 +66,7 @@ def test_chunked_loss_is_the_plain_one(chunk, share):
     assert share > 0 or float(got[0]) == 0.0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_head_gradients_dense_and_adapted(transpose):
     rng = np.random.default_rng(0)

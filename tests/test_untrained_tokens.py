@@ -186,7 +186,7 @@ def test_in_16_bits(base, dtype):
     assert "2 special tokens" in said(directory)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("family", "options", "warned"),

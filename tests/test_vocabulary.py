@@ -76,6 +76,7 @@ def test_padding_that_no_text_holds_may_lie_beyond_the_embedding(files, tmp_path
     assert result.eval_loss is not None and math.isfinite(result.eval_loss)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_named():
     model, params = jlora.load(ASSET, dtype="float32")
     ids = np.array([[5, 6, 7, 8]], np.int32)

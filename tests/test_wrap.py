@@ -6,7 +6,7 @@ import torture
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "kind", "dtype"), list(torture.rows(loops=False)))
 def test_torture(name, kind, dtype):
     torture.check(name, kind, dtype)

@@ -6,7 +6,7 @@ import torture
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "kind", "dtype"), list(torture.rows(loops=True)))
 def test_torture(name, kind, dtype):
     torture.check(name, kind, dtype)

@@ -79,7 +79,7 @@ def test_our_models_give_what_the_explicit_path_gives(fields, quantize, stack, q
     assert_same(value_and_grad(wrapped), value_and_grad(model.apply), 1e-4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 def test_overhead_of_a_training_step(stack):
     """Two layers of full width and all of the loss; `benchmarks/wrap_overhead.py` measures the whole GPT-2 likewise."""
@@ -106,6 +106,7 @@ def test_overhead_of_the_whole_gpt2():
     assert abs(wrapped["flops"] / explicit["flops"] - 1) < 0.01
 
 
+@pytest.mark.slow
 def test_an_adapted_embedding_with_a_tied_head():
     """The one difference: `wrap` adapts every use of a leaf, our own models keep the base in a tied head, as PEFT does."""
     model = model_from_config(GPT2 | IDS, dtype=jnp.float32)
@@ -256,7 +257,7 @@ def test_nnx_helper_loses_no_state(quick_compilation):
 # Equinox: a module is a tree, whose leaves are replaced in place
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 def test_equinox(quantize, quick_compilation):
     mlp = eqx.nn.MLP(20, 8, 36, 2, activation=jax.nn.gelu, use_final_bias=False, key=KEY)

@@ -84,6 +84,7 @@ def _used_too(fn):
     return lambda p, x: (fn(x, p["w"]), x @ p["w"])
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_uses(name):
     fn, params = _used_too(HARD[name]), {"w": weight()}
@@ -311,7 +312,7 @@ def test_weights_with_roles_are_refused_elsewhere(tmp_path):
                 jlora.linear(jnp.ones((1, 4)), q)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("roles", "shape"), [("ioo", (8, 4, 6)), ("iio", (4, 6, 8)), ("oio", (4, 64, 6)), ("oi", (8, 32))]
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def for_decoding(model: Model, params: Params, *, batch: int = 1) -> tuple[Model
     a float32 model of the same weights. Adapters stay beside them. On other backends: as they are.
 
     On two AVX-512 cores with AMX, 60 kernels of 576 x 1536: one row float32 12 ms as [in, out], 9 as [out, in], bfloat16 13;
-    eight rows float32 35 and 21, bfloat16 13 (one row as [in, out]: 280).
+    eight rows float32 35 and 21, bfloat16 13.
     """
     if jax.default_backend() != "cpu":
         return model, params
@@ -33,7 +34,12 @@ def for_decoding(model: Model, params: Params, *, batch: int = 1) -> tuple[Model
         jnp.bfloat16 if model.dtype == jnp.bfloat16 and batch > 1 and multiplies_bfloat16() else jnp.float32
     )
     copied = sum(_bytes(leaf, dtype) for leaf in jax.tree.leaves(params, is_leaf=_is_frozen))
-    if copied > _SHARE * _free_bytes():
+    if copied > (room := _SHARE * _free_bytes()):
+        warnings.warn(
+            f"Decoding without a copy of the kernels in {dtype.name}, which takes {copied / 1e9:.1f} GB where {room / 1e9:.1f} GB "
+            "are to spare: packed kernels are decoded anew for each token. Free memory, or generate many rows at once.",
+            stacklevel=4,  # the caller of `generate`
+        )
         return model, params
     made = jax.tree_util.tree_map_with_path(functools.partial(_formed, dtype), params, is_leaf=_is_frozen)
     return (model if model.dtype == dtype else replace(model, dtype=dtype)), made
