@@ -39,8 +39,8 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/large_model.py --output benchmarks/results/large_model_cpu.json
 	$(BIN)/python benchmarks/wrap_overhead.py --output benchmarks/results/wrap_overhead_cpu.json
 
-# Writes docs/results.md again, and benchmarks/results/study_cpu.json, from which it is made: half an hour on two quiet cores. A study
-# that was stopped goes on; remove the JSON file to begin anew.
+# Writes docs/results.md again, and benchmarks/results/study_cpu.json, from which it is made: some 35 minutes on two quiet cores.
+# A study that was stopped goes on; remove the JSON file to begin anew.
 study: .venv/smollm2
 	$(BIN)/python benchmarks/study.py
 

