@@ -65,7 +65,7 @@ class Args:
     """Data and adapters of the runs, some 500 MB."""
     only: tuple[str, ...] = ()
     """Run these alone, such as "rank 8"; and write no page unless they were the last."""
-    steps: int = 28
+    steps: int = 24
     batch: int = 8
     """Records in a step."""
     records: int = 1000
