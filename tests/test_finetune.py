@@ -20,7 +20,7 @@ import yaml
 
 import jlora
 from jlora.data import eval_batches, load_data
-from jlora.runs import Stopped, TrainingDiverged, loop
+from jlora.runs import Stopped, TrainingDiverged, job, loop
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -270,7 +270,7 @@ def test_one_compilation(gpt2_dir, text_file, tmp_path, caplog):
         jlora.finetune(config)
     compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
     assert sum("jit(step)" in message for message in compiled) == 1
-    assert sum("jit(_batch_loss)" in message for message in compiled) == 1
+    assert sum("jit(batch_loss)" in message for message in compiled) == 1
 
 
 # Checkpoints
@@ -490,3 +490,23 @@ def test_what_a_run_says(run, capsys):
     said = " ".join(capsys.readouterr().out.split())
     for part in ("gpt2, 2 layers", "attn.c_attn", "resuming after step 12 of 12", "loads in PEFT", "before,"):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("stacked", "changes"),
+    [
+        (True, {}),
+        (False, {"steps": job.BRIEF + 1}),
+        (False, {"steps": None}),
+        (False, {"quantize": "nf4"}),
+        (False, {"targets": ("layers.0.self_attn.q_proj",)}),
+        (False, {"form": "per-layer"}),
+    ],
+)
+def test_short_runs_compile_one_layer_on_cpu(monkeypatch, stacked, changes):
+    monkeypatch.setattr(job, "compiler_options", lambda: {"an": "option"})
+    config = jlora.FinetuneConfig(model="m", data="d", output="o", **({"steps": job.BRIEF} | changes))
+    assert job._form(config, True, quickly=True)[0] == stacked
+    assert config.form != "auto" or not job._form(config, True, quickly=False)[0]
+    monkeypatch.setattr(job, "compiler_options", dict)
+    assert config.form != "auto" or not job._form(config, True, quickly=True)[0]

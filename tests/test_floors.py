@@ -9,7 +9,7 @@ import jlora
 
 PACKAGE = Path(jlora.__file__).parent
 FLOORS = [
-    {"_start", "_terminal", "_typing", "weight", "tree", "_numbers"},
+    {"_start", "_terminal", "_typing", "_processor", "weight", "tree", "_numbers"},
     {"quant", "storage"},
     {"lora"},
     {"wrapping", "models"},
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within the lowest floor: the tree functions know values, values know the vocabulary.
-GROUND = ["_start", "_terminal", "_typing", "weight", "tree", "_numbers"]
+GROUND = ["_start", "_terminal", "_typing", "_processor", "weight", "tree", "_numbers"]
 USES_FLAX_FROM = FLOOR_OF["models"]
 
 

@@ -22,6 +22,7 @@ LLAMA = {
 GPT2 = {"model_type": "gpt2", "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512, "n_layer": 8}
 CASES = {
     "llama": (LLAMA, {}, {}),
+    "llama bf16": (LLAMA, {"dtype": jnp.bfloat16}, {}),
     "llama bf16 nf4 remat": (LLAMA, {"dtype": jnp.bfloat16, "quantize": jlora.NF4()}, {"remat": "layer"}),
     "llama nf4": (LLAMA, {"quantize": jlora.NF4()}, {}),
     "gpt2 per layer": (GPT2, {"stack": False}, {}),

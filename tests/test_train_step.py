@@ -11,6 +11,7 @@ from jaxprs import walk
 from steps import GPT2, LLAMA, RANK, build, make_batch
 
 import jlora
+from jlora._processor import compiler_options
 from jlora.lora import adapted_modules
 from jlora.models import model_from_config
 from jlora.train.loss import cross_entropy
@@ -266,3 +267,26 @@ def test_layers_of_a_stack_are_told_apart():
     first, second = (modules[f"model.layers.{i}.self_attn.q_proj"].lora_A for i in (0, 1))
     assert not np.array_equal(first, second)
     assert dataclasses.is_dataclass(modules["model.layers.0.mlp.up_proj"])
+
+
+def test_a_bfloat16_stack_stays_bfloat16():
+    """A plain program of XLA:CPU makes float32 of the whole stack of each kernel. (Elsewhere, and on processors without
+    bfloat16, none is asked for.)"""
+    model, adapter, base = build(LLAMA, dtype=jnp.bfloat16, stack=True)
+    tx = optax.sgd(1e-2)
+    state = jlora.train.init_state(adapter, tx)
+    step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
+    text = step.lower(state, base, make_batch(), jax.random.key(0)).compile().as_text()
+    stacks = {kernel.shape for path, kernel in flatten(base).items() if path.endswith("kernel") and kernel.ndim == 3}
+    wide = [shape for shape in stacks if f"f32[{','.join(map(str, shape))}]" in text]
+    assert stacks and bool(wide) == (not compiler_options())
+
+
+def test_a_step_inside_another_program_is_the_step():
+    model, adapter, base = build(LLAMA)
+    tx = optax.sgd(1e-2)
+    step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
+    states = [jlora.train.init_state(adapter, tx) for _ in range(2)]
+    alone, metrics = step(states[0], base, make_batch(), jax.random.key(0))
+    within, inner = jax.jit(lambda state: step(state, base, make_batch(), jax.random.key(0)))(states[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), (alone, metrics), (within, inner))

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora._processor import multiplies_bfloat16
 from jlora._typing import Array, DTypeLike, Params, PyTree
 from jlora.models import Model, replace
 from jlora.weight import Weight, dense_matmul, is_adapted, is_weight, materialize, register_node
@@ -115,16 +115,6 @@ class Table(Weight):
 
     def cast(self, dtype):
         return Table.of(self.table.astype(dtype))
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has products of bfloat16 (AMX, or AVX-512's)."""
-    try:
-        found = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return False
-    return "amx_bf16" in found or "avx512_bf16" in found
 
 
 def _formed(dtype: jnp.dtype, path: tuple[Any, ...], leaf: Any) -> Any:

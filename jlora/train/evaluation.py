@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import jax
 
 from jlora._numbers import NotFinite as NotFinite
+from jlora._processor import compiler_options
 from jlora._typing import Batch, Params
 from jlora.models import Model
 from jlora.train.loss import causal_lm_loss
@@ -35,9 +36,14 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _batch_loss(loss_fn, params, batch):
-    return loss_fn(params, batch, None)
+@functools.cache
+def _batch_loss():
+    """(loss_fn, params, batch) -> what the loss gives; made at the first use, since it depends on the backend."""
+
+    def batch_loss(loss_fn, params, batch):
+        return loss_fn(params, batch, None)
+
+    return jax.jit(batch_loss, static_argnames="loss_fn", compiler_options=compiler_options())
 
 
 def evaluate(model: Model, params: Params, batches: Iterable[Batch]) -> Evaluation:
@@ -51,7 +57,7 @@ def evaluate(model: Model, params: Params, batches: Iterable[Batch]) -> Evaluati
     total, tokens, n = 0.0, 0, 0
     for batch in batches:
         loss_fn.check(batch, wait=True)
-        loss, supervised = _batch_loss(loss_fn, params, dict(batch))
+        loss, supervised = _batch_loss()(loss_fn, params, dict(batch))
         total, tokens, n = total + float(loss), tokens + int(supervised), n + 1
         if not math.isfinite(total):
             raise NotFinite("The loss is", float(loss), params)

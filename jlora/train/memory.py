@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._processor import compiler_options
 from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
@@ -107,8 +108,10 @@ def predict(
     # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
     if on_cpu and model.dtype == jnp.bfloat16 and is_stacked(params):
-        # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
-        saved, one_layer, extra = 2 * saved, 2 * one_layer, extra + 2 * _dense_stacks(base)
+        one_layer *= 2  # its products are float32 until they are rounded
+        if not compiler_options():
+            # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
+            saved, extra = 2 * saved, extra + 2 * _dense_stacks(base)
     tokens = batch_size * length
     chunk = min(tokens, CHUNK.get(jax.default_backend(), CHUNK["gpu"]))
     # Logits, their exponentials and their gradient, which is cast for the product.

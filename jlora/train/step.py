@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
+from jlora._processor import compiler_options
 from jlora._typing import Array, Batch, Int, PRNGKeyArray, PyTree
 from jlora.lora import combine
 from jlora.train.loss import LossFn
@@ -146,14 +148,16 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
         updates, opt_state = _updated(tx, grads, state, extra)
         return TrainState(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state), metrics
 
-    return Step(jax.jit(step, donate_argnums=0), getattr(loss_fn, "check", None))
+    jit = functools.partial(jax.jit, step, donate_argnums=0)
+    return Step(jit(compiler_options=compiler_options()), jit(), getattr(loss_fn, "check", None))
 
 
 class Step:
     """A jitted step whose batch is looked at before; everything else of it (`lower`, `trace`, …) is the jitted one's."""
 
-    def __init__(self, jitted: Callable, check: Callable[[Batch], None] | None):
-        self._jitted, self._check = jitted, check
+    def __init__(self, jitted: Callable, inner: Callable, check: Callable[[Batch], None] | None):
+        """`inner`: the same, as a part of another program, where `jax.jit` takes no compiler options."""
+        self._jitted, self._inner, self._check = jitted, inner, check
         functools.update_wrapper(self, jitted, updated=())
 
     def __call__(
@@ -161,7 +165,8 @@ class Step:
     ) -> tuple[TrainState, dict[str, Array]]:
         if self._check is not None:
             self._check(batch)
-        return self._jitted(state, base, batch, key)
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((state, base, batch, key)))
+        return (self._inner if traced else self._jitted)(state, base, batch, key)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
