@@ -56,10 +56,11 @@ class Options:
 def settings(options: Options) -> dict[str, Any]:
     """Of the model: small ones take, and need, larger steps."""
     if options.smol:
-        return {"model": str(smollm2.required()), "dtype": "bfloat16", "learning_rate": 1e-3, "max_length": 256}
+        model = str(smollm2.required())
+        return {"model": model, "dtype": "bfloat16", "learning_rate": 1e-3, "batch_size": 4, "max_length": 256}
     if options.tiny:
         return {"model": str(ASSETS / "tiny-gpt2"), "learning_rate": 5e-3, "batch_size": 8, "max_length": 256}
-    return {"model": "gpt2", "learning_rate": 5e-4, "max_length": 512}
+    return {"model": "gpt2", "learning_rate": 5e-4, "batch_size": 4, "max_length": 512}
 
 
 def main(options: Options) -> None:

@@ -35,17 +35,18 @@ class Options:
     """Directory of the run."""
     prompts: tuple[str, ...] = ("The lamp", "This morning", "She came")
     """Beginnings that both models continue."""
-    epochs: float = 4.0
+    epochs: float = 8.0
     """Passes over the text; the best state is kept, so too many cost time only."""
 
 
 def settings(options: Options) -> dict[str, Any]:
     """Of the model: small ones take, and need, larger steps."""
     if options.smol:
-        return {"model": str(smollm2.required()), "dtype": "bfloat16", "learning_rate": 1e-3, "max_length": 128}
+        model = str(smollm2.required())
+        return {"model": model, "dtype": "bfloat16", "learning_rate": 1e-3, "batch_size": 4, "max_length": 128}
     if options.tiny:
         return {"model": str(ASSETS / "tiny-gpt2"), "learning_rate": 5e-3, "batch_size": 8, "max_length": 128}
-    return {"model": "gpt2", "learning_rate": 5e-4, "max_length": 512}
+    return {"model": "gpt2", "learning_rate": 5e-4, "batch_size": 4, "max_length": 512}
 
 
 def main(options: Options) -> None:
@@ -68,7 +69,6 @@ def main(options: Options) -> None:
         [(text, tokenizer(text)["input_ids"]) for text in options.prompts],
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         key=jax.random.key(0),
-        temperature=0.7,
     )
     print_comparison(comparison)
     plot_history(Path(options.output) / "metrics.jsonl", Path(options.output) / "curve.png")
