@@ -82,7 +82,7 @@ def main(options: Options) -> None:
         (Path(options.output) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report, indent=2))
 
-    model, params = jlora.load(config.model, dtype=config.dtype)
+    model, params = jlora.load(config.model, **({"dtype": config.dtype} if options.smol else {}))
     params = jlora.load_adapter(result.adapter_dir, params)
     tokenizer = jlora.load_tokenizer(result.adapter_dir)
     comparison = jlora.compare(

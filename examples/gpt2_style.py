@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         **settings(options),
     )
     result = jlora.finetune(config)
-    model, params = jlora.load(config.model, dtype=config.dtype)
+    model, params = jlora.load(config.model, **({"dtype": config.dtype} if options.smol else {}))
     params = jlora.load_adapter(result.adapter_dir, params)
     tokenizer = jlora.load_tokenizer(result.adapter_dir)
     comparison = jlora.compare(
