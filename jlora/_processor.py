@@ -1,9 +1,12 @@
-"""What the processor of this machine can do with bfloat16, and what XLA:CPU has to be told for it."""
+"""What the processor of this machine can do with bfloat16, and what XLA:CPU has to be told to calculate well."""
 
 import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+
+from jlora._typing import Array
 
 
 @functools.cache
@@ -25,6 +28,24 @@ def compiler_options() -> dict[str, str]:
     if jax.default_backend() == "cpu" and "avx512_bf16" in _features():
         return {"xla_disable_hlo_passes": "float-normalization-bf16"}
     return {}
+
+
+def computed_once(x: Array) -> Array:
+    """The same float32 values, which XLA:CPU does not compute anew for each element that they meet, nor with changed operands.
+
+    It fuses a producer into the loop that reuses it unless what it does last is expensive, as a division is; by one, which the
+    compiler cannot know.
+    """
+    return x / jnp.where(jnp.isnan(x), x, 1)
+
+
+def nothing(like: Array) -> Array:
+    """Zeros, uint32, calculated where `like` is, for constants to be put there.
+
+    JAX takes what depends on no operand out of a `scan` that is differentiated: a constant becomes a whole array, which is
+    read from memory in every layer.
+    """
+    return like.astype(jnp.uint32) & 0
 
 
 @functools.cache

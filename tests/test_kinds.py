@@ -94,6 +94,7 @@ def wrapped(family, *, noise=0.1, tied=None, **fields):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning:peft")
 @pytest.mark.parametrize("case", PARITY)
 def test_files_go_both_ways(checkpoints, loaded, case, tmp_path):
     family, fields = PARITY[case]

@@ -377,6 +377,22 @@ def test_forward_and_backward_unpack_separately():
 
 
 @pytest.mark.slow
+@pytest.mark.few(1)
+@pytest.mark.parametrize("spec", [jlora.NF4(), jlora.Q5_1()], ids=str)
+def test_a_scan_that_is_differentiated_has_no_arrays_of_constants(spec):
+    """JAX takes out of it what depends on no operand: the table of values became an array of the kernel's size for each."""
+    w = jlora.quantize(jax.random.normal(jax.random.key(0), (3, 128, 128)), spec)
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jlora.linear(x, w), None), x, w)[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones((4, 128)), w)
+    scans = [e for e in walk(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    assert len(scans) == 2
+    for eqn in scans:
+        assert all(v.aval.size == 1 for v in eqn.invars[: eqn.params["num_consts"]])
+
+
 def test_the_base_is_usable_after_a_step():
     """T6: the base is never donated."""
     step, args = qlora()

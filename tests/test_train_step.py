@@ -254,6 +254,26 @@ def test_einsum_gradients_are_jax_s():
         assert shape not in dots, "a gradient that nobody asked for was computed"
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 32), (7, 32), (32,)], ids=str)
+def test_a_bfloat16_gradient_of_a_kernel_is_right_whatever_follows(shape, transpose):
+    """XLA:CPU turns a product round for a transpose that follows, and cannot run what it makes of some of bfloat16."""
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (48, 32) if transpose else (32, 48))
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(jlora.linear(x, w, transpose=transpose, out_dtype=jnp.float32)))
+
+    @jax.jit
+    def gradients(x, w):
+        g = jax.grad(loss, argnums=1)(x, w)
+        return g, g.T, g @ g.T
+
+    exact = gradients(x.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32))
+    for ours, expected in zip(gradients(x, w), exact, strict=True):
+        assert jnp.linalg.norm(ours - expected) < 0.01 * jnp.linalg.norm(expected)
+
+
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no trainable leaves"):
         jlora.train.init_state({"a": None}, optax.adam(1e-3))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora._typing import Array, Int, Params, PyTree
+from jlora._typing import AnyArray, Array, Int, Params, PyTree
 from jlora.lora.kinds import LoraWeight, RoutedWeight, as_lora
 from jlora.lora.transform import map_adapted
 from jlora.tree.modules import nearest
@@ -16,7 +16,7 @@ from jlora.tree.paths import flatten, map_with_path
 from jlora.weight import Inseparable, is_adapted
 from jlora.weight.roles import LINEAR
 
-Choice: TypeAlias = str | None | Sequence[str | None] | Int[Array, "*batch"]
+Choice: TypeAlias = str | None | Sequence[str | None] | Int[AnyArray, "*batch"]
 """An adapter's name, None for the base alone, or one of these (or a number in the order of the names, -1: none) for each row."""
 
 

@@ -84,16 +84,18 @@ def _attend_fwd(axes, scale, q, k, v, mask):
     # A finite floor: a row that sees no key gives a mean of the values, not NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _product(f"bhst,{keys}->{axes}", weights, v, v.dtype), (q, k, v, mask, weights)
+    out = _product(f"bhst,{keys}->{axes}", weights, v, v.dtype)
+    return out, (q, k, v, mask, weights, out)
 
 
 def _attend_bwd(axes, scale, residuals, dy):
     # By hand, for the residuals: autodiff keeps float32 scores and exponentials beside the weights.
-    q, k, v, mask, weights = residuals
+    q, k, v, mask, weights, out = residuals
     keys = axes.replace("s", "t")
     dweights = _product(f"{axes},{keys}->bhst", dy, v, jnp.float32)
-    centered = dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)
-    dscores = jnp.where(mask, weights * centered * scale, 0.0).astype(q.dtype)
+    # The mean of the cotangents under the weights, of head_dim terms instead of kv_len (FlashAttention-2, section 2.3.2).
+    mean = jnp.einsum(f"{axes},{axes}->bhs", dy, out, preferred_element_type=jnp.float32)[..., None]
+    dscores = jnp.where(mask, weights * (dweights - mean) * scale, 0.0).astype(q.dtype)
     # The scores go first: XLA:CPU 0.10 compiles some of the swapped products to a bfloat16 dot that it cannot run.
     dq = _product(f"bhst,{keys}->{axes}", dscores, k, q.dtype)
     dk = _product(f"bhst,{axes}->{keys}", dscores, q, k.dtype)

@@ -13,7 +13,7 @@ from jlora._typing import DTypeLike, JsonObject
 from jlora.models.causal import CausalLM
 from jlora.models.config import ConfigReader
 from jlora.models.context import KVCache, contexts_of
-from jlora.models.layers import Embed, Remat, gelu, normed, run_layers, vector
+from jlora.models.layers import Embed, Remat, gelu_tanh, normed, run_layers, vector
 from jlora.models.llama import FULL, MLP, SLIDING, LlamaConfig, SelfAttention, each
 from jlora.models.llama_fields import LayerFields, LlamaFields, layers_of, read_rope, write_rope
 from jlora.models.rope import Rope
@@ -128,7 +128,7 @@ class Block(nn.Module):
         attention = SelfAttention(self.config, norm=Norm, name="self_attn")
         y, cache = attention(Norm(eps, name="input_layernorm")(x), cache, context)
         x = x + Norm(eps, name="post_attention_layernorm")(y)
-        y = MLP(self.config, activation=gelu, name="mlp")(Norm(eps, name="pre_feedforward_layernorm")(x))
+        y = MLP(self.config, activation=gelu_tanh, name="mlp")(Norm(eps, name="pre_feedforward_layernorm")(x))
         return x + Norm(eps, name="post_feedforward_layernorm")(y), cache
 
 

@@ -15,7 +15,7 @@ from jlora._typing import DTypeLike
 from jlora.models.causal import CausalLM
 from jlora.models.config import ModelConfig
 from jlora.models.context import KVCache, LayerKind, attend, contexts_of
-from jlora.models.layers import Embed, Linear, Remat, RMSNorm, run_layers
+from jlora.models.layers import Embed, Linear, Remat, RMSNorm, gated, run_layers
 from jlora.models.rope import LinearScaling, Llama3Scaling, Rope, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -115,13 +115,15 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     config: LlamaConfig
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    """Of the gate, in float32."""
 
     @nn.compact
     def __call__(self, x):
         config = self.config
         gate = Linear(config.intermediate_size, use_bias=config.mlp_bias, name="gate_proj")(x)
         up = Linear(config.intermediate_size, use_bias=config.mlp_bias, name="up_proj")(x)
-        return Linear(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(self.activation(gate) * up)
+        hidden = gated(self.activation, gate, up)
+        return Linear(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(hidden)
 
 
 class Block(nn.Module):

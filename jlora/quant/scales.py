@@ -13,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora._processor import computed_once
 from jlora._typing import Array, Float, Int8, UInt8
 from jlora.quant.blockwise import absolute_maximum, in_blocks, scale_to_unit
 from jlora.quant.codes import DYNAMIC_CODE, look_up, nearest_code
@@ -107,7 +108,7 @@ class NestedAbsmax(AbsmaxScales):
         scale = jnp.repeat(self.nested, NESTED_BLOCK, axis=-1)[..., : self.blocks.shape[-1]]
         # Without the maximum, which changes no value, XLA contracts product and sum to an FMA, which rounds once, not twice.
         product = jnp.maximum(look_up(DYNAMIC_CODE, self.blocks) * scale, jnp.float32(-3e38))
-        return (product + self.offset[..., None]) / unit
+        return computed_once((product + self.offset[..., None]) / unit)
 
 
 @functools.partial(register_node, data_fields=("blocks",), meta_fields=())
@@ -220,23 +221,14 @@ class SixBitsInHalf(Scales):
     def decode(self, unit):
         scales, _, more = self._bytes()
         six = jnp.concatenate([scales & 63, (more & 15) | (scales >> 2 & 48)], axis=-1)
-        return _computed_once(_times(self.super_scales, six))
+        return computed_once(_times(self.super_scales, six))
 
     def minimum(self):
         _, minima, more = self._bytes()
         six = jnp.concatenate([minima & 63, (more >> 4) | (minima >> 2 & 48)], axis=-1)
-        return _computed_once(-_times(self.super_minima, six))
+        return computed_once(-_times(self.super_minima, six))
 
 
 def _times(shared: Array, parts: Array) -> Array:
     """float16 [*, blocks] times the numbers [*, blocks, parts] of few bits, which is exact in float32: [*, blocks * parts]."""
     return (shared.astype(jnp.float32)[..., None] * parts.astype(jnp.float32)).reshape(*shared.shape[:-1], -1)
-
-
-def _computed_once(x: Array) -> Array:
-    """The same values, which XLA:CPU does not compute anew for each of the elements that they scale (ten times slower).
-
-    It fuses a producer into the loop that reuses it unless what it does last is expensive, as a division is; by one, which the
-    compiler cannot know.
-    """
-    return x / jnp.where(jnp.isnan(x), x, 1)

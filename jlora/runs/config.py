@@ -64,7 +64,8 @@ class FinetuneConfig(AdapterFlags, Source):
     eval_every: int | None = None
     """Evaluate every so many steps; default: ten times a run. Always before the first step and after the last."""
     checkpoint_every: int | None = None
-    """Save the state every so many steps; default: ten times a run. Always after the last step."""
+    """Save the state every so many steps; default: ten times a run, but no oftener than every 25 steps. Always after the last
+    step, and when a signal ends the run."""
     keep: int = 2
     """How many of the last checkpoints to keep, besides the best."""
     save: Literal["last", "best"] = "last"

@@ -34,6 +34,7 @@ BRIEF = 100
 """Steps up to which it does not pay on CPU to compile each layer: SmolLM2's 30, bfloat16, take 20 s more before the first step and
 an eighth less time in each, of 2 s (4 x 128 tokens, two cores)."""
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
+_APART = 25  # and steps between two checkpoints, at least: those of a short run cost more than the steps that they save
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,7 +74,7 @@ class Job:
 
     @property
     def checkpoint_every(self) -> int:
-        return self.config.checkpoint_every or max(1, self.steps // _TIMES_A_RUN)
+        return self.config.checkpoint_every or max(_APART, self.steps // _TIMES_A_RUN)
 
     @classmethod
     def prepare(cls, config: FinetuneConfig, run: Run, display: Display) -> "Job":

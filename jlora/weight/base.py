@@ -8,12 +8,14 @@ asked of a weight: nobody outside looks at its type.
 import abc
 import functools
 import math
+import string
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jlora._processor import computed_once, multiplies_bfloat16
 from jlora._typing import AnyArray, Array, DTypeLike, Float, Key
 from jlora.weight.roles import LINEAR
 
@@ -224,6 +226,9 @@ def _einsum_bwd(spec, out_dtype, residuals, dy):
     dy = dy.astype(like_a.dtype)
 
     def product(lhs, rhs, to, x, y, dtype):
+        if lhs[:-1] == rhs[:-1] and {lhs[-1], rhs[-1]} == set(to):
+            pair = _over_rows(x, y)
+            return (pair if to == lhs[-1] + rhs[-1] else pair.T).astype(dtype)
         return jnp.einsum(f"{lhs},{rhs}->{to}", x, y, preferred_element_type=jnp.float32).astype(dtype)
 
     da = None if b is None else product(out, sb, sa, dy, b.astype(like_a.dtype), like_a.dtype)
@@ -231,14 +236,32 @@ def _einsum_bwd(spec, out_dtype, residuals, dy):
     return da, db
 
 
+def _over_rows(x: Array, y: Array) -> Array:
+    """The gradient of a kernel, [*rows, d_in], [*rows, d_out] -> [d_in, d_out], float32."""
+    x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+    on_cpu = jax.default_backend() == "cpu" and multiplies_bfloat16()
+    if x.dtype != jnp.bfloat16 or x.shape[0] % 2 or not x.size or not on_cpu:
+        return jnp.einsum("ti,to->io", x, y, preferred_element_type=jnp.float32)
+    # XLA:CPU multiplies bfloat16 where the sum runs along the rows of the left operand; here it would convert both to float32.
+    # It transposes the left one, the smaller, only if the sum runs over two axes; and it must not turn the product round for
+    # a transpose that follows, since of that it makes a product that it cannot run.
+    x, y = (z.reshape(2, z.shape[0] // 2, z.shape[1]) for z in (x, y))
+    left, right = sorted((x, y), key=lambda z: z.shape[-1])
+    pair = computed_once(jnp.einsum("sti,sto->io", left, right, preferred_element_type=jnp.float32))
+    return pair if left is x else pair.T
+
+
 einsum.defvjp(_einsum_fwd, _einsum_bwd, symbolic_zeros=True)
 
 
 def dense_matmul(x: AnyArray, w: AnyArray, *, transpose: bool, out_dtype: DTypeLike) -> Array:
     """`x [*, in] @ w [in, out]`, or `x [*, out] @ w.T`, of a plain array."""
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] == 1 and flat.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    kernel, dtype = "oi" if transpose else "io", jnp.dtype(out_dtype)
+    if math.prod(x.shape[:-1]) == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # XLA:CPU has no product of one bfloat16 row: it converts the whole kernel to float32, which takes 20 times as long.
-        flat = jnp.concatenate([flat, flat])
-    y: Any = einsum("ti,oi->to" if transpose else "ti,io->to", jnp.dtype(out_dtype), flat, w)
-    return y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], y.shape[-1])
+        twice: Any = einsum(f"ti,{kernel}->to", dtype, jnp.stack([x.ravel()] * 2), w)
+        return twice[0].reshape(*x.shape[:-1], -1)
+    # Not flattened: those who multiply the same x keep the same x for their gradients, not a reshape each.
+    rows = string.ascii_uppercase[: x.ndim - 1]
+    y: Any = einsum(f"{rows}i,{kernel}->{rows}o", dtype, x, w)
+    return y

@@ -37,14 +37,17 @@ class LowRankWeight(AdaptedWeight):
         return {"rank": self.rank, "scaling": self.scaling}
 
     def update(self, x: AnyArray, *, transpose: bool) -> Array:
-        """`scaling * x A B`."""
+        """`scaling * x A B`, float32."""
         first, second = self.factors()[:: -1 if transpose else 1]
         # Two skinny products, in this order: A @ B would cost as much as the base and gradients of its size.
-        return self.scaling * linear(linear(x, first, transpose=transpose), second, transpose=transpose)
+        inner = linear(x, first, transpose=transpose)
+        return self.scaling * linear(inner, second, transpose=transpose, out_dtype=jnp.float32)
 
     def matmul(self, x, *, transpose, out_dtype):
-        base = linear(x, self.base, transpose=transpose, out_dtype=out_dtype)
-        return base + self.update(self.drop(x), transpose=transpose).astype(out_dtype)
+        # A CPU writes every product in float32, and rounds their sum for less than each of them; a GPU writes what it is asked.
+        kept = jnp.float32 if jax.default_backend() == "cpu" else out_dtype
+        base = linear(x, self.base, transpose=transpose, out_dtype=kept)
+        return (base + self.update(self.drop(x), transpose=transpose).astype(kept)).astype(out_dtype)
 
     def take(self, ids):
         rows, (a, b) = embed(ids, self.base), self.factors()
