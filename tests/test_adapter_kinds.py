@@ -88,6 +88,7 @@ def test_files_go_both_ways(llama, name, tmp_path):
     assert "norm of" in rendered(adapter_table(str(tmp_path / "layers")))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", THEIRS)
 def test_gradients_are_pefts(llama, name, tmp_path):
     theirs = theirs_of(name)
@@ -114,7 +115,7 @@ def test_gradients_are_pefts(llama, name, tmp_path):
     assert found == len(expected)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_tree_invariants(llama, name):
     model, params = llama
@@ -143,7 +144,7 @@ def test_the_tree_invariants(llama, name):
     np.testing.assert_allclose(our_logits(model, jlora.route(routed, "one")), expected, atol=1e-4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THEIRS)
 def test_on_a_packed_base(llama, name):
     """The adapter of an NF4 base is that of its dequantized base, and no dense kernel is kept for the backward pass."""

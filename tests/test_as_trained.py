@@ -89,6 +89,7 @@ def test_evaluate_gives_the_runs_own_figure(chat_run, records_file, call):
     assert (loss(told), told.err) == (loss(bare), "")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -277,7 +278,7 @@ def test_an_adapter_on_another_base(kind, moving_base, other_dir, tmp_path, call
     assert base_notes(said) == [f"note: the adapter {expected}"]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("named", "model", "noted"),
     [
@@ -295,6 +296,7 @@ def test_an_adapter_of_a_base_that_is_not_here(named, model, noted, moving_base,
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_base_that_changed_in_place(file, moving_base, other_dir, call):
     directory, without, adapter = moving_base
@@ -474,6 +476,7 @@ def test_a_tokenizer_with_tokens_that_no_text_holds_is_taken(grown, text_file, t
     assert "<pad>" in (tmp_path / "m/tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["lighthouse", "<pad>"])
 def test_one_that_a_text_holds_is_refused(grown, word, tmp_path, fails):
     (tmp_path / "x.txt").write_text(f"the keeper of the {word} wrote\n" * 40)

@@ -72,7 +72,7 @@ MASKED = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("dtype", [np.int32, bool])
@@ -88,6 +88,7 @@ def test_attention_masks_give_the_logits_and_the_loss_of_transformers(name, case
     np.testing.assert_allclose(mine, logits, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_position_ids_beside_a_mask_are_positions_alone(name):
     """As generation makes them of a mask: they restart at the text, and nothing is cut there."""
@@ -228,6 +229,7 @@ def test_whole_numbers_of_any_width_are_one_program(dtype):
     assert float(step(state(), base, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[1]["loss"]) == want
 
 
+@pytest.mark.slow
 def test_looking_compiles_nothing_and_waits_for_nothing(monkeypatch):
     loss_fn, step, state, base = trained()
     current, before = state(), step._cache_size()

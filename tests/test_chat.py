@@ -89,6 +89,7 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_the_answers_alone_with_the_history_in_the_template(chat, chat_dir, tmp_path):
     flags = ["--model", chat_dir, "--temperature", 0, "--max-new-tokens", 8, "--system", "rain"]
     out, err = chat(*flags, lines=["the keeper", "", "wind", f"/save {tmp_path / 'c.jsonl'}", "/help"])

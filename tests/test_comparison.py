@@ -232,6 +232,7 @@ def test_json_holds_everything():
     assert Comparison(SHOWN.prompts).to_json()["held_out"] is None
 
 
+@pytest.mark.slow
 def test_a_measured_comparison_is_json_too(llama, adapted):
     result = compared(*llama[:1], adapted, held_out=lambda: batches_with([0.5]))
     fields = json.loads(json.dumps(result.to_json(), allow_nan=False))

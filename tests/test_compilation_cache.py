@@ -45,6 +45,7 @@ def entries(cache):
     return {path: path.read_bytes() for path in Path(cache).rglob("*-cache")}
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(evaluate, tmp_path):
     """Two processes fill the cache at once; a third finds all of it there; a fourth mends what is damaged."""
     cache = tmp_path / "cache"

@@ -118,7 +118,7 @@ def test_chunks_of_every_kind_of_tokenizer(kind, block):
     assert sum(encode_chunks(tokenizer, chunks), []) == tokenizer(STORY, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama2", "metaspace", "unigram"])
 def test_a_document_of_megabytes_is_cut(tmp_path, kind):
     tokenizer, text = make(kind, STORY), STORY * 400

@@ -178,6 +178,7 @@ def test_what_is_not_computed_is_refused_by_name(fields, says):
 # Attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_window_of_attention_is_its_mask_forward_and_backward(dtype):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 12, heads, 8), dtype) for i, heads in enumerate((4, 2, 2)))
@@ -300,7 +301,7 @@ def test_loss_and_gradients_are_those_of_peft(variant, loaded, tmp_path):
 GENERATING = [v for v in reversed(VARIANTS) if v in ("mistral", "qwen3", "smollm3") or "windows" in v or "caps" in v]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", GENERATING)
 def test_greedy_continuations_beyond_the_window_are_those_of_transformers(variant, loaded):
     _, oracle, model, params = loaded(variant)

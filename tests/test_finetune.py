@@ -105,6 +105,7 @@ def changed(path: Path, content: bytes):
 # What a run leaves
 
 
+@pytest.mark.slow
 def test_run_directory(run):
     names = {p.name for p in run.output.iterdir()}
     assert names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "data", "adapter"}
@@ -191,6 +192,7 @@ def test_another_seed_gives_other_bytes(run, tmp_path):
 # Kinds of data, and of batches
 
 
+@pytest.mark.slow
 def test_evaluation_file(gpt2_dir, records_file, tmp_path):
     other = tiny.write_records(tmp_path / "other.jsonl", tiny.records(6, seed=1))
     # 24 records are 3 batches of 8; one and a half times them is 5 steps.

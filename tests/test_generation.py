@@ -54,6 +54,7 @@ def test_adapted_greedy_is_the_uncached_argmax(loaded, family):
     assert out != of_base
 
 
+@pytest.mark.slow
 def test_end_of_text_is_included_and_ends_the_row(loaded):
     model, params, _ = loaded["llama"]
     (free,) = jlora.generate(model, params, PROMPTS[:1], max_new_tokens=NEW, temperature=0, eos_token_id=[])
@@ -150,7 +151,7 @@ def test_a_past_grows(loaded, monkeypatch):
     assert sizes == [16, 16, 32, 32]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("spec", [None, jlora.NF4(), jlora.Int8()], ids=repr)

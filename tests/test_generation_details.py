@@ -98,6 +98,7 @@ def test_the_last_position_of_the_model_is_used(loaded, length):
     assert len(out[0]) == new
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_prompts_may_be_an_array(loaded, kind):
     model, params, _ = loaded["gpt2"]
@@ -121,6 +122,7 @@ def test_a_row_ends_at_its_first_end_of_text_as_in_transformers(loaded, graph):
     assert {len(row) for row in out} - {NEW}, "some row must end early"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_the_models_own_end_of_text_is_the_default(loaded, several):
     model, params, _ = loaded["llama"]

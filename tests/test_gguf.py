@@ -59,6 +59,7 @@ def test_float32_logits_are_ours(variant, loaded, tok, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bits"), [("f16", 11), ("bf16", 8)])
 @pytest.mark.parametrize("variant", ["gpt2", "qwen2"])
 def test_16_bit_weights_are_the_nearest(variant, dtype, bits, loaded, tok, tmp_path):

@@ -47,7 +47,7 @@ def split(source, directory, cuts, **changes):
     return paths
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[0, 5], [1, 20], [7]])
 def test_all_parts_are_read(cuts, whole, tmp_path):
     paths = split(whole, tmp_path, cuts)

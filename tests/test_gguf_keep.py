@@ -74,7 +74,7 @@ def packed_leaves(params):
     return {path: leaf for path, leaf in flatten(params).items() if isinstance(leaf, jlora.QuantizedTensor)}
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"), [*itertools.product(["llama"], GGML_TYPES), ("gpt2", "Q8_0"), ("gpt2", "Q5_K")]
 )
@@ -146,6 +146,7 @@ def test_types_without_a_packed_form_are_decoded_and_said(dense_files, tmp_path)
     assert len(packed_leaves(kept)) == 13
 
 
+@pytest.mark.slow
 def test_refusals(dense_files, llama_dir, tmp_path, fails):
     cases = {
         "leaves the blocks of a GGUF file as they are, and .* is none": llama_dir,

@@ -172,6 +172,7 @@ def test_types_that_gguf_does_not_decode_are_refused(wide, tmp_path):
         jlora.load(raw.write(tmp_path / "model.gguf"))
 
 
+@pytest.mark.slow
 def test_packing_a_packed_file_is_said(loaded, tok, tmp_path):
     _, model, params = loaded("llama")
     jlora.save_gguf(tmp_path / "f16.gguf", model, params, tokenizer=tok, dtype="f16")

@@ -78,6 +78,7 @@ def test_the_commands_take_the_adapter_of_a_run(run, base, call, tmp_path):
     call("inspect", str(run / "adapter"))
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_file(base, text_file, records_file, call, tmp_path):
     model = ["--model", str(base)]
     assert "self_attn.q_proj" in call("inspect", str(base)).out
@@ -107,6 +108,7 @@ def test_a_run_goes_on_and_refuses_another_base(run, base, records_file, fails, 
     assert "model: was" in fails("finetune", "--model", str(other), *flags)
 
 
+@pytest.mark.slow
 def test_another_file_than_the_runs_is_said(run, base, call, tmp_path):
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(base.read_bytes())

@@ -136,7 +136,7 @@ STEPS = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
 def test_ten_steps_follow_peft_and_torch(loaded, case, tmp_path):
     """From PEFT's initial adapter, on the same batches: losses and everything that is trained."""
@@ -192,7 +192,7 @@ OURS = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OURS)
 def test_the_tree_invariants(loaded, case):
     config = LoraConfig(rank=3, **OURS[case])

@@ -255,7 +255,7 @@ def test_a_record_longer_than_the_data_set_says():
 # The loss
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_loss_of_an_epoch_is_that_of_a_row_for_each(family):
     """Token-weighted, in float32, trained batches and evaluated ones."""
@@ -353,6 +353,7 @@ def test_a_run_says_how_records_lie_and_resumes_to_the_byte(
     assert [e.get("loss") for e in whole.history] == [e.get("loss") for e in resumed.history]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_one_compilation_a_width(uneven_model, uneven_records, tmp_path, monkeypatch):
     """Training compiles as many steps as there are widths, and no more while it runs."""

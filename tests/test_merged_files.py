@@ -99,6 +99,7 @@ def test_the_files_are_the_bases(dtype, command, tmp_path):
     assert {name: getattr(again, name) for name in FIELDS} == FIELDS
 
 
+@pytest.mark.slow
 def test_merging_is_in_float32(tmp_path):
     """A small update of a 16-bit kernel is rounded once."""
     directory = base(tmp_path / "m")

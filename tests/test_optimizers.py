@@ -98,7 +98,7 @@ def run(tx, steps=4, adapter=ADAPTER, accumulate=2):
     return state
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_step_follows_optax(name):
     state = run(MAKERS[name]())

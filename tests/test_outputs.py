@@ -140,6 +140,7 @@ for name in {names!r}:
 """
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_never_cut_short(llama_dir, tmp_path):
     """By a limit on the size of files, in a process of its own: `ndarray.tofile` loses the error of the last bytes."""
     names = ["save_gguf", "save_gguf_adapter", "save_torch"]

@@ -58,6 +58,7 @@ def packed_dir(llama_dir, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_packed_layout_is_one_row(packed_dir, llama_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"quantized \('rows8'\).*bitsandbytes' 4-bit NF4"):
         jlora.load(packed_dir, dtype=jnp.float32)

@@ -45,7 +45,7 @@ def wrapped(family, **fields):
     return peft.get_peft_model(make_torch_model(family), peft.LoraConfig(**config)).eval()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["names", "all-linear", "patterns", "rslora", "layers", "exclude", "regex"])
 def test_files_go_both_ways(checkpoint, family, kind, tmp_path):
     directory, base = checkpoint

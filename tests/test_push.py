@@ -240,6 +240,7 @@ def test_a_run_arrives_whole_and_nothing_else(hub, finetuned, capsys):
     assert b"hf_secret" not in everything and str(finetuned).encode() not in everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["", "adapter"])
 def test_without_flags_every_byte_is_the_files(what, hub, finetuned):
     """The run, or its adapter directory, which finds the run beside it."""
@@ -311,6 +312,7 @@ def test_private_revision_and_message(hub, finetuned):
     assert not hub.files(REPO, "main")
 
 
+@pytest.mark.slow
 def test_the_environment_names_the_endpoint_and_the_token(hub, finetuned):
     """As a user runs it, in a process of its own."""
     environment = os.environ | {

@@ -61,7 +61,7 @@ def four_bit(dense, tmp_path_factory):
     return made
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_checkpoint_of_transformers_gives_its_logits(four_bit, family, stack):
     _, directory, theirs = four_bit[family]

@@ -312,7 +312,7 @@ def test_integer_formats_round_as_the_paper_writes_them():
         np.testing.assert_allclose(np.asarray(jlora.dequantize(q)).T, values * (absmax / np.float32(unit)), rtol=3e-7)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(128, 96), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -147,7 +147,7 @@ def test_a_checkpoint_beyond_the_scales_is_refused(llama_dir, tmp_path):
 # ---- as values -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_products_lookups_and_gradients(name):
     q = random_kernel(name, 512, 24)

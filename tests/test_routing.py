@@ -101,6 +101,7 @@ def test_stacked_layers(checkpoints, family):
     assert same_bits(jlora.stack_layers(apart), jlora.route(tree, rows))
 
 
+@pytest.mark.slow
 def test_another_choice_compiles_nothing(checkpoints, peft_models, tmp_path):
     peft_models("llama").save_pretrained(tmp_path)
     model, params = jlora.load(checkpoints["llama"][0], dtype=jnp.float32)

@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(begun, finishe
     assert_same(begun, finished)
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_the_run_begins_again(begun, finished, capsys):
     for step in (Path(begun.output) / "checkpoints").iterdir():
         flip(step / "checkpoint.json")

@@ -224,6 +224,7 @@ def test_a_query_that_sees_no_key_has_no_gradient_through_its_scores():
     assert (dq[0, 1] == 0).all() and (dq[0, 0] != 0).all()
 
 
+@pytest.mark.slow
 def test_gelu_is_the_tanh_form_and_keeps_its_input_alone():
     x = jnp.linspace(-6, 6, 101)
     for fn in (lambda f: f(x), lambda f: jax.grad(lambda x: jnp.sum(f(x)))(x)):

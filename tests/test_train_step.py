@@ -91,7 +91,7 @@ def test_head_gradients_dense_and_adapted(transpose):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, want)
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("remat", ["none", "layer"])
@@ -289,6 +289,7 @@ def test_layers_of_a_stack_are_told_apart():
     assert dataclasses.is_dataclass(modules["model.layers.0.mlp.up_proj"])
 
 
+@pytest.mark.slow
 def test_a_bfloat16_stack_stays_bfloat16():
     """A plain program of XLA:CPU makes float32 of the whole stack of each kernel. (Elsewhere, and on processors without
     bfloat16, none is asked for.)"""
@@ -302,6 +303,7 @@ def test_a_bfloat16_stack_stays_bfloat16():
     assert stacks and bool(wide) == (not compiler_options())
 
 
+@pytest.mark.slow
 def test_a_step_inside_another_program_is_the_step():
     model, adapter, base = build(LLAMA)
     tx = optax.sgd(1e-2)
