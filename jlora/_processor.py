@@ -39,15 +39,6 @@ def computed_once(x: Array) -> Array:
     return x / jnp.where(jnp.isnan(x), x, 1)
 
 
-def nothing(like: Array) -> Array:
-    """Zeros, uint32, calculated where `like` is, for constants to be put there.
-
-    JAX takes what depends on no operand out of a `scan` that is differentiated: a constant becomes a whole array, which is
-    read from memory in every layer.
-    """
-    return like.astype(jnp.uint32) & 0
-
-
 @functools.cache
 def _features() -> frozenset[str]:
     try:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._processor import nothing
 from jlora._typing import Array, Float
 
 _TINY = jnp.finfo(jnp.float32).tiny
@@ -52,18 +51,17 @@ def unpack_words(packed: Array) -> Array:
     words = lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], -1, 4), jnp.uint32)[..., None]
     # Little-endian: code k of a word is nibble k of it once the two of each byte have changed places.
     words = (words >> 4 & 0x0F0F0F0F) | (words & 0x0F0F0F0F) << 4
-    return (words >> _shifts(4, words) & 15).reshape(*packed.shape[:-1], -1)
+    return (words >> _shifts(4, packed.ndim) & 15).reshape(*packed.shape[:-1], -1)
 
 
-def _shifts(bits: int, words: Array) -> Array:
-    """0, bits, 2 bits, …, 7 bits as uint32 [*, 8], for words [*, 1].
+def _shifts(bits: int, axis: int) -> Array:
+    """0, bits, 2 bits, …, 7 bits as uint32 [1, …, 8], `axis` the last.
 
-    Every `bits`-th of a count, rather than a product: what XLA has to calculate it takes out of a loop over layers, and reads
-    from memory for each element, which takes four times as long as the constant vector that it is otherwise.
+    Every `bits`-th of a count, rather than a product: what XLA has to calculate it takes out of a loop over layers, and then
+    gathers it from memory for each element, which takes four times as long.
     """
-    axis = words.ndim - 1
     count = lax.broadcasted_iota(jnp.uint32, (1,) * axis + (8 * bits,), axis)
-    return lax.slice_in_dim(count, 0, None, bits, axis) | nothing(words)
+    return lax.slice_in_dim(count, 0, None, bits, axis)
 
 
 UNPACK: Mapping[str, Callable[[Array], Array]] = {"cpu": unpack_words}
@@ -92,4 +90,4 @@ def unpack_bits(packed: Array, bits: int) -> Array:
     parts = packed if bits == 1 else packed.reshape(*packed.shape[:-1], -1, bits)
     # In 32 bits, as `unpack_words` has the lower bits of the same codes.
     words = lax.bitcast_convert_type(parts, _WORDS[bits])[..., None].astype(jnp.uint32)
-    return (words >> _shifts(bits, words) & (2**bits - 1)).reshape(*packed.shape[:-1], -1)
+    return (words >> _shifts(bits, packed.ndim) & (2**bits - 1)).reshape(*packed.shape[:-1], -1)

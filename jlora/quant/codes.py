@@ -6,9 +6,7 @@ from importlib.resources import files
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jlora._processor import nothing
 from jlora._typing import Array
 
 NF4_CODE = np.array(
@@ -81,7 +79,7 @@ def look_up(code: np.ndarray, index: Array) -> Array:
 
 def choose_by_bits(code: np.ndarray, index: Array) -> Array:
     """`code[index]` by halving: a tree of selects on the bits of the index, which vectorizes where a lookup does not."""
-    level = [lax.bitcast_convert_type(nothing(index) | bits, jnp.float32) for bits in code.view(np.uint32)]
+    level = [jnp.float32(value) for value in code]
     bit = 1
     while len(level) > 1:
         odd = (index & bit) != 0

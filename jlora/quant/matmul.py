@@ -56,6 +56,16 @@ def not_before(x: Array, q: PyTree) -> tuple[Array, PyTree]:
     return x, q
 
 
+@functools.partial(jax.checkpoint, static_argnums=1)
+def _rows(q: PyTree, dtype: DTypeLike) -> Array:
+    """`q.rows(dtype)`, as a whole.
+
+    JAX takes what depends on no operand out of a `scan` that is differentiated: the constants of decoding became arrays,
+    some of the kernel's size, which every layer read from memory. What is under `checkpoint` it calculates in its place.
+    """
+    return q.rows(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def quantized_matmul(name: str, transpose: bool, dtype: DTypeLike, out_dtype: DTypeLike, x: Array, q: PyTree) -> Array:
     """`x @ w`, or `x @ w.T` with `transpose`, for a quantized kernel that stands for w [in, out].
@@ -68,7 +78,7 @@ def quantized_matmul(name: str, transpose: bool, dtype: DTypeLike, out_dtype: DT
         out_dtype: dtype of the result [tokens, out]; sums are float32.
     """
     x, q = not_before(x, q)
-    return IMPLEMENTATIONS[name](x, lambda: q.rows(dtype), transpose).astype(out_dtype)
+    return IMPLEMENTATIONS[name](x, lambda: _rows(q, dtype), transpose).astype(out_dtype)
 
 
 def _forward(name, transpose, dtype, out_dtype, x, q):
@@ -77,7 +87,7 @@ def _forward(name, transpose, dtype, out_dtype, x, q):
 
 def _backward(name, transpose, dtype, out_dtype, q, dy):
     dy, q = not_before(dy.astype(dtype), q)
-    return IMPLEMENTATIONS[name](dy, lambda: q.rows(dtype), not transpose).astype(dtype), None
+    return IMPLEMENTATIONS[name](dy, lambda: _rows(q, dtype), not transpose).astype(dtype), None
 
 
 quantized_matmul.defvjp(_forward, _backward)
