@@ -128,8 +128,7 @@ def jlora_side(args: Args) -> tuple[Callable[[], tuple[Any, Any]], Callable[[], 
     params = nest({path: jnp.asarray(stored(path, s.shape)).astype(args.dtype) for path, s in shapes.items()})
     if args.quantize == "nf4":
         params = quantize_params(params, NF4())
-    by_default = "per-layer" if jax.default_backend() == "cpu" else "stacked"
-    if (by_default if args.form == "auto" else args.form) == "stacked":
+    if args.form != "per-layer":
         params = stack_layers(params)
     params = add_lora(params, LoraConfig(**LORA[args.family]), key=jax.random.key(0))
     adapter, base = split(params)

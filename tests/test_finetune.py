@@ -495,20 +495,16 @@ def test_what_a_run_says(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stacked", "changes"),
+    ("stacked", "stacked_where_widened", "changes"),
     [
-        (True, {}),
-        (False, {"steps": job.BRIEF + 1}),
-        (False, {"steps": None}),
-        (False, {"quantize": "nf4"}),
-        (False, {"targets": ("layers.0.self_attn.q_proj",)}),
-        (False, {"form": "per-layer"}),
+        (True, False, {}),
+        (True, True, {"remat": "layer"}),
+        (False, False, {"targets": ("layers.0.self_attn.q_proj",)}),
+        (False, False, {"form": "per-layer"}),
+        (True, True, {"form": "stacked"}),
     ],
 )
-def test_short_runs_compile_one_layer_on_cpu(monkeypatch, stacked, changes):
-    monkeypatch.setattr(job, "compiler_options", lambda: {"an": "option"})
-    config = jlora.FinetuneConfig(model="m", data="d", output="o", **({"steps": job.BRIEF} | changes))
-    assert job._form(config, True, quickly=True)[0] == stacked
-    assert config.form != "auto" or not job._form(config, True, quickly=False)[0]
-    monkeypatch.setattr(job, "compiler_options", dict)
-    assert config.form != "auto" or not job._form(config, True, quickly=True)[0]
+def test_one_layer_is_compiled_where_that_costs_nothing(stacked, stacked_where_widened, changes):
+    config = jlora.FinetuneConfig(model="m", data="d", output="o", **changes)
+    assert job._form(config, widened=False)[0] == stacked
+    assert job._form(config, widened=True)[0] == stacked_where_widened

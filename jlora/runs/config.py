@@ -77,9 +77,8 @@ class FinetuneConfig(AdapterFlags, Source):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
-    """Layers unrolled, or stacked under one scan; auto: per-layer on CPU (faster there; but stacked with --remat layer, as
-    unrolled layers are not rematerialized there, and where --steps are few and the base is dense bfloat16), stacked elsewhere
-    (compiles in constant time), unless single layers are named."""
+    """Layers unrolled, or stacked under one scan, which compiles in the time of one layer; auto: stacked, unless single layers are
+    named or packed differently, or the CPU has no bfloat16 and the model is in it."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass, for less memory."""
 

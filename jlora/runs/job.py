@@ -30,9 +30,6 @@ from jlora.tree.paths import count, flatten, nbytes
 from jlora.weight import is_weight, origin
 
 DEFAULT_EPOCHS = 3.0
-BRIEF = 100
-"""Steps up to which it does not pay on CPU to compile each layer: SmolLM2's 30, bfloat16, take 20 s more before the first step and
-an eighth less time in each, of 2 s (4 x 128 tokens, two cores)."""
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
 _APART = 25  # and steps between two checkpoints, at least: those of a short run cost more than the steps that they save
 
@@ -93,7 +90,7 @@ class Job:
         lora = config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
-        stack, why = _form(config, on_cpu, quickly=dtype == "bfloat16" and "quantization_config" not in settings)
+        stack, why = _form(config, widened=on_cpu and dtype == "bfloat16" and not compiler_options())
         if config.quantize == KEEP and config.form == "auto" and stack and not stacks_as_packed(directory):
             stack, why = False, "packed in several formats"
         model, params = load(
@@ -209,18 +206,15 @@ class Job:
         return evaluate(self.model, combine(adapter, self.base), batches()).loss
 
 
-def _form(config: FinetuneConfig, on_cpu: bool, *, quickly: bool) -> tuple[bool, str]:
-    """(stacked?, the reason in words). `quickly`: stacked layers would be nearly as fast on CPU."""
+def _form(config: FinetuneConfig, *, widened: bool) -> tuple[bool, str]:
+    """(stacked?, the reason in words). `widened`: XLA would make float32 of the stacks (see `compiler_options`)."""
     if config.form != "auto":
         return config.form == "stacked", "as asked"
-    brief = quickly and bool(compiler_options()) and config.quantize is None and (config.steps or math.inf) <= BRIEF
-    if on_cpu and config.remat == "none" and not brief:
-        return False, "faster on CPU"
     names = (*config.targets, *config.modules_to_save)
     if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", name) for name in names):
         return False, "single layers are named"
-    if on_cpu and config.remat != "none":
-        return True, "rematerialized in a scan"
+    if widened and config.remat == "none":  # unrolled layers are not rematerialized on CPU
+        return False, "faster on this CPU"
     return True, "one compilation for all"
 
 
