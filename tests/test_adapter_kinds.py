@@ -88,7 +88,7 @@ def test_files_go_both_ways(llama, name, tmp_path):
     assert "norm of" in rendered(adapter_table(str(tmp_path / "layers")))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THEIRS)
 def test_gradients_are_pefts(llama, name, tmp_path):
     theirs = theirs_of(name)
@@ -338,6 +338,7 @@ def own_kind():
     del KINDS["scaled"]
 
 
+@pytest.mark.slow
 def test_a_kind_says_what_it_cannot(llama, own_kind, tmp_path):
     model, params = llama
     config = LoraConfig(kind=own_kind, targets=["q_proj"])

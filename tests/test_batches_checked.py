@@ -201,7 +201,7 @@ def test_mistakes_are_refused_by_loss_step_and_evaluation(case):
             step.lower(state(), base, batch_of(changes), jax.random.key(0))
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in NUMBERS if "64" not in c])
 def test_numbers_that_the_host_cannot_see_make_loss_and_gradient_nan(case):
     loss_fn, step, state, base = trained()
@@ -219,7 +219,7 @@ def test_torch_refuses_the_same_labels():
             torch.nn.functional.cross_entropy(torch.zeros(1, 1536), torch.tensor([label]))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_whole_numbers_of_any_width_are_one_program(dtype):
     loss_fn, step, state, base = trained()

@@ -210,6 +210,7 @@ def test_a_second_interrupt_is_one():
 TOKENIZER = tiny.tokenizer()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.text(max_size=12), st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=12), st.text(max_size=12))
 def test_streamed_text_is_whole_characters_and_all_of_it(prompt, noise, text):

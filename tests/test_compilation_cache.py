@@ -68,11 +68,13 @@ def test_nothing_is_compiled_twice(evaluate, tmp_path):
     assert all(len(content) > len(filled[path]) // 2 for path, content in entries(cache).items())
 
 
+@pytest.mark.slow
 def test_the_flag_turns_it_off(evaluate, tmp_path):
     [report] = evaluate(tmp_path / "cache", compilation.OFF)
     assert not (tmp_path / "cache").exists() and report["kept"] is None and report["err"] == ""
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_made_is_done_without(evaluate, tmp_path):
     (tmp_path / "cache").write_text("a file")
     [report] = evaluate(tmp_path / "cache")

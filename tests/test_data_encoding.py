@@ -59,7 +59,7 @@ def supervised(row, tokenizer):
     return tokenizer.decode(row.input_ids[row.labels != IGNORED].tolist(), skip_special_tokens=False)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_ids_are_those_of_the_whole_conversation(tokenizers, kind, name):

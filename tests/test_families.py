@@ -216,7 +216,7 @@ def test_families_without_windows_keep_the_mask_free_attention():
 SEGMENTS = np.array([[1] * 17 + [2] * 5 + [3] * 12 + [0] * 6, [5] * 4 + [2] * 28 + [0] * 8], np.int32)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v in ONE_EACH or "windows" in v])
 def test_each_segment_equals_the_segment_alone(variant, loaded):
     _, _, model, params = loaded(variant)

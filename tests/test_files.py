@@ -169,6 +169,7 @@ for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open", "
 """
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("after", ["before", "after"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_killed_at_every_call(writer, after, tmp_path):

@@ -266,6 +266,7 @@ def test_clipping(run, tmp_path):
     assert all(entry["grad_norm"] > 1e-3 for entry in result.history[1:])
 
 
+@pytest.mark.slow
 def test_one_compilation(gpt2_dir, text_file, tmp_path, caplog):
     config = options(model=gpt2_dir, data=text_file, output=tmp_path / "out", max_length=23, accumulate=2)
     with caplog.at_level(logging.WARNING), jax.log_compiles():
@@ -368,6 +369,7 @@ def test_resuming_a_finished_run_changes_nothing(run):
     assert result == run.result
 
 
+@pytest.mark.slow
 def test_a_moved_run_resumes(run, tmp_path):
     shutil.copytree(run.output, tmp_path / "moved")
     result = jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "moved"), resume=True))

@@ -67,7 +67,7 @@ def last_logits(model, params, prompt):
 # Greedy
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @both_forms
 def test_prompts_of_any_length_continue_as_in_transformers(loaded, graph, form):
     model, params, oracle = loaded[graph]
@@ -86,7 +86,7 @@ def test_an_adapter_generates_what_its_merged_weights_do(loaded, family, form):
     assert out != greedy(model, jlora.remove_lora(params))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [40, 63])
 def test_the_last_position_of_the_model_is_used(loaded, length):
     """GPT-2 has 64 learned positions; the padded prompt and the new tokens together have more."""
@@ -98,7 +98,7 @@ def test_the_last_position_of_the_model_is_used(loaded, length):
     assert len(out[0]) == new
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_prompts_may_be_an_array(loaded, kind):
     model, params, _ = loaded["gpt2"]

@@ -56,7 +56,7 @@ def logits(model, params):
     return np.asarray(model.apply({"params": params}, IDS))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stack", [False, True], ids=["per-layer", "stacked"])
 @pytest.mark.parametrize("variant", MORE)
 def test_a_written_file_is_the_model_again(variant, stack, loaded, tok, tmp_path):

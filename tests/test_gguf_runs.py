@@ -97,6 +97,7 @@ def test_the_commands_take_the_file(base, text_file, records_file, call, tmp_pat
     call("export", "--to", "torch", *model, "--output", str(tmp_path / "model.pt"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_refuses_another_base(run, base, records_file, fails, tmp_path):
     other = tmp_path / "base.gguf"
     data = bytearray(base.read_bytes())

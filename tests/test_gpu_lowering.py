@@ -62,7 +62,7 @@ def training_step(*, dtype="bfloat16", nf4=False, stack=True, segments=False, re
     return lowered(step, state, base, abstract_batch(2, 64, segments=segments), key)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("segments", [False, True], ids=["one text a row", "packed"])
 @pytest.mark.parametrize(("stack", "remat"), [(True, "none"), (True, "layer"), (False, "none")], ids=str)
 @pytest.mark.parametrize("nf4", [False, True], ids=["LoRA", "QLoRA"])
@@ -111,6 +111,7 @@ def test_a_step_of_every_family_attends_by_cudnn(family, stack):
     assert sorted(calls) == sorted(stacked if stack else per_layer)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("nf4", "stack", "batch"), [(False, True, 1), (True, True, 1), (True, True, 8), (True, False, 1)], ids=str
 )
@@ -128,6 +129,7 @@ def test_generation(nf4, stack, batch):
     assert "stablehlo.while" in text and ("tensor<16xf32>" in text) == nf4
 
 
+@pytest.mark.few(22)
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
     "spec", [jlora.NF4(double_quant=False), *(make() for make in jlora.quant.SPECS.values())], ids=repr

@@ -312,7 +312,7 @@ def dora_weight(base, rank=3, **fields):
     return LoraWeight(base, *factors, 0.5, magnitude=norms + 0.1 * normal(d_out, seed=3), base_norm=norms, **fields)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora_is_the_product_by_the_merged_kernel(quantized):
     base = normal(128, 40)
@@ -330,6 +330,7 @@ def test_dora_is_the_product_by_the_merged_kernel(quantized):
     assert np.abs(np.asarray(small, np.float32) - np.asarray(x @ merged)).max() < 0.03 * np.abs(x @ merged).max()
 
 
+@pytest.mark.slow
 def test_doras_norm_is_a_constant_to_the_gradient():
     weight, x = dora_weight(normal(12, 5)), normal(4, 12)
 

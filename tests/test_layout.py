@@ -163,6 +163,7 @@ def test_any_lengths(lengths, micro, accumulate):
         assert positions <= len(batches) * size * wide
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(16, 96), min_size=64, max_size=200), st.sampled_from([4, 8, 16]))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_enough_wherever_lengths_are_within_a_factor_of_six(lengths, size):

@@ -162,7 +162,7 @@ def test_one_rank_and_scale_for_all(loaded, tmp_path):
 # There and back
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "case"), [*(("llama", case) for case in CASES), ("gpt2", "uneven layers"), ("qwen2", "dora")]
 )

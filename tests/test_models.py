@@ -76,7 +76,7 @@ def test_remat_changes_no_value_and_no_gradient(checkpoint):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *results)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_a_segment_sees_itself_alone(checkpoint):
     directory, _ = checkpoint
     model, params = jlora.load(directory, dtype=jnp.float32)
@@ -176,6 +176,7 @@ def test_what_the_graphs_do_not_compute_is_refused(case):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_mistral_without_a_window_is_a_llama(tmp_path):
     import transformers
 

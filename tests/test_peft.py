@@ -72,7 +72,7 @@ def test_files_go_both_ways(checkpoint, family, kind, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_stacked_form_reads_and_writes_the_same_file(checkpoint, family, tmp_path):
     directory, _ = checkpoint
     wrapped(family, target_modules=NAMES[family]).save_pretrained(tmp_path / "peft")
@@ -355,6 +355,7 @@ def test_twenty_steps_follow_peft_and_torch(checkpoints, trained_family, tmp_pat
     assert losses[-1] < losses[0] - 0.1, "training must have gone somewhere"
 
 
+@pytest.mark.few(1)
 def test_merged_checkpoint_loads_in_transformers(checkpoint, family, tmp_path):
     directory, _ = checkpoint
     theirs = wrapped(family, target_modules=NAMES[family])

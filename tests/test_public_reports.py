@@ -158,7 +158,7 @@ def test_optax_multi_steps_over_micro_batches_is_accumulation(small, wrap):
     assert _distance(state.adapter, whole.adapter) < 1e-6
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_batch_without_supervised_tokens_moves_nothing(small, dtype):
     """optax#1754: Adam's epsilon is zero in float16, and 0 / 0 poisons all that follows."""

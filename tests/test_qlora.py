@@ -354,7 +354,7 @@ def test_constants_are_small_and_lookups_unchecked():
         assert eqn.params["mode"] in (jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS, jax.lax.GatherScatterMode.CLIP)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [True, False])
 def test_bfloat16_dots_have_operands_of_one_dtype(stack):
     """T4."""
@@ -365,6 +365,7 @@ def test_bfloat16_dots_have_operands_of_one_dtype(stack):
         assert eqn.invars[0].aval.dtype == eqn.invars[1].aval.dtype
 
 
+@pytest.mark.slow
 def test_forward_and_backward_unpack_separately():
     """T2: in unrolled layers, common subexpressions would be shared and every dense kernel live from forward to backward."""
     step, args = qlora(stack=False)

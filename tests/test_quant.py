@@ -252,7 +252,7 @@ SETTINGS = [
 SHAPES = [(128, 96), (2, 50, 6), (64,), (100,), (40, 24), (7, 3), (3, 128, 96), (2, 3, 64, 8)]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "double_quant"), SETTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trip(name, double_quant, shape):
@@ -345,6 +345,7 @@ def test_products_of_a_stack_under_vmap(name):
     np.testing.assert_allclose(ours, jnp.einsum("lti,lio->lto", x, jlora.dequantize(q)), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_sum_in_float32():
     q = jlora.quantize(draw(512, 64).astype(jnp.bfloat16), jlora.NF4())
     x = jnp.asarray(draw(4, 512), jnp.bfloat16)
@@ -353,7 +354,7 @@ def test_bfloat16_products_sum_in_float32():
     assert jlora.linear(x, q).dtype == jnp.bfloat16
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(128, 64), (50, 6)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_of_a_quantized_embedding(name, shape):
@@ -448,6 +449,7 @@ def test_quantize_params_takes_linear_kernels_only():
     assert jlora.count(q) == jlora.count(params)
 
 
+@pytest.mark.slow
 def test_stacking_and_quantizing_commute():
     one = jlora.quantize_params(jlora.stack_layers(tree()), jlora.NF4())
     other = jlora.stack_layers(jlora.quantize_params(tree(), jlora.NF4()))

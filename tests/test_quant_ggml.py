@@ -96,7 +96,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", MADE)
 def test_quantizing_makes_the_packages_bytes(name, weight):

@@ -65,7 +65,7 @@ def ours(model, params, ids):
     return np.asarray(model.apply({"params": params}, ids))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_mixed_batches_give_pefts_logits(checkpoints, peft_models, family, tmp_path):
     peft_models(family).save_pretrained(tmp_path)
     model, params = jlora.load(checkpoints[family][0], dtype=jnp.float32)

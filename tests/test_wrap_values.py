@@ -118,6 +118,7 @@ def test_whole_weights_are_arrays():
     assert grads["head"]["kernel"].value.any() and grads["lin"]["bias"].value.any()
 
 
+@pytest.mark.slow
 def test_dropout_in_a_scan_has_a_mask_a_layer():
     config = LoraConfig(rank=3, targets=["w"], dropout=0.5)
     params = jlora.with_dropout(adapted({"w": kernel(L, D, D)}, config, roles={"w": "bio"}), KEY)
