@@ -377,7 +377,6 @@ def test_forward_and_backward_unpack_separately():
         assert sum(e.primitive.name == primitive for e in equations) >= 2 * kernels - 3
 
 
-@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("spec", [jlora.NF4(), jlora.Q5_1()], ids=str)
 def test_a_scan_that_is_differentiated_has_no_arrays_of_constants(spec):
@@ -394,6 +393,7 @@ def test_a_scan_that_is_differentiated_has_no_arrays_of_constants(spec):
         assert all(v.aval.size in (1, 256) for v in eqn.invars[: eqn.params["num_consts"]])  # 256: the dynamic map
 
 
+@pytest.mark.slow
 def test_the_base_is_usable_after_a_step():
     """T6: the base is never donated."""
     step, args = qlora()

@@ -226,9 +226,8 @@ def _einsum_bwd(spec, out_dtype, residuals, dy):
     dy = dy.astype(like_a.dtype)
 
     def product(lhs, rhs, to, x, y, dtype):
-        if lhs[:-1] == rhs[:-1] and {lhs[-1], rhs[-1]} == set(to):
-            pair = _over_rows(x, y)
-            return (pair if to == lhs[-1] + rhs[-1] else pair.T).astype(dtype)
+        if len(to) == 2 and lhs[:-1] == rhs[:-1] and set(to) == set(lhs[-1:] + rhs[-1:]):
+            return (_over_rows(x, y) if lhs[-1] == to[0] else _over_rows(y, x)).astype(dtype)
         return jnp.einsum(f"{lhs},{rhs}->{to}", x, y, preferred_element_type=jnp.float32).astype(dtype)
 
     da = None if b is None else product(out, sb, sa, dy, b.astype(like_a.dtype), like_a.dtype)
