@@ -42,12 +42,14 @@ def _cases(smoke: bool) -> list[tuple[str, str, bool, bool]]:
 
 
 def _compute(smoke: bool) -> dict[str, np.ndarray]:
-    """Logits and the adapter's gradients of every case, and packed bytes and unpacked values, by name, of this backend."""
+    """Logits and the adapter's gradients of every case, packed bytes, and unpacked values of NF4 and of the formats of GGUF
+    files, by name, of this backend."""
     import jax
     import jax.numpy as jnp
-    from gpu_models import in_threads
+    from gpu_models import in_threads, random_blocks
 
     import jlora
+    from jlora.quant.ggml import GGML_TYPES
     from jlora.quant.scales import NestedAbsmax
     from jlora.train import causal_lm_loss
 
@@ -73,6 +75,10 @@ def _compute(smoke: bool) -> dict[str, np.ndarray]:
             )
         for out in ("float32", "bfloat16"):
             found[f"{name}: values in {out}"] = np.asarray(jlora.dequantize(q, jnp.dtype(out)), np.float32)
+    for name, make in GGML_TYPES.items():
+        q = random_blocks(make(), 256, 512)
+        for out in ("float32", "bfloat16"):
+            found[f"{name} kept: values in {out}"] = np.asarray(jlora.dequantize(q, jnp.dtype(out)), np.float32)
 
     def prepare(case):
         family, precision, stacked, nf4 = case
@@ -139,7 +145,7 @@ def numbers(emit, *, smoke: bool) -> None:
         raise ValueError(f"The processes computed different things: {sorted(found.keys() ^ expected.keys())}")
     for name, mine in found.items():
         other = expected[name]
-        if name.startswith("NF4"):
+        if name.startswith("NF4") or " kept:" in name:
             values = {"different": int(np.sum(mine != other)), "of": int(mine.size)}
             if mine.dtype == np.float32:
                 values["largest"] = float(np.max(np.abs(mine - other)))
@@ -163,17 +169,17 @@ def numbers(emit, *, smoke: bool) -> None:
 def finetune(emit, *, output: str, stop_at: int, resume: bool) -> None:
     """A short run, or the rest of it; `stop_at`: it gets the signal that Ctrl-C sends, in that step."""
     import jlora
+    from jlora.runs.log import Log
     from jlora.runs.loop import Stopped
-    from jlora.runs.run import Run
 
-    log = Run.log
+    append = Log.append
 
-    def logged(self, entry):
-        log(self, entry)
+    def appended(self, entry):
         if entry["step"] == stop_at and not resume:
             os.kill(os.getpid(), signal.SIGINT)
+        return append(self, entry)
 
-    Run.log = logged
+    Log.append = appended
     config = jlora.FinetuneConfig(
         model=str(ASSETS / "tiny-llama"), data=str(ASSETS / "style.txt"), output=output, steps=6, batch_size=4,
         max_length=64, eval_fraction=0.0, checkpoint_every=2, learning_rate=1e-3, dropout=0.1, quiet=True, resume=resume,

@@ -12,6 +12,7 @@ import numpy as np
 
 import jlora
 from jlora.models import Model, model_from_config
+from jlora.quant.blocks import from_file
 from jlora.train import adamw, causal_lm_loss, init_state, make_step
 from jlora.train.memory import abstract_tree
 from jlora.tree.paths import flatten, nest
@@ -75,6 +76,19 @@ def _draw(key, *, shape, dtype, spec, layers):
         return w if spec is None else jlora.quantize(w, spec)
 
     return one(key) if layers is None else jax.lax.map(one, jax.random.split(key, layers))
+
+
+def random_blocks(spec: Any, rows: int, columns: int) -> jlora.QuantizedTensor:
+    """A kernel [columns, rows] of random blocks of a ggml format, as `quantize="keep"` leaves those of a file."""
+    draw = np.random.default_rng(0)
+    blocks = []
+    for _, kind, count in spec.fields:
+        shape = (rows, columns // spec.block_size, count)
+        if kind == np.float16:  # random bits may be no numbers
+            blocks.append(draw.uniform(1e-4, 1e-3, shape).astype(np.float16).view(np.uint8))
+        else:
+            blocks.append(draw.integers(0, 256, shape, np.uint8))
+    return from_file(np.concatenate(blocks, axis=-1).reshape(rows, -1), spec, "bfloat16")
 
 
 def random_batch(model: Model, rows: int, length: int, *, segments: int = 0) -> dict[str, jax.Array]:

@@ -126,8 +126,9 @@ def _train(emit, shape, nf4, rows, length, remat, segments, steps, ceiling) -> N
     )
 
 
-def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
-    """PEFT's LoRA on the same shape, eager, SDPA attention: under autocast, and with bfloat16 factors without it."""
+def peft(emit, *, shape: str, rows: int, length: int, compiles: bool = False, steps: int = 10) -> None:
+    """PEFT's LoRA on the same shape, SDPA attention: eager under autocast and with bfloat16 factors without it, or the latter by
+    `torch.compile`."""
     import contextlib
 
     import peft as library
@@ -138,7 +139,7 @@ def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {**SHAPES[shape], "use_cache": False, "attn_implementation": "sdpa"}
     config = transformers.AutoConfig.for_model(**fields)
-    for autocast in (True, False):
+    for autocast in (False,) if compiles else (True, False):
         torch.manual_seed(0)
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -146,6 +147,7 @@ def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
         lora = library.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets, lora_dropout=0.0)
         model = library.get_peft_model(model, lora, autocast_adapter_dtype=autocast).to(device).train()
         trained = [p for p in model.parameters() if p.requires_grad]
+        forward = torch.compile(model) if compiles else model
         optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
         ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length))).to(device)
         seconds, losses, norms = [], [], []
@@ -155,7 +157,7 @@ def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
             begin = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
-                loss = model(input_ids=ids, labels=ids).loss
+                loss = forward(input_ids=ids, labels=ids).loss
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -166,21 +168,23 @@ def peft(emit, *, shape: str, rows: int, length: int, steps: int = 10) -> None:
             seconds.append(time.perf_counter() - begin)
         assert min(norms) > 0 and losses[-1] < losses[0], (losses, norms)
         emit(
-            f"{shape} PEFT LoRA {rows}x{length} eager, "
+            f"{shape} PEFT LoRA {rows}x{length} {'compiled' if compiles else 'eager'}, "
             + ("float32 factors, autocast" if autocast else "bfloat16 factors"),
             tokens_per_s=rows * length / float(np.median(seconds[3:])),
             step_ms=1e3 * float(np.median(seconds[3:])),
             peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            first_step_s=seconds[0],
             losses=[losses[0], losses[-1]],
         )
-        del model, trained, optimizer, loss
+        del model, forward, trained, optimizer, loss
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
 def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> None:
-    """Greedy generation after a prompt of 32 tokens; the roofline reads the weights and the cache once a token."""
+    """Greedy generation after a prompt of 32 tokens, from stacked layers; the roofline reads the weights as they are stored and
+    the cache once a token."""
     import jax
     from gpu_models import in_threads, model_of, random_params
 
@@ -188,10 +192,8 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
     from jlora.models import empty_cache
 
     model = model_of(shape)
-    for nf4, stack in ((False, True), (False, False), (True, True)):
+    for nf4 in (False, True):
         params = random_params(model, nf4=nf4)
-        if not stack:
-            params = jlora.unstack_layers(params)
 
         def run(batch, params=params):
             prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 32))
@@ -213,7 +215,7 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
             untied = 0 if model.config.tie_word_embeddings else jlora.nbytes(params["model"]["embed_tokens"])
             ideal = (jlora.nbytes(params) - untied + cache) / ceiling["bytes_per_s"]
             emit(
-                f"{shape} {'NF4' if nf4 else 'bf16'}{'' if stack else ' per layer'} batch {batch}",
+                f"{shape} {'NF4' if nf4 else 'bf16'} batch {batch}",
                 tokens_per_s=batch / token,
                 ms_per_token=1e3 * token,
                 roofline_share=ideal / token,
@@ -224,13 +226,14 @@ def decode(emit, *, shape: str, new_tokens: int, ceiling: dict[str, float]) -> N
 
 
 def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
-    """Unpacking NF4, and x [rows, in] times eight different kernels, dense and by each implementation."""
+    """Unpacking, and x [rows, in] times eight different kernels, dense and NF4 by each implementation."""
     import jax
     import jax.numpy as jnp
     from bench import KERNELS
-    from gpu_models import in_threads, queued
+    from gpu_models import in_threads, queued, random_blocks
 
     import jlora
+    from jlora.quant.ggml import GGML_TYPES
     from jlora.quant.matmul import IMPLEMENTATIONS, implementation, quantized_matmul
     from jlora.weight import dense_matmul
 
@@ -238,18 +241,20 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
         return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(0.02)
 
     pack = jax.jit(lambda key, shape: jlora.quantize(draw(key, shape), jlora.NF4()), static_argnums=1)
-    shape = (256, 512) if smoke else (4096, 4 * 14336)
-    kernels = [pack(key, shape) for key in jax.random.split(jax.random.key(0, impl="rbg"), 2)]
+    rows, columns = (256, 512) if smoke else (4 * 14336, 4096)
+    packed = {"NF4": pack(jax.random.key(0, impl="rbg"), (columns, rows))}
+    packed |= {name: random_blocks(GGML_TYPES[name](), rows, columns) for name in ("Q8_0", "Q4_0", "Q4_K", "Q6_K")}
     unpack = jax.jit(lambda q: q.rows(jnp.bfloat16))
-    seconds = queued([lambda q=q: unpack(q) for q in kernels])
-    moved = kernels[0].nbytes + 2 * kernels[0].size
-    emit(
-        f"dequantize NF4 {shape[0]}x{shape[1]} to bf16",
-        GB_per_s=moved / seconds / 1e9,
-        of_copy=moved / seconds / ceiling["bytes_per_s"],
-        ms=1e3 * seconds,
-    )
-    del kernels
+    for name, q in packed.items():
+        seconds = queued([lambda q=q: unpack(q)])
+        moved = q.nbytes + 2 * q.size
+        emit(
+            f"dequantize {name} {columns}x{rows} to bf16",
+            GB_per_s=moved / seconds / 1e9,
+            of_copy=moved / seconds / ceiling["bytes_per_s"],
+            ms=1e3 * seconds,
+        )
+    del packed
 
     labels = {"up_proj": "Llama-3.2-1B", "down_proj": "Llama-3.1-8B"}
     for name, label in labels.items():
@@ -260,7 +265,7 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
         def dense(x, w):
             return dense_matmul(x, w, transpose=False, out_dtype=x.dtype)
 
-        def packed(way):
+        def quantized(way):
             return lambda a, q: quantized_matmul(way, False, a.dtype, a.dtype, a, q)
 
         cases = []
@@ -268,7 +273,7 @@ def products(emit, *, smoke: bool, ceiling: dict[str, float]) -> None:
             cases.append((rows, "dense bf16", dense, weights["dense"]))
             for way in IMPLEMENTATIONS:
                 if way != "reduce" or rows <= 4:
-                    cases.append((rows, f"NF4 {way}", packed(way), weights["nf4"]))
+                    cases.append((rows, f"NF4 {way}", quantized(way), weights["nf4"]))
 
         def compiled(case, shape=shape):
             rows, _, product, kernels = case

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,11 @@ import jax.numpy as jnp
 
 from jlora._processor import multiplies_bfloat16
 from jlora._typing import Array, DTypeLike, Params, PyTree
+from jlora.lora import is_stacked
+from jlora.lora.stack import layers_of
 from jlora.models import Model, replace
+from jlora.quant.matmul import implementation
+from jlora.tree.paths import flatten, layer_path, nbytes, nest
 from jlora.weight import Weight, dense_matmul, is_adapted, is_weight, materialize, register_node
 
 _SHARE = 0.8
@@ -21,15 +26,24 @@ _SHARE = 0.8
 def for_decoding(model: Model, params: Params, *, batch: int = 1) -> tuple[Model, PyTree]:
     """The model and its parameters in the form in which `batch` rows are multiplied fastest; what has it already is not copied.
 
-    On CPU, if the copy fits the free memory: packed kernels are decoded once, as they would be for each token otherwise, and
-    kernels lie as [out, in] (`Turned`). A bfloat16 model of several rows stays one where the CPU multiplies bfloat16; else it is
-    a float32 model of the same weights. Adapters stay beside them. On other backends: as they are.
+    Stacked layers are taken apart where the copy fits the free memory: a stack would be cut, which copies, for each token.
+    Adapters stay beside their kernels. Packed kernels are decoded once, as they would be for each token otherwise,
+
+    - on GPU unless there are so few rows that a product reads packed bytes faster than dense ones (`quant.matmul`);
+    - on CPU always, and kernels lie as [out, in] (`Turned`). A bfloat16 model of several rows stays one where the CPU
+      multiplies bfloat16; else it is a float32 model of the same weights.
+
+    On other backends all is as it was.
 
     On two AVX-512 cores with AMX, 60 kernels of 576 x 1536: one row float32 12 ms as [in, out], 9 as [out, in], bfloat16 13;
     eight rows float32 35 and 21, bfloat16 13.
     """
-    if jax.default_backend() != "cpu":
-        return model, params
+    if jax.default_backend() == "cpu":
+        return _on_cpu(model, params, batch)
+    return model, _on_gpu(params, model.dtype, batch) if jax.default_backend() == "gpu" else params
+
+
+def _on_cpu(model: Model, params: Params, batch: int) -> tuple[Model, PyTree]:
     dtype = jnp.dtype(
         jnp.bfloat16 if model.dtype == jnp.bfloat16 and batch > 1 and multiplies_bfloat16() else jnp.float32
     )
@@ -38,24 +52,53 @@ def for_decoding(model: Model, params: Params, *, batch: int = 1) -> tuple[Model
         warnings.warn(
             f"Decoding without a copy of the kernels in {dtype.name}, which takes {copied / 1e9:.1f} GB where {room / 1e9:.1f} GB "
             "are to spare: packed kernels are decoded anew for each token. Free memory, or generate many rows at once.",
-            stacklevel=4,  # the caller of `generate`
+            stacklevel=5,  # the caller of `generate`
         )
         return model, params
-    made = jax.tree_util.tree_map_with_path(functools.partial(_formed, dtype), params, is_leaf=_is_frozen)
+    made = _each(functools.partial(_formed, dtype), params)
     return (model if model.dtype == dtype else replace(model, dtype=dtype)), made
+
+
+def _on_gpu(params: Params, dtype: DTypeLike, batch: int) -> PyTree:
+    room = _SHARE * _free_device_bytes()
+    for unpacks in (True, False) if implementation(batch, "gpu") == "dequantize" else (False,):
+
+        def form(_: object, leaf: Any, unpacks: bool = unpacks) -> Any:
+            return materialize(leaf, dtype) if unpacks and _is_frozen(leaf) else leaf
+
+        copied = 0
+        for path, value in flatten(params).items():
+            for leaf in jax.tree.leaves(value, is_leaf=_is_frozen):
+                if unpacks and _is_frozen(leaf):
+                    copied += leaf.size * jnp.dtype(dtype).itemsize
+                elif layer_path(path, 0) is not None:
+                    copied += nbytes(leaf)
+        if copied <= room:
+            return _each(form, params)
+    return params
+
+
+def _each(form: Callable[[tuple[Any, ...], Any], Any], params: PyTree) -> PyTree:
+    """`form` of each leaf and its place in the tree, packed ones whole, after the layers were taken apart."""
+    made = functools.partial(jax.tree_util.tree_map_with_path, form, is_leaf=_is_frozen)
+    if not is_stacked(params):
+        return made(params)
+    flat = {}
+    for path, leaf in flatten(params).items():  # one after the other, so that no more than one is there in three forms
+        flat |= flatten(made(nest(layers_of(path, leaf))))
+    return nest(flat)
 
 
 @functools.partial(register_node, data_fields=("rows",), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Turned(Weight):
-    """Stands for a dense kernel [*stack, in, out] that lies in memory as [*stack, out, in]."""
+    """Stands for a dense kernel [in, out] that lies in memory as [out, in]."""
 
     rows: Array
 
     @property
     def shape(self):
-        *stack, d_out, d_in = self.rows.shape
-        return (*stack, d_in, d_out)
+        return self.rows.shape[::-1]
 
     @property
     def dtype(self):
@@ -158,6 +201,12 @@ def _is_float(leaf) -> bool:
 def _bytes(leaf: Any, dtype: jnp.dtype) -> int:
     """Of a copy of a leaf, where there may be one."""
     return 0 if isinstance(leaf, Turned | Table) or not _is_float(leaf) else leaf.size * dtype.itemsize
+
+
+def _free_device_bytes() -> float:
+    """Of the default device; 0 where it is not known."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return max(0, stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
 
 
 def _free_bytes() -> float:

@@ -76,7 +76,13 @@ def unstack_layers(params: PyTree) -> dict[str, PyTree]:
         )
     flat: dict[str, PyTree] = {}
     for path, leaf in flatten(params).items():
-        paths = per_layer_paths(path, jax.tree.leaves(leaf)[0].shape[0])
-        for i, row_path in enumerate(paths):
-            flat[row_path] = leaf if row_path == path else jax.tree.map(lambda x, i=i: x[i], leaf)
+        flat |= layers_of(path, leaf)
     return nest(flat)
+
+
+def layers_of(path: str, leaf: PyTree) -> dict[str, PyTree]:
+    """The per-layer leaves of a leaf of a stacked tree, by path; the leaf itself outside the layers."""
+    if layer_path(path, 0) is None:
+        return {path: leaf}
+    paths = per_layer_paths(path, jax.tree.leaves(leaf)[0].shape[0])
+    return {row_path: jax.tree.map(lambda x, i=i: x[i], leaf) for i, row_path in enumerate(paths)}
