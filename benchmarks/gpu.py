@@ -81,10 +81,10 @@ def plan(smoke: bool, cache: str) -> list[list[Task]]:
         last = [
             train("3B"),
             train("3B", nf4=True),
-            [Task("training", "peft", peft | {"compiles": True})],
             train("1B", remat="layer"),
             train("8B", nf4=True, remat="layer"),
             train("8B", remat="layer"),
+            [Task("training", "peft", peft | {"compiles": True})],
         ]
     return [
         *first,

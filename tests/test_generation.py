@@ -155,13 +155,15 @@ def test_a_past_grows(loaded, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("spec", [None, jlora.NF4(), jlora.Int8()], ids=repr)
-def test_the_form_for_decoding_computes_the_same(checkpoints, monkeypatch, spec, native, dtype):
-    """On CPU packed kernels are decoded once, and bfloat16 stays where it is fast: for several rows, where the CPU has it."""
+@pytest.mark.parametrize("stack", [False, True], ids=["per layer", "stack"])
+def test_the_form_for_decoding_computes_the_same(checkpoints, monkeypatch, stack, spec, native, dtype):
+    """Layers are apart; on CPU packed kernels are decoded once, and bfloat16 stays for several rows where the CPU has it."""
     monkeypatch.setattr(form, "multiplies_bfloat16", lambda: native)
     model, params = jlora.load(checkpoints["llama"][0], dtype=dtype, quantize=spec)
     params = jlora.add_lora(params, jlora.LoraConfig(rank=2), key=jax.random.key(0))
     adapter, base = jlora.split(params)
     params = jlora.combine(jax.tree.map(lambda x: x + 0.05, adapter), base)
+    params = jlora.stack_layers(params) if stack else params
     ids = jnp.asarray([PROMPTS[2]])
     exact = jlora.models.replace(model, dtype=jnp.float32)
     expected = exact.apply({"params": params}, ids)
@@ -172,6 +174,7 @@ def test_the_form_for_decoding_computes_the_same(checkpoints, monkeypatch, spec,
         again = jax.tree.leaves(for_decoding(fast, formed, batch=batch)[1])
         assert all(a is b for a, b in zip(jax.tree.leaves(formed), again, strict=True)), "nothing is copied twice"
         assert not any(leaf.dtype == jnp.uint8 for leaf in again), "nothing is packed"
+        assert not jlora.lora.is_stacked(formed)
         got = fast.apply({"params": formed}, ids)
         if stays:  # its rounding errors are others, and no greater
             plain = model.apply({"params": params}, ids)

@@ -1,21 +1,27 @@
 """Every path of a GPU lowered for CUDA, where there is none: what `benchmarks/gpu.py` would compile there."""
 
+import itertools
+import json
 import re
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import jlora
 from jlora import generation
+from jlora.generation import form
 from jlora.generation.sampling import Draw
 from jlora.models import empty_cache, model_from_config
 from jlora.quant.matmul import quantized_matmul
 from jlora.train.loss import cross_entropy
-from jlora.train.memory import abstract_batch, abstract_tree
+from jlora.train.memory import abstract_batch, abstract_tree, predict
+from jlora.tree.paths import flatten
+from jlora.weight import as_dense
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_models
@@ -157,3 +163,43 @@ def test_the_chunked_loss_and_its_gradient(transpose):
     arguments = of((tokens, 64)), head, of((tokens,), jnp.int32), of((tokens,), jnp.bool)
     text = lowered(jax.value_and_grad(loss), *arguments)
     assert f"tensor<512x{vocab}xf32>" in text and f"tensor<{tokens}x{vocab}x" not in text
+
+
+def test_predicted_memory_is_a_little_above_the_measured_peaks():
+    """Of steps at the shapes of Llama 1B, 3B and 8B, as `benchmarks/gpu.py` found them."""
+    found = json.loads((Path(__file__).parents[1] / "benchmarks/results/gpu_nvidia_h200.json").read_text())
+    named = {row["case"]: row["peak_bytes"] for row in found["sections"]["training"] if "peak_bytes" in row}
+    for shape, nf4 in itertools.product(("1B", "3B", "8B"), (False, True)):
+        peak = named[f"{shape} {'QLoRA' if nf4 else 'LoRA'} 4x2048 remat none"]
+        model, quantize = gpu_models.model_of(shape), jlora.NF4() if nf4 else None
+        params = abstract_tree(model, gpu_models.LORA, dtype=jnp.bfloat16, quantize=quantize, stack=True)
+        predicted = predict(model, params, gpu_models.optimizer(), batch_size=4, length=2048).peak
+        assert 1 < predicted / peak < 1.08, (shape, nf4, predicted, peak)
+
+
+@pytest.mark.parametrize(
+    ("batch", "room", "packed", "apart"), [(1, 1e9, True, True), (8, 1e9, False, True), (8, 0.0, True, False)]
+)
+def test_the_form_for_decoding(monkeypatch, batch, room, packed, apart):
+    """Layers apart, and packed kernels decoded once where a few rows would decode them for each token, if it fits."""
+    model = gpu_models.model_of("tiny")
+    params = gpu_models.random_params(model, nf4=True)
+    monkeypatch.setattr(form, "_free_device_bytes", lambda: room)
+    same, made = generation.for_decoding(model, params, batch=batch)
+    assert same is model and jlora.lora.is_stacked(made) != apart
+    kernels = [leaf for path, leaf in flatten(made).items() if path.endswith("up_proj/kernel")]
+    assert [isinstance(leaf, jlora.QuantizedTensor) for leaf in kernels] == [packed] * (2 if apart else 1)
+    if apart:
+        expected = jlora.unstack_layers(params)
+        for path, leaf in flatten(made).items():
+            np.testing.assert_array_equal(as_dense(leaf, jnp.bfloat16), as_dense(flatten(expected)[path], jnp.bfloat16))
+    else:
+        assert made is params
+
+
+def test_the_form_for_decoding_does_not_copy_what_has_it(monkeypatch):
+    model = gpu_models.model_of("tiny")
+    monkeypatch.setattr(form, "_free_device_bytes", lambda: 1e9)
+    made = generation.for_decoding(model, gpu_models.random_params(model, nf4=True), batch=8)[1]
+    again = generation.for_decoding(model, made, batch=8)[1]
+    assert all(a is b for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(again), strict=True))

@@ -1,5 +1,7 @@
 """The two execution forms of one tree: a subtree per layer, and one subtree with a leading layer axis."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -85,4 +87,10 @@ def layers_of(path: str, leaf: PyTree) -> dict[str, PyTree]:
     if layer_path(path, 0) is None:
         return {path: leaf}
     paths = per_layer_paths(path, jax.tree.leaves(leaf)[0].shape[0])
-    return {row_path: jax.tree.map(lambda x, i=i: x[i], leaf) for i, row_path in enumerate(paths)}
+    return dict(zip(paths, _rows(leaf, len(paths)), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rows(leaf: PyTree, count: int) -> list[PyTree]:
+    """The rows of a stack; as one program, since starting one for each array of each layer takes longer than to copy them."""
+    return [jax.tree.map(lambda x, i=i: x[i], leaf) for i in range(count)]

@@ -1,7 +1,9 @@
 """What the model graphs share: modules over the seam, norms, the two ways to run layers."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -71,7 +73,34 @@ class Head(nn.Module):
         return parameter(self, "kernel", nn.initializers.normal(INIT_STD), self.shape)
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)
+_KEEPS = contextvars.ContextVar("keeps", default=False)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """What is traced in it keeps for the backward pass what `recomputed` would calculate again."""
+    token = _KEEPS.set(True)
+    try:
+        yield
+    finally:
+        _KEEPS.reset(token)
+
+
+def recomputed(*, static_argnums: int | tuple[int, ...] = ()) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """`jax.checkpoint` of a few operations by an element: calculating them again costs less than keeping them."""
+
+    def decorate(function: Callable[..., Array]) -> Callable[..., Array]:
+        @functools.wraps(function)
+        def call(*arguments):
+            policy = jax.checkpoint_policies.everything_saveable if _KEEPS.get() else None
+            return jax.checkpoint(function, static_argnums=static_argnums, policy=policy)(*arguments)
+
+        return call
+
+    return decorate
+
+
+@recomputed(static_argnums=1)
 def normed(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
     """Divided by the root of the mean square, float32; again in the backward pass, as with `gelu`."""
     x = x.astype(jnp.float32)
@@ -102,7 +131,7 @@ class LayerNorm(nn.Module):
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
-@jax.checkpoint
+@recomputed()
 def gelu(x: Float[Array, "*batch d_ff"]) -> Float[Array, "*batch d_ff"]:
     """The tanh form, computed in float32.
 
@@ -112,7 +141,7 @@ def gelu(x: Float[Array, "*batch d_ff"]) -> Float[Array, "*batch d_ff"]:
     return gelu_tanh(x.astype(jnp.float32)).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)
+@recomputed(static_argnums=0)
 def gated(
     activation: Callable[[Array], Array], gate: Float[Array, "*batch d_ff"], up: Float[Array, "*batch d_ff"]
 ) -> Float[Array, "*batch d_ff"]:

@@ -1,5 +1,6 @@
 """How much memory a training step will take, from shapes alone."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from jlora._processor import compiler_options
 from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
 from jlora.models import Model, abstract_params, replace
+from jlora.models.layers import keeping
 from jlora.quant import QuantSpec, from_file, quantize_params
 from jlora.quant.ggml import GGML
 from jlora.train.loss import CHUNK, causal_lm_loss
@@ -99,15 +101,17 @@ def predict(
     adapter, base = split(params)
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and not is_stacked(params):
-        # XLA:CPU drops the barriers that keep recomputed layers apart from computed ones, and merges them.
+        # XLA:CPU drops the barriers that keep what is recomputed apart from what was computed, and merges the two.
         model = replace(model, remat="none")
     saved = _saved(model, adapter, base, batch_size, length)
-    # What a layer keeps without rematerialization is also what lives while it is computed again.
-    plain = saved if model.remat == "none" else _saved(replace(model, remat="none"), adapter, base, batch_size, length)
-    one_layer = plain // model.config.depth
+    # What a layer would keep if it recomputed nothing is also what lives while its gradient is computed; XLA:CPU makes less of it.
+    with contextlib.nullcontext() if on_cpu else keeping():
+        one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
     # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
-    if on_cpu and model.dtype == jnp.bfloat16 and is_stacked(params):
+    if on_cpu and model.dtype == jnp.bfloat16 and not is_stacked(params):
+        saved += saved // 2  # some products are kept as they were before they were rounded
+    elif on_cpu and model.dtype == jnp.bfloat16:
         one_layer *= 2  # its products are float32 until they are rounded
         if not compiler_options():
             # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
