@@ -125,19 +125,25 @@ def train_adapter(task: Task, trial: Trial) -> dict[str, Any]:
     """`jlora.finetune`, looked at where it says what a step takes."""
     found: dict[str, Any] = {}
     tokens: list[int] = []
-    told = jlora.runs.loop.memory_of
+    loop = jlora.runs.loop
+    planned, predicted_peak = loop.planned, loop.predicted_peak
 
-    def memory_of(job, state, tx, compiled):
+    def noted_plan(compiled):
+        size = planned(compiled)
+        found["step_bytes"] = max(size, found.get("step_bytes", 0))
+        return size
+
+    def noted_job(job, state, tx):
         order = {"batch_size": job.rows, "seed": job.config.seed, "layout": job.layout}
         tokens.extend(data_lib.batch_tokens(job.train, step, **order) for step in range(job.steps))
         found.update(
             trained=jlora.count(job.adapter), base=jlora.count(job.base), base_bytes=jlora.nbytes(job.base),
-            step_bytes=compiled, passes=job.steps / data_lib.steps_per_epoch(job.train, batch_size=job.rows),
+            passes=job.steps / data_lib.steps_per_epoch(job.train, batch_size=job.rows),
             **_sizes(job.train, job.evaluation),
         )  # fmt: skip
-        return told(job, state, tx, compiled)
+        return predicted_peak(job, state, tx)
 
-    jlora.runs.loop.memory_of = memory_of
+    loop.planned, loop.predicted_peak = noted_plan, noted_job
     shutil.rmtree(task.output, ignore_errors=True)
     try:
         result = jlora.finetune(config_of(task, trial))

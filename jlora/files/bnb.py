@@ -61,7 +61,7 @@ class QuantState:
         """
         if f"{name}{STATE_SUFFIX}" not in checkpoint.shapes:
             marks = (f"{name}.quant_state.", f"{name}.absmax", name.removesuffix("weight") + "SCB")
-            others = [n for mark in marks for n in checkpoint.shapes if n.startswith(mark)]
+            others = [n for n in checkpoint.shapes if n.startswith(marks)]
             if others:
                 raise ValueError(
                     f"{name!r} is quantized in another way than NF4: there is {others[0]!r}. Load the dense original with "

@@ -13,7 +13,7 @@ from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display
 from jlora.runs.job import Job, Stopped
 from jlora.runs.log import lowest
-from jlora.runs.outcome import FinetuneResult, finish, memory_of
+from jlora.runs.outcome import FinetuneResult, finish, memory_said, predicted_peak
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
 from jlora.storage.whole import NoSpace, no_space
@@ -121,7 +121,7 @@ class _Training:
         display.start(job.steps, done)
         batch, tokens = self._batch(done + 1)
         step_of = self._compiled(done, segments="segment_ids" in batch)
-        memory = memory_of(job, self.state, self.tx, max(map(planned, step_of.values())))
+        compiled, predicted = max(map(planned, step_of.values())), None
         self.stop.defer()
         self.began = True
         if unlogged is not None:
@@ -130,7 +130,11 @@ class _Training:
             started = time.perf_counter()
             step_fn = step_of[batch["input_ids"].shape[1]]
             self.state, metrics = step_fn(self.state, job.base, batch, jax.random.fold_in(self.key, step))
-            upcoming = self._batch(step + 1)  # while the device works
+            # While the device works:
+            upcoming = self._batch(step + 1)
+            if predicted is None:
+                predicted = predicted_peak(job, self.state, self.tx)
+                self.checkpoints.make_ready()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingDiverged(_diverged(step, loss, norm, self.checkpoints.latest, job.config))
@@ -144,7 +148,8 @@ class _Training:
             batch, tokens = upcoming
             self._complete(entry)
         display.stop()
-        display.say(memory)
+        if predicted is not None:
+            display.say(memory_said(predicted, compiled))
         return finish(job, self.checkpoints, self.state, self.history)
 
     def _compiled(self, done: int, *, segments: bool) -> dict[int, jax.stages.Compiled]:

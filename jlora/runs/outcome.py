@@ -74,11 +74,15 @@ def _same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
-def memory_of(job: Job, state: TrainState, tx: optax.GradientTransformation, compiled: int) -> str:
-    """The predicted and the compiled peak of a step, in words; on a GPU the measured one too."""
+def predicted_peak(job: Job, state: TrainState, tx: optax.GradientTransformation) -> int:
+    """Of a step of the job, in bytes."""
     accumulate = job.config.accumulate
     rows = {"batch_size": job.layout.rows // accumulate, "length": job.layout.widths[-1], "accumulate": accumulate}
-    predicted = predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
+    return predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
+
+
+def memory_said(predicted: int, compiled: int) -> str:
+    """The predicted and the compiled peak of a step, in words; on a GPU the measured one too, of the process up to now."""
     text = f"memory of a step: {predicted / 2**20:,.0f} MiB predicted, {compiled / 2**20:,.0f} MiB in the compiled step"
     measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return text + (f", {measured / 2**20:,.0f} MiB measured" if measured else "")

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from jlora._typing import Json, JsonObject
@@ -167,12 +167,12 @@ def read_yaml(path: str | os.PathLike) -> JsonObject:
 def _is_too_deep(value: object) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
+        inner = chain.from_iterable(
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        )
         level = [
-            child
-            for parent in level
-            if isinstance(parent, dict | list)
-            for child in (parent.values() if isinstance(parent, Mapping) else parent)
-        ]
+            x for x in inner if isinstance(x, dict | list)
+        ]  # not the leaves: a vocabulary has hundreds of thousands
         if not level:
             return False
     return True

@@ -86,6 +86,10 @@ class Checkpoints:
                 return self.record(step)
         return None
 
+    def make_ready(self) -> None:
+        """Imports Orbax ahead of the first `save`: it takes nearly a second, and only training needs it."""
+        import orbax.checkpoint  # noqa: F401
+
     def save(
         self, state: TrainState, *, eval_loss: float | None = None, unlogged: Mapping[str, Json] | None = None
     ) -> None:
@@ -98,7 +102,7 @@ class Checkpoints:
         Raises:
             NoSpace: when the disk is full. The checkpoints before stay.
         """
-        import orbax.checkpoint as ocp  # nearly a second to import, and only training needs it
+        import orbax.checkpoint as ocp
 
         step = int(state.step)
         eval_loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None

@@ -105,8 +105,11 @@ def predict(
         model = replace(model, remat="none")
     saved = _saved(model, adapter, base, batch_size, length)
     # What a layer would keep if it recomputed nothing is also what lives while its gradient is computed; XLA:CPU makes less of it.
-    with contextlib.nullcontext() if on_cpu else keeping():
-        one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
+    if on_cpu and model.remat == "none":
+        one_layer = saved // model.config.depth
+    else:
+        with contextlib.nullcontext() if on_cpu else keeping():
+            one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
     # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
     if on_cpu and model.dtype == jnp.bfloat16 and not is_stacked(params):
