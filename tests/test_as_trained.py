@@ -488,6 +488,7 @@ def test_one_that_a_text_holds_is_refused(grown, word, tmp_path, fails):
         assert said.startswith("Token id") and ("own tokenizer?" in said or repr(word) in said.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_gguf_model_is_without_a_pad_that_has_no_row(grown, gpt2_dir, tmp_path, call, fails):
     said = fails("export", "--adapter", grown, "--to", "gguf", "--output", tmp_path / "m.gguf")
     assert "'lighthouse'" in said and "the embedding has" in said

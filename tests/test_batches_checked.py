@@ -72,7 +72,7 @@ MASKED = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("dtype", [np.int32, bool])
@@ -275,6 +275,7 @@ def test_a_mask_does_not_go_with_a_cache_or_segments():
         model.apply({"params": params}, ROW, attention_mask=ROW > 0, segment_ids=ROW)
 
 
+@pytest.mark.slow
 def test_batches_of_several_shapes_and_kinds_are_evaluated_together():
     model, params = loaded("tiny-gpt2")
     two = {

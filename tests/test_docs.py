@@ -30,6 +30,7 @@ def _run(page, cwd):
     return subprocess.run([sys.executable, "-c", code], check=True, cwd=cwd, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_the_ten_lines_run(tmp_path):
     _run("README.md", tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

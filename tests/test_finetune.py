@@ -182,6 +182,7 @@ def test_same_config_gives_the_same_bytes(run, tmp_path):
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(run.output)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_bytes(run, tmp_path):
     jlora.finetune(dataclasses.replace(run.config, output=str(tmp_path / "other"), seed=1, steps=1))
     other = tiny.read_log(tmp_path / "other")
@@ -227,6 +228,7 @@ def test_packed_records(llama_dir, records_file, tmp_path):
     assert result.eval_loss < result.base_eval_loss
 
 
+@pytest.mark.slow
 def test_without_evaluation(gpt2_dir, text_file, tmp_path, capsys):
     result = jlora.finetune(options(model=gpt2_dir, data=text_file, output=tmp_path / "out", eval_fraction=0, steps=2))
     assert (result.eval_loss, result.base_eval_loss) == (None, None)
@@ -258,6 +260,7 @@ def test_ways_to_compute_the_same_losses(changes, plain_losses, gpt2_dir, text_f
     np.testing.assert_allclose(losses(result), plain_losses, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_clipping(run, tmp_path):
     """Gradients cut to far below Adam's epsilon move nothing; the norm in the log is that before clipping."""
     config = dataclasses.replace(run.config, output=str(tmp_path / "out"), steps=3, max_grad_norm=1e-12, dropout=0.0)
@@ -482,6 +485,7 @@ def test_a_learning_rate_that_breaks_the_model(run, tmp_path):
     assert [entry["step"] for entry in tiny.read_log(tmp_path / "out")] == [0]
 
 
+@pytest.mark.slow
 def test_divergence_without_evaluation(run, tmp_path):
     config = dataclasses.replace(run.config, output=str(tmp_path / "out"), learning_rate=1e30, eval_fraction=0.0)
     with pytest.raises(TrainingDiverged, match="Step 2 "):

@@ -91,6 +91,7 @@ def compiled():
     return begin._cache_size(), advance._cache_size()
 
 
+@pytest.mark.slow
 def test_neither_sampling_nor_lengths_compile_anew(loaded):
     model, params, _ = loaded["qwen2"]
     jlora.generate(model, params, PROMPTS, max_new_tokens=4, key=jax.random.key(0))

@@ -59,6 +59,7 @@ def test_all_parts_are_read(cuts, whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_belong_together_are_refused(whole, tmp_path):
     first, second, third = split(whole, tmp_path, [4, 9])
     assert "give the first, …-00001-of-00003.gguf" in refused(lambda: jlora.load(second), tmp_path)

@@ -136,6 +136,7 @@ def test_layers_in_several_formats(dense_files, tmp_path, fails, call):
     assert json.loads(call(*memory, "--form", "per-layer", "--json").out)["weights"] == jlora.nbytes(kept)
 
 
+@pytest.mark.slow
 def test_types_without_a_packed_form_are_decoded_and_said(dense_files, tmp_path):
     raw = RawFile.read(packed_as(dense_files["llama"], tmp_path / "model.gguf", lambda name: "Q4_1"))
     dims, _, _ = raw.tensors["blk.0.ffn_up.weight"]

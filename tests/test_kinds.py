@@ -528,6 +528,7 @@ def test_untying(loaded):
     assert list(adapted_modules(head)) == ["lm_head"]
 
 
+@pytest.mark.slow
 def test_an_adapter_on_an_untied_gpt2_goes_both_ways(tmp_path):
     """torch's Linear among Conv1Ds."""
     make_torch_model("gpt2", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
@@ -543,6 +544,7 @@ def test_an_adapter_on_an_untied_gpt2_goes_both_ways(tmp_path):
     np.testing.assert_allclose(torch_logits(back), torch_logits(theirs), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapted_embedding_beside_another_head_is_merged(loaded, tmp_path):
     model, params = loaded("llama")
     adapted = perturbed(jlora.add_lora(params, LoraConfig(targets=["embed_tokens"]), key=KEY))
@@ -551,6 +553,7 @@ def test_an_adapted_embedding_beside_another_head_is_merged(loaded, tmp_path):
     np.testing.assert_allclose(our_logits(*back), our_logits(model, adapted), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_embedding_is_refused(loaded, tmp_path):
     wrapped("llama", target_modules=["embed_tokens"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"

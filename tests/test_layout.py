@@ -372,6 +372,7 @@ def test_one_compilation_a_width(uneven_model, uneven_records, tmp_path, monkeyp
     assert len(compiled) == len(origin["layout"]["widths"])
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_batches(uneven_model, uneven_records, call):
     said = " ".join(
         call("inspect", "--model", uneven_model, "--data", uneven_records, "--template", "chat").out.split()

@@ -114,6 +114,7 @@ def test_merging_is_in_float32(tmp_path):
     assert (ours != exact).float().mean() < 0.01 and not torch.equal(ours, stored)
 
 
+@pytest.mark.slow
 def test_a_dtype_that_is_asked_for(tmp_path):
     directory = base(tmp_path / "m")
     adapter(tmp_path / "a", directory)

@@ -89,6 +89,7 @@ def test_a_segment_sees_itself_alone(checkpoint):
     assert np.isfinite(padding).all()
 
 
+@pytest.mark.slow
 def test_positions_are_used(checkpoints):
     """Learned positions tell where a token is; rotary ones only how far apart two are."""
     moved = jnp.broadcast_to(jnp.arange(7, 19), (2, 12))

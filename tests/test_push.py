@@ -251,6 +251,7 @@ def test_without_flags_every_byte_is_the_files(what, hub, finetuned):
     assert "| learning rate | 0.01 |" in files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_goes_up_too(hub, finetuned):
     assert run("push", finetuned, REPO, "--include", "metrics", "config", "checkpoints") == 0
     files = hub.files()

@@ -87,7 +87,7 @@ def test_without_double_quantization_and_in_bfloat16(dense, family, tmp_path):
     np.testing.assert_allclose(our_logits(model, params), dequantized_logits(theirs, IDS), atol=1e-4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_checkpoint_of_ours_loads_in_transformers(four_bit, family, stack, tmp_path):
     dense, directory, theirs = four_bit[family]

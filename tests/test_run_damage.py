@@ -122,6 +122,7 @@ def test_without_a_whole_checkpoint_the_run_begins_again(begun, finished, capsys
     assert_same(begun, finished)
 
 
+@pytest.mark.slow
 def test_a_stray_directory_among_the_checkpoints(begun, finished):
     (Path(begun.output) / "checkpoints" / "5").mkdir()
     (Path(begun.output) / "checkpoints" / ".6.partial-xyz").mkdir()

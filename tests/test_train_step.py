@@ -228,6 +228,7 @@ def test_mask_for_optax_over_the_whole_tree():
     assert moved == {"partition": False, "masked": True}
 
 
+@pytest.mark.slow
 def test_bfloat16_products_have_operands_of_one_dtype():
     """A mixed bfloat16 x float32 product in the backward pass is slow on every backend."""
     model, adapter, base = build(LLAMA, dtype=jnp.bfloat16)
