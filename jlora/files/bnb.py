@@ -63,8 +63,9 @@ class QuantState:
             marks = (f"{name}.quant_state.", f"{name}.absmax", name.removesuffix("weight") + "SCB")
             others = [n for n in checkpoint.shapes if n.startswith(marks)]
             if others:
+                telling = min(others, key=lambda n: [not n.startswith(mark) for mark in marks])
                 raise ValueError(
-                    f"{name!r} is quantized in another way than NF4: there is {others[0]!r}. Load the dense original with "
+                    f"{name!r} is quantized in another way than NF4: there is {telling!r}. Load the dense original with "
                     "`quantize=jlora.NF4()`."
                 )
             return None
