@@ -66,16 +66,21 @@ def _on_gpu(params: Params, dtype: DTypeLike, batch: int) -> PyTree:
         def form(_: object, leaf: Any, unpacks: bool = unpacks) -> Any:
             return materialize(leaf, dtype) if unpacks and _is_frozen(leaf) else leaf
 
-        copied = 0
-        for path, value in flatten(params).items():
-            for leaf in jax.tree.leaves(value, is_leaf=_is_frozen):
-                if unpacks and _is_frozen(leaf):
-                    copied += leaf.size * jnp.dtype(dtype).itemsize
-                elif layer_path(path, 0) is not None:
-                    copied += nbytes(leaf)
-        if copied <= room:
+        if _copied(params, dtype, unpacks) <= room:
             return _each(form, params)
     return params
+
+
+def _copied(params: Params, dtype: DTypeLike, unpacks: bool) -> int:
+    """Bytes of the stacked leaves, and of the packed ones in `dtype` if those are unpacked."""
+    size = 0
+    for path, value in flatten(params).items():
+        for leaf in jax.tree.leaves(value, is_leaf=_is_frozen):
+            if unpacks and _is_frozen(leaf):
+                size += leaf.size * jnp.dtype(dtype).itemsize
+            elif layer_path(path, 0) is not None:
+                size += nbytes(leaf)
+    return size
 
 
 def _each(form: Callable[[tuple[Any, ...], Any], Any], params: PyTree) -> PyTree:

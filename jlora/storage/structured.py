@@ -165,14 +165,11 @@ def read_yaml(path: str | os.PathLike) -> JsonObject:
 
 
 def _is_too_deep(value: object) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = chain.from_iterable(
-            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
-        )
-        level = [
-            x for x in inner if isinstance(x, dict | list)
-        ]  # not the leaves: a vocabulary has hundreds of thousands
+        inside = chain.from_iterable(x.values() if isinstance(x, dict) else x for x in level)
+        # Without the leaves: a vocabulary has hundreds of thousands.
+        level = [x for x in inside if isinstance(x, dict | list)]
         if not level:
             return False
     return True
