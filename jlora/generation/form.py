@@ -61,23 +61,18 @@ def _on_cpu(model: Model, params: Params, batch: int) -> tuple[Model, PyTree]:
 
 def _on_gpu(params: Params, dtype: DTypeLike, batch: int) -> PyTree:
     room = _SHARE * _free_device_bytes()
-    for unpacks in (True, False) if implementation(batch, "gpu") == "dequantize" else (False,):
-
-        def form(_: object, leaf: Any, unpacks: bool = unpacks) -> Any:
-            return materialize(leaf, dtype) if unpacks and _is_frozen(leaf) else leaf
-
-        if _copied(params, dtype, unpacks) <= room:
-            return _each(form, params)
-    return params
+    if implementation(batch, "gpu") == "dequantize" and _copied(params, dtype) <= room:
+        return _each(lambda _, leaf: materialize(leaf, dtype) if _is_frozen(leaf) else leaf, params)
+    return _each(lambda _, leaf: leaf, params) if _copied(params, None) <= room else params
 
 
-def _copied(params: Params, dtype: DTypeLike, unpacks: bool) -> int:
-    """Bytes of the stacked leaves, and of the packed ones in `dtype` if those are unpacked."""
+def _copied(params: Params, unpacked: DTypeLike | None) -> int:
+    """Bytes of the stacked leaves, and of the packed ones in the dtype to which they are unpacked, if they are."""
     size = 0
     for path, value in flatten(params).items():
         for leaf in jax.tree.leaves(value, is_leaf=_is_frozen):
-            if unpacks and _is_frozen(leaf):
-                size += leaf.size * jnp.dtype(dtype).itemsize
+            if unpacked is not None and _is_frozen(leaf):
+                size += leaf.size * jnp.dtype(unpacked).itemsize
             elif layer_path(path, 0) is not None:
                 size += nbytes(leaf)
     return size

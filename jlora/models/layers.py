@@ -90,12 +90,11 @@ def recomputed(*, static_argnums: int | tuple[int, ...] = ()) -> Callable[[Calla
     """`jax.checkpoint` of a few operations by an element: calculating them again costs less than keeping them."""
 
     def decorate(function: Callable[..., Array]) -> Callable[..., Array]:
-        @functools.wraps(function)
-        def call(*arguments):
-            policy = jax.checkpoint_policies.everything_saveable if _KEEPS.get() else None
-            return jax.checkpoint(function, static_argnums=static_argnums, policy=policy)(*arguments)
-
-        return call
+        again, kept = (
+            jax.checkpoint(function, static_argnums=static_argnums, policy=policy)
+            for policy in (None, jax.checkpoint_policies.everything_saveable)
+        )
+        return functools.wraps(function)(lambda *arguments: (kept if _KEEPS.get() else again)(*arguments))
 
     return decorate
 
