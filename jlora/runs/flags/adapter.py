@@ -1,4 +1,4 @@
-"""Flags that several commands have: the adapter that is trained."""
+"""The adapter that is trained, as flags that several commands have."""
 
 import dataclasses
 import re
