@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -199,10 +200,31 @@ def test_a_damaged_config_is_named(begun, content):
     assert tree(begun.output) == before
 
 
-def test_a_config_that_was_cut_at_a_line(begun):
-    path = Path(begun.output) / "config.yaml"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-4]))
-    with pytest.raises(ValueError, match="must not change:\n(.*\n)?  remat: is 'none', and missing in .*config.yaml"):
+def without(config, *names):
+    """Takes fields out of the config.yaml of a run."""
+    path = Path(config.output) / "config.yaml"
+    fields = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({name: value for name, value in fields.items() if name not in names}))
+
+
+def test_an_older_version_s_config_goes_on(begun, finished):
+    """A field that it does not have counts as its default."""
+    without(begun, *(f.name for f in dataclasses.fields(begun) if getattr(begun, f.name) == f.default))
+    jlora.finetune(begun)
+    assert_same(begun, finished)
+
+
+def test_an_older_version_s_config_against_another_value(begun):
+    without(begun, "remat", "targets")
+    with pytest.raises(
+        ValueError, match="must not change:\n  targets: was \\['all-linear'\\], is \\['c_attn'\\]\n[^:]*$"
+    ):
+        jlora.finetune(begun)
+
+
+def test_a_config_without_what_has_no_default(begun):
+    without(begun, "model")
+    with pytest.raises(ValueError, match="must not change:\n  model: is '.*', and missing in .*config.yaml"):
         jlora.finetune(begun)
 
 

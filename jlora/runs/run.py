@@ -83,7 +83,7 @@ class Run:
             before = read_yaml(path)
         except ValueError as error:
             raise ValueError(f"{error} {self._repair('the settings of the run')}") from error
-        _refuse_changes(before, fields, path, "the configuration", self._instead(), _FREE_TO_CHANGE)
+        _refuse_changes(_DEFAULTS | before, fields, path, "the configuration", self._instead(), _FREE_TO_CHANGE)
         remove_all_partial(self.directory)
 
     def _start(self, fields: Mapping[str, Json]) -> None:
@@ -217,6 +217,12 @@ def _refuse_changes(
             f"A resumed run ends as if it had not stopped, so {what} must not change:\n  {listed}\n"
             f"Resume with what it was, or {instead}."
         )
+
+
+_DEFAULTS = _plain(
+    {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.default is not dataclasses.MISSING}
+)
+"""What a field counts as that an older version's config.yaml lacks: options come with defaults that change nothing."""
 
 
 def _write(path: Path, text: str) -> None:
