@@ -23,7 +23,7 @@ import jlora.runs.loop
 from jlora import data as data_lib
 from jlora.generation import advance, begin, for_decoding
 from jlora.runs import TrainingDiverged
-from jlora.train import adamw, causal_lm_loss, init_state, make_step, planned, warmup_cosine
+from jlora.train import causal_lm_loss, init_state, make_step, planned
 from jlora.train.memory import abstract_batch
 
 CHAT_LENGTH, TEXT_LENGTH = 160, 128
@@ -183,12 +183,8 @@ def train_full(task: Task, trial: Trial) -> dict[str, Any]:
         batches = data_lib.eval_batches(held_out, batch_size=config.batch_size, layout=eval_layout)
         return jlora.evaluate(model, params, batches).loss
 
-    schedule = warmup_cosine(
-        peak=trial.learning_rate, steps=task.steps, warmup_steps=-int(-config.warmup_fraction * task.steps // 1)
-    )
-    tx = adamw(
-        schedule, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, b1=config.beta1, b2=config.beta2
-    )
+    rates = dataclasses.replace(config, learning_rate=trial.learning_rate).rates(task.steps)
+    tx = config.transformation(params, rates)
     found = {
         "trained": jlora.count(params), "base": 0, "base_bytes": 0, "base_loss": held_out_loss(params),
         "passes": task.steps / data_lib.steps_per_epoch(train, batch_size=config.batch_size), **_sizes(train, held_out),

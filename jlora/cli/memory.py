@@ -19,15 +19,16 @@ from jlora.models import model_from_config
 from jlora.quant import KEEP, FormatName, Kept, spec_named
 from jlora.runs import FinetuneConfig
 from jlora.runs.flags import AdapterFlags
-from jlora.train import adamw, causal_lm_loss, init_state, make_step
+from jlora.train import causal_lm_loss, init_state, make_optimizer, make_step
 from jlora.train.memory import Memory as Prediction
 from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
+from jlora.train.optimizers import OptimizerName
 from jlora.tree.paths import count, nbytes
 
 _MEANING = {
     "weights": "frozen parameters as stored",
     "adapter": "what is trained, float32",
-    "optimizer": "AdamW's two moments",
+    "optimizer": "its state, such as AdamW's two moments",
     "gradients": "of the adapter",
     "activations": "kept from the forward for the backward pass",
     "working": "alive within one layer or one chunk of the loss",
@@ -52,6 +53,8 @@ class Memory(AdapterFlags, Subject):
     """Tokens in a row; default: as `jlora finetune`."""
     quantize: FormatName | Kept | None = FinetuneConfig.quantize
     """Pack the frozen linear kernels; keep: as a GGUF file has them."""
+    optimizer: OptimizerName = FinetuneConfig.optimizer
+    """Whose state is kept."""
     remat: Literal["none", "layer"] = "none"
     """layer: recompute each layer in the backward pass."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -76,7 +79,7 @@ def run(options: Memory) -> None:
         quantize=kept_specs(open_checkpoint(directory), model, stack=stack, where=directory) if spec == KEEP else spec,
         stack=stack,
     )
-    tx = adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
+    tx = make_optimizer(options.optimizer, FinetuneConfig.learning_rate, split(params)[0], max_grad_norm=1.0)
     sizes = {"batch_size": options.batch_size, "length": length, "accumulate": options.accumulate}
     predicted = predict(model, params, tx, **sizes)
     compiled = _compiled(model, params, tx, options, length) if options.compile else None

@@ -20,13 +20,12 @@ from jlora.storage.whole import NoSpace, no_space
 from jlora.train import (
     Checkpoints,
     NotFinite,
-    adamw,
     causal_lm_loss,
+    evaluated,
     init_state,
     make_step,
     perplexity,
     planned,
-    warmup_cosine,
 )
 from jlora.train.memory import abstract_batch
 
@@ -98,16 +97,8 @@ class _Training:
         self.checkpoints = Checkpoints(job.run.checkpoints, keep=config.keep)
         self.began = False
         """Whether a step was made or a checkpoint found: there is something to keep."""
-        self.schedule = warmup_cosine(
-            peak=config.learning_rate, steps=job.steps, warmup_steps=math.ceil(config.warmup_fraction * job.steps)
-        )
-        self.tx = adamw(
-            self.schedule,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            b1=config.beta1,
-            b2=config.beta2,
-        )
+        self.schedule = config.rates(job.steps)
+        self.tx = config.transformation(job.adapter, self.schedule)
         self.state = init_state(job.adapter, self.tx)
         # Its own stream: the initialization drew from the seed's key itself.
         self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -171,7 +162,7 @@ class _Training:
     def _start(self) -> tuple[int, None]:
         """The log's entry before the first step."""
         if self.job.evaluation is not None:
-            loss = self.job.evaluate(self.state.adapter, self.stop)
+            loss = self.job.evaluate(evaluated(self.state), self.stop)
             self._log({"step": 0, "eval_loss": loss, "perplexity": perplexity(loss)})
             self.job.display.evaluated(0, loss)
         return 0, None
@@ -208,7 +199,7 @@ class _Training:
         last = step == job.steps
         if job.evaluation is not None and (last or step % job.eval_every == 0):
             try:
-                loss = job.evaluate(self.state.adapter, self.stop)
+                loss = job.evaluate(evaluated(self.state), self.stop)
             except Stopped:
                 self.checkpoints.save(self.state, unlogged=entry)
                 raise Stopped(self._stopped(step)) from None

@@ -16,7 +16,7 @@ from jlora.files import save_adapter
 from jlora.lora import combine
 from jlora.runs.job import Job
 from jlora.storage.whole import full_disk_said, whole_directory
-from jlora.train import Checkpoints, TrainState, perplexity, predict
+from jlora.train import Checkpoints, TrainState, evaluated, perplexity, predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Seque
     if config.save == "best" and checkpoints.best is not None:
         chosen = checkpoints.best
         state = checkpoints.restore(state, chosen)
-    _write_adapter(job, combine(state.adapter, job.base))
+    _write_adapter(job, combine(evaluated(state), job.base))
     result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)

@@ -14,6 +14,7 @@ import yaml
 from jlora._typing import Json, JsonObject
 from jlora.data.shards import holds_only_shards
 from jlora.runs.config import FinetuneConfig
+from jlora.runs.flags.optimization import resolved
 from jlora.runs.log import Log
 from jlora.storage.lock import LOCK, only_writer
 from jlora.storage.structured import read_json, read_yaml
@@ -83,7 +84,8 @@ class Run:
             before = read_yaml(path)
         except ValueError as error:
             raise ValueError(f"{error} {self._repair('the settings of the run')}") from error
-        _refuse_changes(_DEFAULTS | before, fields, path, "the configuration", self._instead(), _FREE_TO_CHANGE)
+        before = resolved(_DEFAULTS | before)
+        _refuse_changes(before, resolved(fields), path, "the configuration", self._instead(), _FREE_TO_CHANGE)
         remove_all_partial(self.directory)
 
     def _start(self, fields: Mapping[str, Json]) -> None:

@@ -11,7 +11,10 @@ from jlora.train.memory import Memory as Memory
 from jlora.train.memory import planned as planned
 from jlora.train.memory import predict as predict
 from jlora.train.optimizers import adamw as adamw
-from jlora.train.optimizers import warmup_cosine as warmup_cosine
+from jlora.train.optimizers import evaluated as evaluated
+from jlora.train.optimizers import make_optimizer as make_optimizer
+from jlora.train.schedules import make_schedule as make_schedule
+from jlora.train.schedules import warmup_cosine as warmup_cosine
 from jlora.train.step import Step as Step
 from jlora.train.step import TrainState as TrainState
 from jlora.train.step import init_state as init_state
