@@ -192,6 +192,8 @@ def test_golden_vectors(shape, bytes_, absmax, dense, nested):
 def test_code_tables_are_bitsandbytes():
     np.testing.assert_array_equal(tables.NF4_CODE, bnb.get_4bit_type("nf4", device="cpu").numpy())
     np.testing.assert_array_equal(tables.DYNAMIC_CODE, bnb.create_dynamic_map().numpy())
+    unsigned = bnb.create_dynamic_map(signed=False).numpy()
+    np.testing.assert_array_equal(tables.UNSIGNED_DYNAMIC_CODE, unsigned)
     assert hashlib.sha256(tables.DYNAMIC_CODE.astype("<f4").tobytes()).hexdigest().startswith("e732639a65f497b4")
 
 

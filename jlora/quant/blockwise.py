@@ -19,7 +19,7 @@ def in_blocks(x: Array, size: int) -> Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
-def absolute_maximum(blocks: Float[Array, "*stack blocks size"]) -> Float[Array, "*stack blocks"]:
+def absolute_maximum(blocks: Float[Array, "*blocks size"]) -> Float[Array, "*blocks"]:
     return jnp.max(jnp.abs(blocks), axis=-1)
 
 

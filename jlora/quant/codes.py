@@ -36,12 +36,16 @@ Reference: Dettmers et al., QLoRA, 2023, arXiv:2305.14314, section 3 and appendi
 """
 
 DYNAMIC_CODE = np.load(str(files("jlora.quant") / "dynamic_map.npy"))
-"""bitsandbytes' signed 8-bit dynamic map (`create_dynamic_map()`), float32 [256], for the absmax of double quantization.
+"""bitsandbytes' signed 8-bit dynamic map (`create_dynamic_map()`), float32 [256], for the absmax of double quantization and for
+first moments.
 
 Stored rather than computed: a float32 regeneration differs in the last bit of some entries.
 
 Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, arXiv:2110.02861, section 2.
 """
+
+UNSIGNED_DYNAMIC_CODE = np.load(str(files("jlora.quant") / "dynamic_map_unsigned.npy"))
+"""The same without a sign (`create_dynamic_map(signed=False)`), from 0 to 1, for second moments."""
 
 
 E2M1_CODE = np.array(

@@ -1,5 +1,6 @@
 """The loss, the step, the optimizer, the evaluation and the checkpoints of training."""
 
+from jlora.train.adam8bit import adamw8bit as adamw8bit
 from jlora.train.checkpoints import Checkpoints as Checkpoints
 from jlora.train.evaluation import Evaluation as Evaluation
 from jlora.train.evaluation import NotFinite as NotFinite

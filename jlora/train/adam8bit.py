@@ -1,0 +1,121 @@
+"""AdamW whose moments are 8-bit codes: a quarter of the optimizer's memory.
+
+Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, arXiv:2110.02861; blocks, codes and the least
+size are those of bitsandbytes' `AdamW8bit`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jlora._typing import Array, Float, Int, PyTree, UInt8
+from jlora.quant.blockwise import absolute_maximum, in_blocks, scale_to_unit
+from jlora.quant.codes import DYNAMIC_CODE, UNSIGNED_DYNAMIC_CODE, look_up, nearest_code
+
+BLOCK = 256  # elements that share a scale, as in bitsandbytes' `Optimizer2State`
+MIN_8BIT_SIZE = 4096
+"""Elements of the smallest parameter whose moments are packed, as in bitsandbytes: the codes of small ones would save nothing."""
+_TOGETHER = 1 << 14  # blocks that are float32 at a time: 16 MB each of moments, of a parameter of any size
+
+
+class Packed(NamedTuple):
+    """A moment of one parameter in 8 bits: elements in their flattened order, the last block filled up with zeros."""
+
+    codes: UInt8[Array, "blocks size"]
+    absmax: Float[Array, " blocks"]
+    """An element is `code[codes] * absmax`."""
+
+
+class Adam8bitState(NamedTuple):
+    count: Int[Array, ""]
+    """Updates done, int32."""
+    mu: PyTree
+    """The first moment: `Packed` in the signed map, or float32 of small parameters."""
+    nu: PyTree
+    """The second moment, likewise in the unsigned map."""
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float = 1e-8,
+    weight_decay: float,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    min_8bit_size: int = MIN_8BIT_SIZE,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with `scale_by_adam8bit`; arguments as of `optax.adamw`."""
+    return optax.chain(
+        scale_by_adam8bit(b1=b1, b2=b2, eps=eps, min_8bit_size=min_8bit_size),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -> optax.GradientTransformation:
+    """Adam's update of moments that are unpacked, moved and packed again in blocks: bitsandbytes' arithmetic.
+
+    Of a stacked tree a leaf is all of its layers. `min_8bit_size`: see `MIN_8BIT_SIZE`.
+    """
+
+    def start(p: Array) -> Packed | Array:
+        if p.size < min_8bit_size:
+            return jnp.zeros(p.shape, jnp.float32)
+        blocks = -(-p.size // BLOCK)
+        return Packed(jnp.zeros((blocks, BLOCK), jnp.uint8), jnp.zeros(blocks, jnp.float32))
+
+    def init(params: optax.Params) -> Adam8bitState:
+        # Two trees: a donated state must not have a buffer twice.
+        return Adam8bitState(jnp.zeros((), jnp.int32), jax.tree.map(start, params), jax.tree.map(start, params))
+
+    def update(updates: optax.Updates, state: Adam8bitState, params: optax.Params | None = None):
+        del params
+        count = optax.safe_increment(state.count)
+        corrections = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
+        moved = functools.partial(_moved, b1=b1, b2=b2, eps=eps, corrections=corrections)
+        leaves, treedef = jax.tree.flatten(updates)
+        moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
+        found = [_leaf(moved, g.astype(jnp.float32), mu, nu) for g, mu, nu in zip(leaves, *moments, strict=True)]
+        update, mu, nu = (treedef.unflatten(part) for part in zip(*found, strict=True))
+        return update, Adam8bitState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _moved(g: Array, mu: Array, nu: Array, *, b1: float, b2: float, eps: float, corrections: tuple[Array, Array]):
+    """(update, first moment, second moment) of float32 arrays of one shape."""
+    mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
+    return (mu / corrections[0]) / (jnp.sqrt(nu) / jnp.sqrt(corrections[1]) + eps), mu, nu
+
+
+def _leaf(moved: Callable, g: Array, mu: Packed | Array, nu: Packed | Array):
+    """(update, first moment, second moment) of one parameter, its moments as they are kept."""
+    if not isinstance(mu, Packed) or not isinstance(nu, Packed):
+        return moved(g, mu, nu)
+
+    def blocks(g, mu, nu):
+        update, mu, nu = moved(g, _unpack(mu, DYNAMIC_CODE), _unpack(nu, UNSIGNED_DYNAMIC_CODE))
+        return update, _pack(mu, DYNAMIC_CODE), _pack(nu, UNSIGNED_DYNAMIC_CODE)
+
+    arguments = in_blocks(g.reshape(-1), BLOCK), mu, nu
+    if len(mu.absmax) <= _TOGETHER:
+        update, mu, nu = blocks(*arguments)
+    else:
+        update, mu, nu = jax.lax.map(lambda block: blocks(*block), arguments, batch_size=_TOGETHER)
+    return update.reshape(-1)[: g.size].reshape(g.shape), mu, nu
+
+
+def _unpack(x: Packed, code: np.ndarray) -> Float[Array, "*blocks size"]:
+    return look_up(code, x.codes) * x.absmax[..., None]
+
+
+def _pack(x: Float[Array, "*blocks size"], code: np.ndarray) -> Packed:
+    """As bitsandbytes' `quantize_blockwise`."""
+    absmax = absolute_maximum(x)
+    return Packed(nearest_code(scale_to_unit(x, absmax, 1.0), code), absmax)
