@@ -39,6 +39,15 @@ def computed_once(x: Array) -> Array:
     return x / jnp.where(jnp.isnan(x), x, 1)
 
 
+def not_before(first: Array, x: Array) -> Array:
+    """x, of which nothing is calculated before `first` is there: not with what was calculated of it before, either.
+
+    XLA:CPU drops barriers, and then finds that both are the same. It does not know that nothing exceeds infinity.
+    """
+    first, x = jax.lax.optimization_barrier((first, x))
+    return jnp.where(first.ravel()[0] > jnp.inf, 0, x) if jax.default_backend() == "cpu" and first.size else x
+
+
 @functools.cache
 def _features() -> frozenset[str]:
     try:

@@ -26,7 +26,7 @@ USES_FLAX_FROM = FLOOR_OF["models"]
 
 PUBLIC_JAX = {
     "jax", "jax.numpy", "jax.lax", "jax.core", "jax.extend", "jax.extend.core", "jax.custom_derivatives", "jax.sharding",
-    "jax.tree_util", "jax.typing",
+    "jax.tree_util", "jax.typing", "jax.ad_checkpoint",
 }  # fmt: skip
 OUTSIDE = {"data": {"numpy", "datasets"}}
 """Room -> all that it imports besides jlora and the standard library: records are read and tokenized without jax."""

@@ -15,7 +15,7 @@ from jlora.files import find, read_config
 from jlora.files.gguf_packed import kept_specs
 from jlora.files.opened import open_checkpoint
 from jlora.lora import split
-from jlora.models import model_from_config
+from jlora.models import Remat, model_from_config, remat_without_effect
 from jlora.quant import KEEP, FormatName, Kept, spec_named
 from jlora.runs import FinetuneConfig
 from jlora.runs.flags import AdapterFlags
@@ -55,8 +55,8 @@ class Memory(AdapterFlags, Subject):
     """Pack the frozen linear kernels; keep: as a GGUF file has them."""
     optimizer: OptimizerName = FinetuneConfig.optimizer
     """Whose state is kept."""
-    remat: Literal["none", "layer"] = "none"
-    """layer: recompute each layer in the backward pass."""
+    remat: Remat = "none"
+    """What the backward pass computes again: as `jlora finetune --remat`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights that are not packed, and the activations."""
     form: Literal["stacked", "per-layer"] = "stacked"
@@ -96,6 +96,8 @@ def run(options: Memory) -> None:
         f"{count(adapter):,} trained; {options.batch_size} x {length} tokens, {options.dtype}, layers {options.form}",
     )
     terminal.print(table(predicted, compiled))
+    if said := remat_without_effect(model, stacked=stack, length=length):
+        say(terminal, said)
 
 
 def _compiled(model, params, tx, options: Memory, length: int) -> int:

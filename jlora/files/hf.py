@@ -64,7 +64,8 @@ def load(
             every linear kernel but the head, as soon as it is read. "keep": those of a GGUF file stay in its own blocks, where
             they are of a type in `jlora.quant.GGML_TYPES`; other types, embeddings and the head are decoded.
         stack: build the stacked form, which the model runs as one scan (see `stack_layers`).
-        remat: "layer" keeps only each layer's input for the backward pass; "none" keeps everything.
+        remat: what the backward pass calculates again: "none", "attention" (its weights), "dots" (all of a layer but the outputs
+            of its linear modules) or "layer", which keeps each layer's input alone.
 
     Returns:
         (Flax module, parameters); `model.apply({"params": params}, input_ids)` gives float32 logits. `model.config.eos_token_id`

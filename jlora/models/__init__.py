@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jlora.models.families import GGUF_ARCHITECTURES as GGUF_ARCHITECTURES
 from jlora.models.family import Family as Family
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
+from jlora.models.layers import Remat as Remat
 from jlora.models.llama import Llama as Llama
 from jlora.models.llama import LlamaConfig as LlamaConfig
+from jlora.models.remat import remat_without_effect as remat_without_effect
 from jlora.models.tied import has_adapted_tie as has_adapted_tie
 from jlora.models.tied import refuse_adapted_tie as refuse_adapted_tie
 from jlora.models.tied import untie as untie
@@ -25,6 +27,7 @@ from jlora.storage.fields import shown
 from jlora.tree.paths import flatten, nest, per_layer_paths, split_layer_path
 
 Model: TypeAlias = CausalLM
+REMATS: tuple[Remat, ...] = get_args(Remat)
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -44,8 +47,8 @@ def model_from_config(fields: Mapping[str, Json], *, dtype: DTypeLike, remat: st
             f"config.json has `model_type` {shown(family)}; jlora runs {', '.join(FAMILIES)}. To adapt another model, write it in "
             "JAX and wrap its parameters with `jlora.add_lora`."
         )
-    if remat not in ("none", "layer"):
-        raise ValueError(f"`remat` must be 'none' or 'layer'; got {remat!r}.")
+    if remat not in REMATS:
+        raise ValueError(f"`remat` must be one of {', '.join(map(repr, REMATS))}; got {remat!r}.")
     row = FAMILIES[family]
     return row.module(config=row.read(fields), dtype=jnp.dtype(dtype), remat=remat)
 

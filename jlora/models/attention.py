@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jlora._processor import not_before
 from jlora._typing import AnyArray, Array, Bool, DTypeLike, Float, Int
 
 
@@ -28,6 +29,7 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    recompute: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Grouped-query attention, softmax in float32.
 
@@ -37,6 +39,8 @@ def attention(
         mask: which keys each query sees; None: those up to its own, kv_len = seq.
         window: without a mask, how many of these; None: all.
         scale: of the scores; None: 1/sqrt(head_dim).
+        recompute: calculate the weights [batch, heads, seq, kv_len] again in the backward pass instead of keeping them, as "cudnn"
+            always does.
     """
     batch, seq, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -62,35 +66,44 @@ def attention(
     if q.dtype == jnp.float32 or k.shape[1] != seq:  # a cache has its heads first too
         # Heads first suits float32 (13 against 19 ms), but XLA:CPU runs bfloat16 dots of transposed operands in
         # float32 (16 against 8 ms).
-        out = _attend("bhsd", scale, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+        out = _attend("bhsd", scale, recompute, *(x.swapaxes(1, 2) for x in (rows, k, v)), mask).swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        out = _attend("bshd", scale, rows, k, v, mask)
+        out = _attend("bshd", scale, recompute, rows, k, v, mask)
     return out.reshape(batch, seq, groups, kv_heads, head_dim).swapaxes(2, 3).reshape(q.shape)  # pyright: ignore[reportAttributeAccessIssue]: a partial `custom_vjp` is typed as object
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(axes: str, scale: float, q: Array, k: Array, v: Array, mask: Bool[Array, "#batch 1 seq kv_len"]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(
+    axes: str, scale: float, recompute: bool, q: Array, k: Array, v: Array, mask: Bool[Array, "#batch 1 seq kv_len"]
+) -> Array:
     """Attention of operands whose axes are `axes`, "bshd" or "bhsd"; as many key heads as query heads."""
-    return _attend_fwd(axes, scale, q, k, v, mask)[0]
+    return _attend_fwd(axes, scale, recompute, q, k, v, mask)[0]
 
 
 def _product(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _attend_fwd(axes, scale, q, k, v, mask):
+def _weights(axes, scale, q, k, mask, dtype):
+    """Of each query the weights of the keys, [batch, heads, seq, kv_len]."""
     keys = axes.replace("s", "t")
     scores = _product(f"{axes},{keys}->bhst", q, k, jnp.float32) * scale
     # A finite floor: a row that sees no key gives a mean of the values, not NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = _product(f"bhst,{keys}->{axes}", weights, v, v.dtype)
-    return out, (q, k, v, mask, weights, out)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
 
-def _attend_bwd(axes, scale, residuals, dy):
+def _attend_fwd(axes, scale, recompute, q, k, v, mask):
+    weights = _weights(axes, scale, q, k, mask, v.dtype)
+    out = _product(f"bhst,{axes.replace('s', 't')}->{axes}", weights, v, v.dtype)
+    return out, (q, k, v, mask, None if recompute else weights, out)
+
+
+def _attend_bwd(axes, scale, recompute, residuals, dy):
     # By hand, for the residuals: autodiff keeps float32 scores and exponentials beside the weights.
     q, k, v, mask, weights, out = residuals
+    if recompute:
+        weights = _weights(axes, scale, not_before(dy, q), k, mask, v.dtype)
     keys = axes.replace("s", "t")
     dweights = _product(f"{axes},{keys}->bhst", dy, v, jnp.float32)
     # The mean of the cotangents under the weights, of head_dim terms instead of kv_len (FlashAttention-2, section 2.3.2).

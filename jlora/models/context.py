@@ -45,6 +45,8 @@ class Context(struct.PyTreeNode):
     """Queries that see no key at all, such as those of padding on the left; None: there is none."""
     window: int | None = struct.field(pytree_node=False, default=None)
     """Of a plain causal mask; any other has it among its zeros."""
+    recompute: bool = struct.field(pytree_node=False, default=False)
+    """Whether the attention weights are calculated again in the backward pass."""
 
 
 def attend(q, k, v, context: Context, cache: KVCache | None, *, scale: float | None = None):
@@ -56,7 +58,8 @@ def attend(q, k, v, context: Context, cache: KVCache | None, *, scale: float | N
             cache.v.at[rows, :, context.positions].set(v.astype(cache.v.dtype), mode="drop"),
         )
         k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
-    y = attention(q.astype(k.dtype), k, v, context.mask, window=context.window, scale=scale).astype(q.dtype)
+    q_as_k, recompute = q.astype(k.dtype), context.recompute
+    y = attention(q_as_k, k, v, context.mask, window=context.window, scale=scale, recompute=recompute).astype(q.dtype)
     if context.blind is not None:
         # As torch's `scaled_dot_product_attention` has it.
         y = jnp.where(context.blind[:, :, None, None], jnp.zeros((), y.dtype), y)

@@ -3,19 +3,22 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora._typing import Array, DTypeLike, Float
 from jlora.lora import embed, linear
 from jlora.models.context import Context, alternatives
 from jlora.weight import as_dense
 
-Remat = Literal["none", "layer"]
+Remat = Literal["none", "attention", "dots", "layer"]
+"""What the backward pass calculates again, from least to most: nothing, the attention weights, all of a layer but the outputs of
+its linear modules, all of a layer. (Norms, and activations between products, it always does.)"""
 
 INIT_STD = 0.02  # GPT-2's and Llama's `initializer_range`
 
@@ -166,6 +169,31 @@ class Layers(nn.Module):
         return x, None if cache is None else caches
 
 
+_OUTPUT = "linear"  # the name of the outputs of linear modules, by which they are kept
+_POLICIES: Mapping[str, Callable | None] = {
+    "dots": jax.checkpoint_policies.save_only_these_names(_OUTPUT),
+    "layer": None,
+}
+"""What is kept of a layer beside its input, where the layer is what is calculated again.
+
+Outputs are named rather than found as products: a `LoraWeight`'s are several, of float32 sums that nothing needs later.
+"""
+
+
+def _rematerialized(layer: Any, remat: Remat, **options: Any) -> Any:
+    return nn.remat(layer, policy=_POLICIES[remat], **options) if remat in _POLICIES else layer
+
+
+def _naming_outputs(remat: Remat) -> contextlib.AbstractContextManager:
+    """In it the outputs of linear modules have their name, if that is asked for: other programs stay as they are."""
+
+    def named(call, arguments, options, context):
+        y = call(*arguments, **options)
+        return checkpoint_name(y, _OUTPUT) if isinstance(context.module, Linear) else y
+
+    return nn.intercept_methods(named) if remat == "dots" else contextlib.nullcontext()
+
+
 def run_layers(
     parent: nn.Module,
     name: str,
@@ -182,7 +210,7 @@ def run_layers(
     Args:
         parent: the module whose compact method calls this; holds the layers' parameters under `name`.
         block: module class; called as `block(**kwargs)(x, cache, context) -> (x, cache)`.
-        remat: "layer": nothing but each layer's input is kept for the backward pass.
+        remat: what is calculated again in the backward pass.
         cache: None, a list of `KVCache`, or one stacked `KVCache`.
         contexts, kinds: of `contexts_of`.
 
@@ -190,19 +218,24 @@ def run_layers(
         (x, updated cache)
     """
     stacked = not parent.is_initializing() and "0" not in parent.variables["params"][name]
+    if remat == "attention":
+        contexts = [context.replace(recompute=True) for context in contexts]
     if not stacked:
-        block = nn.remat(block) if remat == "layer" else block
-        return Layers(lambda name: block(**kwargs, name=name), tuple(kinds), name=name)(x, cache, contexts)
+        block = _rematerialized(block, remat)
+        layers = Layers(lambda name: block(**kwargs, name=name), tuple(kinds), name=name)
+        with _naming_outputs(remat):
+            return layers(x, cache, contexts)
     differing = alternatives(contexts) if len(contexts) > 1 else {}
 
     def layer(block, x, own, context, differing):
         cache, kind = own
         chosen = jax.tree.map(lambda alternatives: alternatives[kind], differing)
-        return block(x, cache, context.replace(**chosen))
+        with _naming_outputs(remat):
+            return block(x, cache, context.replace(**chosen))
 
     scanned = nn.scan(
         # The choice is rematerialized with the layer, or every layer would keep its mask.
-        nn.remat(layer, prevent_cse=False) if remat == "layer" else layer,
+        _rematerialized(layer, remat, prevent_cse=False),
         variable_axes={"params": 0},
         split_rngs={"params": False},
         in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from jlora.files import find, load, load_tokenizer, read_config, untrained_token
 from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
-from jlora.models import Model, model_from_config
+from jlora.models import Model, model_from_config, remat_without_effect
 from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
@@ -138,6 +138,8 @@ class Job:
             max_length=max_length,
             steps=config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch)),
         )
+        if said := remat_without_effect(model, stacked=stack, length=layout.widths[-1]):
+            display.warn(said)
         if said := run.check_origin(job.origin()):
             display.warn(said)
         size = f"{count(base):,} parameters, {nbytes(base) / 2**20:,.0f} MiB as {_stored(base, dtype)}"
@@ -213,7 +215,7 @@ def _form(config: FinetuneConfig, *, widened: bool) -> tuple[bool, str]:
     names = (*config.targets, *config.modules_to_save)
     if config.layers_to_transform is not None or any(re.search(r"\.\d+\.|\\d|\[\d", name) for name in names):
         return False, "single layers are named"
-    if widened and config.remat == "none":  # unrolled layers are not rematerialized on CPU
+    if widened and config.remat in ("none", "attention"):  # the others have no effect on unrolled layers of a CPU
         return False, "faster on this CPU"
     return True, "one compilation for all"
 

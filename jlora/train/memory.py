@@ -12,7 +12,7 @@ import optax
 from jlora._processor import compiler_options
 from jlora._typing import DTypeLike, Params, PyTree
 from jlora.lora import LoraConfig, add_lora, combine, is_stacked, split, stack_layers
-from jlora.models import Model, abstract_params, replace
+from jlora.models import Model, abstract_params, remat_without_effect, replace
 from jlora.models.layers import keeping
 from jlora.quant import QuantSpec, from_file, quantize_params
 from jlora.quant.ggml import GGML
@@ -100,8 +100,8 @@ def predict(
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     adapter, base = split(params)
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and not is_stacked(params):
-        # XLA:CPU drops the barriers that keep what is recomputed apart from what was computed, and merges the two.
+    stacked = is_stacked(params)
+    if remat_without_effect(model, stacked=stacked, length=length):
         model = replace(model, remat="none")
     saved = _saved(model, adapter, base, batch_size, length)
     # What a layer would keep if it recomputed nothing is also what lives while its gradient is computed; XLA:CPU makes less of it.
@@ -112,7 +112,7 @@ def predict(
             one_layer = _saved(replace(model, remat="none"), adapter, base, batch_size, length) // model.config.depth
     # Of the head's weight, XLA:CPU's products make a rearranged copy each while they run, outside the compiler's plan.
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
-    if on_cpu and model.dtype == jnp.bfloat16 and not is_stacked(params):
+    if on_cpu and model.dtype == jnp.bfloat16 and not stacked:
         saved += saved // 2  # some products are kept as they were before they were rounded
     elif on_cpu and model.dtype == jnp.bfloat16:
         one_layer *= 2  # its products are float32 until they are rounded

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jlora.models import Remat
 from jlora.quant import FormatName, Kept
 
 
@@ -18,5 +19,6 @@ class Compute:
     form: Literal["auto", "per-layer", "stacked"] = "auto"
     """Layers unrolled, or stacked under one scan, which compiles in the time of one layer; auto: stacked, unless single layers are
     named or packed differently, or the CPU has no bfloat16 and the model is in it."""
-    remat: Literal["none", "layer"] = "none"
-    """layer: recompute each layer in the backward pass, for less memory."""
+    remat: Remat = "none"
+    """What the backward pass computes again, for less memory: attention: its weights, which long rows have most of (a GPU's own
+    attention in 16 bits never keeps them); dots: all of a layer but the outputs of its linear modules; layer: all of it."""
