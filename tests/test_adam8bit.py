@@ -10,7 +10,7 @@ from bitsandbytes.optim import AdamW8bit
 
 import jlora
 from jlora.quant.codes import DYNAMIC_CODE, UNSIGNED_DYNAMIC_CODE
-from jlora.train import Checkpoints, adamw8bit, init_state, make_step
+from jlora.train import Checkpoints, adamw8bit, init_state, make_optimizer, make_step
 from jlora.train import adam8bit as module
 
 quick = pytest.mark.usefixtures("quick_compilation")
@@ -141,3 +141,18 @@ def test_it_trains_and_its_state_is_saved(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, again, state)
     np.testing.assert_allclose(losses["8 bit"], losses["float32"], rtol=0.1, atol=0.02 * losses["float32"][0])
     assert losses["8 bit"][-1] < losses["8 bit"][0] / 10
+
+
+@quick
+def test_layers_of_a_stack_are_packed_each_by_itself():
+    """As PyTorch's parameters, so that both forms take the same step: 5000 elements are twenty blocks, the last not full."""
+    draws = np.random.default_rng(0).normal(size=(2, 50, 100)).astype(np.float32)
+    layers = {str(i): {"up": {"kernel": jnp.asarray(x)}} for i, x in enumerate(draws)}
+    found = []
+    for form in ({"model": {"layers": layers}}, jlora.stack_layers({"model": {"layers": layers}})):
+        tx = make_optimizer("adamw8bit", RATE, form, weight_decay=0.1)
+        updates, state = jax.jit(tx.update)(form, tx.init(form), form)
+        packed = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, module.Packed))
+        assert {x.codes.shape[-2:] for x in packed if isinstance(x, module.Packed)} == {(20, 256)}
+        found.append(updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), jlora.stack_layers(found[0]), found[1])

@@ -272,7 +272,7 @@ def test_defaults_are_the_optimizer_s_own():
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("name", ["schedule_free_adamw", "muon", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "adamw8bit", "muon", "adafactor", "lion", "sgd"])
 def test_every_optimizer_resumes_to_the_byte(name, gpt2_dir, text_file, tmp_path):
     config = options(model=gpt2_dir, data=text_file, output=str(tmp_path / "run"), optimizer=name, learning_rate=1e-2)
     config = dataclasses.replace(config, weight_decay=0.1)

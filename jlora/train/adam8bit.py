@@ -20,7 +20,9 @@ from jlora.quant.codes import DYNAMIC_CODE, UNSIGNED_DYNAMIC_CODE, look_up, near
 BLOCK = 256  # elements that share a scale, as in bitsandbytes' `Optimizer2State`
 MIN_8BIT_SIZE = 4096
 """Elements of the smallest parameter whose moments are packed, as in bitsandbytes: the codes of small ones would save nothing."""
-_TOGETHER = 1 << 14  # blocks that are float32 at a time: 16 MB each of moments, of a parameter of any size
+_TOGETHER = (
+    1 << 12
+)  # blocks whose moments are float32 at a time, 4 MB each, however large the parameter (times the layers of a stack)
 
 
 class Packed(NamedTuple):
@@ -61,7 +63,7 @@ def adamw8bit(
 def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -> optax.GradientTransformation:
     """Adam's update of moments that are unpacked, moved and packed again in blocks: bitsandbytes' arithmetic.
 
-    Of a stacked tree a leaf is all of its layers. `min_8bit_size`: see `MIN_8BIT_SIZE`.
+    Of a stack a leaf is all of its layers (`make_optimizer` takes each by itself). `min_8bit_size`: see `MIN_8BIT_SIZE`.
     """
 
     def start(p: Array) -> Packed | Array:
@@ -82,7 +84,7 @@ def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -
         leaves, treedef = jax.tree.flatten(updates)
         moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
         found = [_leaf(moved, g.astype(jnp.float32), mu, nu) for g, mu, nu in zip(leaves, *moments, strict=True)]
-        update, mu, nu = (treedef.unflatten(part) for part in zip(*found, strict=True))
+        update, mu, nu = (treedef.unflatten([parts[i] for parts in found]) for i in range(3))
         return update, Adam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)

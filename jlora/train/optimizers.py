@@ -1,4 +1,4 @@
-"""The optimizers of a run, optax's own, by name: one row each. All come after clipping by the global norm.
+"""The optimizers of a run, optax's own and 8-bit AdamW, by name: one row each. All come after clipping by the global norm.
 
 Every array is updated as PyTorch updates a parameter: layers of a stack each by themselves, weight decay on matrices alone and
 decoupled (times the learning rate), but for sgd, whose decay is added to the gradient.
@@ -12,10 +12,11 @@ import optax
 from optax import contrib
 
 from jlora._typing import PyTree
+from jlora.train.adam8bit import adamw8bit
 from jlora.train.parameters import Parameter, Parameters, labels, parameters_of
 from jlora.train.step import TrainState
 
-OptimizerName = Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free_adamw"]
+OptimizerName = Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free_adamw", "adamw8bit"]
 EPSILON = 1e-8  # torch.optim.AdamW's
 
 
@@ -44,6 +45,13 @@ class Settings(NamedTuple):
 def _adamw(s: Settings) -> optax.GradientTransformation:
     return optax.adamw(
         s.rate, b1=s.own["beta1"], b2=s.own["beta2"], eps=EPSILON, weight_decay=s.weight_decay, mask=s.decayed
+    )
+
+
+def _adamw8bit(s: Settings) -> optax.GradientTransformation:
+    betas = {"b1": s.own["beta1"], "b2": s.own["beta2"]}
+    return _each_layer(
+        adamw8bit(s.rate, **betas, eps=EPSILON, weight_decay=s.weight_decay, mask=s.decayed), s.parameters
     )
 
 
@@ -129,9 +137,11 @@ OPTIMIZERS: Mapping[str, Row] = {
     "schedule_free_adamw": Row(
         _scale_by_rms, _BETAS, lambda tx, s: contrib.schedule_free(tx, s.rate, b1=s.own["beta1"]), falls=False
     ),
+    "adamw8bit": Row(_adamw8bit, _BETAS),
 }
 """AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101; Adafactor: Shazeer and Stern 2018, arXiv:1804.04235; Lion: Chen et al. 2023,
-arXiv:2302.06675; Muon: Jordan 2024, kellerjordan.github.io/posts/muon; schedule-free: Defazio et al. 2024, arXiv:2405.15682."""
+arXiv:2302.06675; Muon: Jordan 2024, kellerjordan.github.io/posts/muon; schedule-free: Defazio et al. 2024, arXiv:2405.15682; 8-bit
+moments: Dettmers et al. 2022, arXiv:2110.02861."""
 SETTINGS = ("beta1", "beta2", "momentum")
 """The settings that some of them have."""
 

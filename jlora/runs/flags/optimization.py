@@ -30,7 +30,7 @@ class Optimization:
     """Micro-batches in a step."""
     optimizer: OptimizerName = "adamw"
     """optax's. muon: for the matrices, and AdamW for what else is trained. schedule_free_adamw: of an average of its steps, which
-    is what is evaluated and saved."""
+    is what is evaluated and saved. adamw8bit: AdamW whose moments are bitsandbytes' 8-bit codes, a quarter of their memory."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: ScheduleName | None = None
@@ -50,7 +50,7 @@ class Optimization:
     max_grad_norm: float = 1.0
     """Clip the gradient to this global norm; 0: no clipping."""
     beta1: float | None = None
-    """Decay of the average of gradients, of adamw, lion, muon and schedule_free_adamw; default 0.9."""
+    """Decay of the average of gradients, of adamw, lion, muon, schedule_free_adamw and adamw8bit; default 0.9."""
     beta2: float | None = None
     """Decay of the average of squared gradients; default 0.999. lion: of the average of gradients, 0.99."""
     momentum: float | None = None
