@@ -76,9 +76,9 @@ def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -
         # Two trees: a donated state must not have a buffer twice.
         return Adam8bitState(jnp.zeros((), jnp.int32), jax.tree.map(start, params), jax.tree.map(start, params))
 
-    def update(updates: optax.Updates, state: Adam8bitState, params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         corrections = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
         moved = functools.partial(_moved, b1=b1, b2=b2, eps=eps, corrections=corrections)
         leaves, treedef = jax.tree.flatten(updates)

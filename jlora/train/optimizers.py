@@ -49,9 +49,9 @@ def _adamw(s: Settings) -> optax.GradientTransformation:
 
 
 def _adamw8bit(s: Settings) -> optax.GradientTransformation:
-    betas = {"b1": s.own["beta1"], "b2": s.own["beta2"]}
+    b1, b2 = s.own["beta1"], s.own["beta2"]
     return _each_layer(
-        adamw8bit(s.rate, **betas, eps=EPSILON, weight_decay=s.weight_decay, mask=s.decayed), s.parameters
+        adamw8bit(s.rate, b1=b1, b2=b2, eps=EPSILON, weight_decay=s.weight_decay, mask=s.decayed), s.parameters
     )
 
 
