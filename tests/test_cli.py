@@ -385,7 +385,7 @@ def test_resume_with_other_flags(finetuned, fails):
 )
 def test_errors_say_what_is_wrong(flags, says, finetuned, gpt2_dir, llama_dir, text_file, tmp_path, fails):
     bad = tmp_path / "bad.jsonl"
-    tiny.write_records(bad, [*tiny.records(1), {"question": "?", "answer": "!"}])
+    tiny.write_records(bad, [*tiny.records(1), {"question": "?", "reply": "!"}])
     paths = {
         "gpt2": gpt2_dir, "llama": llama_dir, "text": text_file, "bad": bad, "out": tmp_path / "out",
         "adapter": finetuned / "adapter",

@@ -201,9 +201,6 @@ def test_the_date_in_a_template_stands_still():
 
 
 UNSTABLE = {
-    # Qwen 3 and DeepSeek R1 keep the reasoning of the last answer only.
-    "forgets": "{% for m in messages %}{{ m.role }}{% if loop.last and m.role == 'assistant' %}<think>{% endif %}"
-    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}",
     # A generation prompt that is not how the turn starts, https://github.com/ml-explore/mlx-lm/issues/1355
     "header": CHATML.replace("assistant\n{% endif", "model\n{% endif"),
     "count": "{{ messages | length }}" + CHATML,
@@ -346,7 +343,7 @@ def refused(message, records, tokenizer, **arguments):
 
 
 def test_what_templates_refuse(tokenizer):
-    refused(r"`template` must be one of alpaca, chat; got 'chatml'", [COLOR], tokenizer, template="chatml")
+    refused(r"`template` must be one of alpaca, chat, chatml, .*; got 'odd'", [COLOR], tokenizer, template="odd")
     refused(r"f:1: the alpaca template needs .*got 'messages'. Use the template `chat`", [TALK], tokenizer)
     refused(r"f:1: training needs the column `output`; got 'instruction'", [{"instruction": "a"}], tokenizer)
     refused(r"f:1: training needs a turn of the assistant", [{"instruction": "a"}], tokenizer, template="chat")

@@ -73,7 +73,7 @@ def test_json_list_knows_its_lines(tmp_path, indent):
         ({"messages": []}, r":2: messages must be a list with at least one turn; got a list: \[\]"),
         ({"messages": "hi"}, r":2: messages must be a list with at least one turn; got a string: 'hi'"),
         ({"messages": [{"role": "user"}]}, r":2: turn 0 must be an object with strings 'role' and 'content'; got"),
-        ({"conversations": CHAT}, r":2: turn 0 must be an object with strings 'from' and 'value'; got"),
+        ({"conversations": ["hi"]}, r":2: turn 0 must be an object with strings 'from' and 'value'; got"),
         ({"messages": [{"role": "bot", "content": ""}]}, r":2: the role of turn 0 must be one of system.*; got 'bot'"),
         ({"messages": CHAT[1:]}, r":2: a conversation must not start with the assistant"),
         ({"messages": CHAT[:1]}, r":2: a conversation needs a turn of the assistant to learn from; got only user"),
@@ -136,7 +136,7 @@ def test_hub_data_set(monkeypatch):
     def load_dataset(name, *, split):
         asked.append((name, split))
         if name == "own/bad":
-            return [GOOD, {"text": "x"}]
+            return [GOOD, {"txt": "x"}]
         if name == "own/gone":
             raise ConnectionError("no route")
         return [GOOD, {"messages": CHAT, "instruction": None}]
@@ -144,7 +144,7 @@ def test_hub_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_records("own/name") == [("own/name[0]", GOOD), ("own/name[1]", {"messages": CHAT})]
     assert asked == [("own/name", "train")]
-    with pytest.raises(ValueError, match=r"own/bad\[1\]: a record needs the columns .* got 'text'"):
+    with pytest.raises(ValueError, match=r"own/bad\[1\]: a record needs the columns .* got 'txt'"):
         read_records("own/bad")
     with pytest.raises(ValueError, match=r"'own/gone' is no file here, .* \(ConnectionError: no route\)\. Check"):
         read_records("own/gone")

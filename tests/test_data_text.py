@@ -526,8 +526,9 @@ def test_kind_of_a_source(tmp_path, story):
     (tmp_path / "a.csv").touch()
     assert kind_of(story) == kind_of(tmp_path) == kind_of([story, str(story)]) == "text"
     assert kind_of(tmp_path / "a.jsonl") == kind_of("tatsu-lab/alpaca") == kind_of("owner/name-v1.0") == "records"
-    for wrong in (tmp_path / "a.csv", "notes.parquet"):
-        with pytest.raises(ValueError, match=r"data must be a \.txt, \.jsonl, \.json file.* got '.*(csv|parquet)'"):
+    (tmp_path / "a.xml").touch()
+    for wrong in (tmp_path / "a.xml", "notes.zip"):
+        with pytest.raises(ValueError, match=r"data must be a \.txt, \.jsonl, \.json, .* file.* got '.*(xml|zip)'"):
             kind_of(wrong)
     for gone in ("gone.txt", "gone.json", "./gone", "/a/b/c", "../x"):
         with pytest.raises(FileNotFoundError, match=f"no such data file: {gone}"):

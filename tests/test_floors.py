@@ -28,9 +28,9 @@ PUBLIC_JAX = {
     "jax", "jax.numpy", "jax.lax", "jax.core", "jax.extend", "jax.extend.core", "jax.custom_derivatives", "jax.sharding",
     "jax.tree_util", "jax.typing", "jax.ad_checkpoint",
 }  # fmt: skip
-OUTSIDE = {"data": {"numpy", "datasets"}}
+OUTSIDE = {"data": {"numpy", "datasets", "pyarrow"}}
 """Room -> all that it imports besides jlora and the standard library: records are read and tokenized without jax."""
-LATE = {"data": {"datasets", "jlora.storage.jinja"}}
+LATE = {"data": {"datasets", "pyarrow", "pyarrow.parquet", "jlora.storage.jinja"}}
 """Room -> what is imported where it is used, not with the room."""
 
 

@@ -96,10 +96,27 @@ def test_thoughts_are_trained_behind_the_prompt_that_opens_them(content, supervi
     assert _supervised([USER, {**ANSWER, "content": content}], _tokenizer(THINKING)) == supervised
 
 
-def test_a_template_that_drops_earlier_thoughts_is_refused_for_several_answers():
+def test_a_template_that_drops_earlier_thoughts_gives_each_answer_a_row():
     """trl#5213: the tokens of the prompt are not the beginning of the conversation's."""
-    with pytest.raises(ValueError, match=r"r:1: .*template"):
-        _supervised([USER, {**ANSWER, "content": "<think>\nwhy\n</think>\n\nyes"}, USER, ANSWER], _tokenizer(THINKING))
+    messages = [
+        USER,
+        {**ANSWER, "content": "<think>\nwhy\n</think>\n\nyes"},
+        USER,
+        {**ANSWER, "content": "<think>\nno"},
+    ]
+    tokenizer = _tokenizer(THINKING)
+    data = InstructDataset([("r:1", {"messages": messages})], tokenizer, template="chat", max_length=512)
+    rows = [data.row(index) for index in range(len(data))]
+    assert [tokenizer.decode(row.input_ids[row.labels != IGNORED]) for row in rows] == [
+        "why\n</think>\n\nyes<|im_end|>",
+        "no<|im_end|>",
+    ]
+    # Behind what the model is given when it is to answer.
+    for row, turns in zip(rows, (1, 3), strict=True):
+        given = prompt_ids({"messages": messages[:turns]}, tokenizer, template="chat")
+        assert row.input_ids[: len(given)].tolist() == given and "why" not in tokenizer.decode(given)
+    assert (data.stats.records, data.stats.rows, data.stats.apart, data.stats.apart_at) == (1, 2, 1, ("r:1",))
+    assert "1 records of which each answer is a row of its own" in data.stats.odd()[0]
 
 
 def test_truncation_and_padding_left_in_tokenizer_json_cut_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Flags that are left out of a command on a run's adapter: what they were in the run, and a line that says so."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -27,7 +27,11 @@ class _OfAModel(Protocol):
 
 Options = TypeVar("Options", bound=_OfAModel)
 
-_NONE = {"template": "none", "quantize": "none"}
+_OF_THE_DATA = ("seed", "eval_fraction", "format", "columns", "data_weights", "data_temperature", "max_examples")
+"""Settings that say nothing of other data."""
+_OF_THE_SPLIT = ("seed", "eval_fraction", "eval_data", "max_examples")
+"""Settings with which other records are held out."""
+_NONE = {"template": "none", "quantize": "none", "supervise": "assistant"}
 """What a flag calls the null of a setting."""
 
 
@@ -63,7 +67,7 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
     run = next(iter(settings.values()))
     data = getattr(options, "data", None) or (run.data if "data" in names else None)
     of_the_run = _is_same(data, run.data)
-    known = {"seed": of_the_run, "eval_fraction": of_the_run, "eval_data": of_the_run or _is_same(data, run.eval_data)}
+    known = dict.fromkeys(_OF_THE_DATA, of_the_run) | {"eval_data": of_the_run or _is_same(data, run.eval_data)}
     taken: JsonObject = {}
     other: dict[str, tuple[Json, Json]] = {}
     for name in (name for name in names if known.get(name, True)):
@@ -76,7 +80,7 @@ def as_trained(options: Options, *names: str) -> tuple[Options, RunSettings | No
     if said:
         note(f"as in the run that trained this ({FILE}): {_listed(said)}")
     if other:
-        note(_differs(other, measured=data is not None, split=any(name in known for name in other)))
+        note(_differs(other, measured=data is not None, split=any(name in _OF_THE_SPLIT for name in other)))
     return dataclasses.replace(options, **taken), run
 
 
@@ -131,9 +135,12 @@ def _differs(other: Mapping[str, tuple[Json, Json]], *, measured: bool, split: b
     return f"other than in the run that trained this: {listed}{means}{trained_on}"
 
 
-def _is_same(given: str | None, was: str | None) -> bool:
+def _is_same(given: str | Sequence[str] | None, was: str | Sequence[str] | None) -> bool:
     """Whether a data set is the run's, which may have moved since, or is not told."""
     if given is None or was is None:
         return given is not None
+    if not (isinstance(given, str) and isinstance(was, str)):
+        several = not isinstance(given, str) and not isinstance(was, str) and len(given) == len(was)
+        return several and all(map(_is_same, given, was))
     moved = not Path(was).exists() and Path(given).name == Path(was).name
     return given == was or Path(given).resolve() == Path(was).resolve() or moved

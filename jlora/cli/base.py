@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from jlora._numbers import check_seed
 from jlora._terminal import say
 from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import note, note_other_base
-from jlora.data import EVAL_FRACTION, InstructDataset, TextDataset, load_data, row_length, trained_too
+from jlora.data import EVAL_FRACTION, InstructDataset, TemplateName, TextDataset, load_data, row_length, trained_too
 from jlora.data.tokens import fingerprint
 from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
 from jlora.files.hf import AdapterBeside, add_stops
@@ -24,6 +24,7 @@ from jlora.files.origin import Origin
 from jlora.files.run_settings import RunSettings
 from jlora.models import Model, has_adapted_tie, untie
 from jlora.quant import FormatName, Kept, spec_named
+from jlora.runs.flags import RecordFlags
 
 Split = Literal["validation", "train", "all"]
 
@@ -129,23 +130,22 @@ def mergeable(model: Model, params: PyTree, terminal: Console) -> tuple[Model, P
     return untie(model, params)
 
 
-OF_DATA = ("data", "eval_data", "eval_fraction", "template", "max_length", "seed")
+_OF_RECORDS = ("format", "columns", "data_weights", "data_temperature", "max_examples", "system", "supervise")
+OF_DATA = ("data", "eval_data", "eval_fraction", "template", "max_length", "seed", *_OF_RECORDS)
 """The fields of `EvaluationData` that a run has too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationData:
-    """Which data; the defaults are those of `jlora finetune`, so that its validation split is found again."""
-
-    data: str | None = None
-    """A .txt file or folder, a .jsonl or .json file, or the id of a hub data set; default: the data of the adapter's run."""
+class _Data:
+    data: str | Sequence[str] | None = None
+    """As `jlora finetune` takes it; default: the data of the adapter's run."""
     split: Split = "validation"
     """validation: what `jlora finetune` holds out; train: the rest; all: both."""
     eval_data: str | None = None
     """This file is the validation split; default: as in the adapter's run, whose --eval-data it was."""
     eval_fraction: float | None = None
     """Share of the data in the validation split; default: as in the adapter's run, otherwise 0.1."""
-    template: Literal["alpaca", "chat"] | None = None
+    template: TemplateName | Literal["auto"] | None = None
     """How records become text; default: as in the adapter's run, otherwise alpaca."""
     max_length: int | None = None
     """Tokens in a row; default: as in the adapter's run, otherwise 512, or the model's limit if that is less."""
@@ -154,13 +154,23 @@ class EvaluationData:
     seed: int | None = None
     """Of the choice of validation records; default: as in the adapter's run, otherwise 0."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationData(RecordFlags, _Data):
+    """Which data; the defaults are those of `jlora finetune`, so that its validation split is found again."""
+
     def __post_init__(self):
+        super().__post_init__()
         if self.seed is not None:
             check_seed(self.seed)
+        if isinstance(self.data, Sequence) and not isinstance(self.data, str):
+            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
 
 
-def require_data(options: EvaluationData) -> str:
-    """The data's name.
+def require_data(options: EvaluationData) -> str | Sequence[str]:
+    """The data's name, or names.
 
     Raises:
         ValueError: when there is none.
@@ -179,6 +189,7 @@ def open_data(
     Args:
         run: of the adapter, whose settings `options` have.
     """
+    skip = options.skip_bad_records or (run is not None and run.skip_bad_records)
     with tempfile.TemporaryDirectory() as directory:
         train, validation = load_data(
             require_data(options),
@@ -191,6 +202,8 @@ def open_data(
             directory=directory,
             vocab_size=model.config.vocab_size,
             pack=run is not None and run.pack,
+            bad_records=Path(directory) / "bad_records.jsonl" if skip else None,
+            **options.of_records(),
         )
         chosen = validation if options.split == "validation" else train
         if chosen is None:

@@ -9,9 +9,9 @@ import jax
 
 from jlora._numbers import json_text
 from jlora.cli.as_trained import as_trained
-from jlora.cli.base import EvaluationData, Weights, load_weights, open_data, resolve_model
+from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
-from jlora.data import eval_batches, lay_out
+from jlora.data import TemplateName, eval_batches, lay_out
 from jlora.files.run_settings import RunSettings
 from jlora.report import compare, print_comparison
 from jlora.storage.whole import check_writable, whole_files, write_text
@@ -21,9 +21,9 @@ from jlora.storage.whole import check_writable, whole_files, write_text
 class Compare(EvaluationData, Prompts, Weights):
     """Base and adapted model side by side: samples, KL divergence, perplexity."""
 
-    template: Literal["none", "alpaca", "chat"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """none: continue prompts as they are; alpaca, chat: take them as instructions; default: as the adapter was trained,
-    otherwise none. Records in --data are rendered by the run's template, or alpaca, where this is none."""
+    template: Literal["none"] | TemplateName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """none: continue prompts as they are; else take them as instructions; default: as the adapter was trained, otherwise none.
+    Records in --data are rendered by the run's template, or alpaca, where this is none."""
     seed: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
     """Of sampling; without a run also of the choice of validation records."""
     output: str | None = None
@@ -37,8 +37,8 @@ def run(options: Compare) -> None:
         check_writable(options.output)
     found = read_prompts(options)
     chosen = options.template
-    of_data = ("eval_data", "eval_fraction", "max_length") if options.data else ()
-    options, trained = as_trained(options, "template", "quantize", *of_data)
+    of_data = [name for name in OF_DATA if name not in ("data", "seed", "template", "system")] if options.data else ()
+    options, trained = as_trained(options, "template", "system", "quantize", *of_data)
     model, params, tokenizer, _ = load_weights(options)
     prompts = encode_prompts(found, options, tokenizer)
     with (

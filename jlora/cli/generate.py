@@ -24,7 +24,7 @@ class Generate(Prompts, Weights):
 
 def run(options: Generate) -> None:
     found = read_prompts(options)
-    options, _ = as_trained(options, "template", "quantize")
+    options, _ = as_trained(options, "template", "system", "quantize")
     model, params, tokenizer, names = load_choices(options)
     prompts = encode_prompts(found, options, tokenizer)
     jobs = [(text, ids, name) for text, ids in prompts for name in names or ("",)]

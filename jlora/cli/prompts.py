@@ -6,6 +6,8 @@ from typing import Literal
 from jlora._numbers import check_seed
 from jlora._typing import JsonObject, PretrainedTokenizer
 from jlora.cli.as_trained import note
+from jlora.data import TemplateName
+from jlora.data.columns import put_system
 from jlora.data.prompts import Prompt, check_text, prompts_of, text_ids
 from jlora.data.records import Record
 from jlora.data.templates import prompt_ids
@@ -44,9 +46,11 @@ class Prompts(Drawing):
     """Prompts to continue."""
     prompts_file: str | None = None
     """More prompts: a .txt file with one a line, or .jsonl or .json records with `instruction` and `input`, or `messages`."""
-    template: Literal["none", "alpaca", "chat"] | None = None
-    """none: continue the prompt as it is; alpaca, chat: take it as an instruction; default: as the adapter was trained,
-    otherwise none."""
+    template: Literal["none"] | TemplateName | None = None
+    """none: continue the prompt as it is; else take it as an instruction, in Alpaca's prompt, the tokenizer's chat template or one
+    by name; default: as the adapter was trained, otherwise none."""
+    system: str | None = None
+    """A system prompt for the prompts that have none; default: as the adapter was trained."""
 
 
 def read_prompts(options: Prompts) -> list[Prompt]:
@@ -70,8 +74,13 @@ def encode_prompts(
     found: list[Prompt], options: Prompts, tokenizer: PretrainedTokenizer
 ) -> list[tuple[str, list[int]]]:
     """(text, token ids) of every prompt."""
+    if options.system is not None and options.template is None:
+        raise ValueError("A --system prompt needs a template with a place for it: give --template chat.")
     if options.template in (None, "none"):
         return [(text, text_ids(tokenizer, _raw(text, record))) for text, record in found]
+    for _, record in found:
+        if options.system is not None:
+            put_system(record, options.system)
     return [(text, prompt_ids(record, tokenizer, template=options.template)) for text, record in found]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,7 +116,7 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
     settings = RunSettings.read(publication.root) if run_settings.FILE in files else None
     if settings is not None:  # data of this machine are not told, and raw text always is of this machine
         names = () if settings.template is None else ("data", "eval_data")
-        told = {name: value for name in names if (value := getattr(settings, name)) and is_hub_data(value)}
+        told = {name: value for name in names if (value := getattr(settings, name)) and _is_public(value)}
         settings = dataclasses.replace(settings, **{"data": None, "eval_data": None} | told)
         files[run_settings.FILE] = settings.to_json()
     record = publication.run
@@ -136,6 +136,10 @@ def contents(options: Push, publication: Publication, scratch: Path) -> dict[str
         refuse_links(record.directory, found)
         files |= {path.relative_to(record.directory).as_posix(): path for path in found}
     return files
+
+
+def _is_public(data: str | Sequence[str]) -> bool:
+    return all(is_hub_data(name) for name in ([data] if isinstance(data, str) else data))
 
 
 def _plan(options: Push, files: Mapping[str, Content], publication: Publication) -> Table:

@@ -44,12 +44,11 @@ def lay_out(dataset: Dataset, *, batch_size: int, accumulate: int = 1, widest: i
     if getattr(dataset, "fills_rows", False):
         assert isinstance(dataset, CountedDataset)
         return plain(n, dataset.stats.padding_efficiency, length=dataset.length, batch_size=batch_size)
-    rows = [dataset.row(index) for index in range(n)]
-    lengths = np.array([len(row.input_ids) for row in rows])
+    lengths = np.array([len(dataset.row(index).input_ids) for index in range(n)])
     if lengths.max() > dataset.length:
         raise _too_long(dataset, int(lengths.argmax()), int(lengths.max()))
     filled = float(lengths.mean()) / dataset.length
-    if rows[0].segment_ids is not None or filled >= ENOUGH:
+    if dataset.row(0).segment_ids is not None or filled >= ENOUGH:
         return plain(n, filled, length=dataset.length, batch_size=batch_size)
     widest = max(dataset.length, widest or 0)
     return shared(lengths, length=dataset.length, widest=widest, batch_size=batch_size, accumulate=accumulate)

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jlora._typing import Json, JsonObject
+from jlora.data.turns import THOUGHTS
 
 Message = JsonObject
 
-# transformers' names for it, of which the first one found fills "reasoning_content" and "thinking".
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_CHECKED = ("role", "content", "tool_calls", *_REASONING)
+_CHECKED = ("role", "content", "tool_calls", *THOUGHTS)
 _SPACE = "white space around or within content"
 
 
@@ -28,6 +27,10 @@ class Conversation(NamedTuple):
     trained: list[bool]
     tools: list[JsonObject] | None
     variables: JsonObject
+
+    def until(self, turns: int) -> "Conversation":
+        """Its first turns."""
+        return self._replace(messages=self.messages[:turns], trained=self.trained[:turns])
 
 
 def conversation_of(record: Mapping[str, Json]) -> Conversation:
@@ -46,17 +49,21 @@ def turn_content(message: Message) -> str:
     return message.get("content") or ""
 
 
-def left_out_of(conversation: Conversation, whole: str, source: str) -> tuple[str, ...]:
+def left_out_of(conversation: Conversation, whole: str, source: str, *, forgets: bool = False) -> tuple[str, ...]:
     """Names of what the turns say and their rendering does not, where it is no more than a label.
 
     Args:
         whole: the rendering.
         source: the template.
+        forgets: the template drops the reasoning of answers before the last turn, which is written as `reasoning_content` or
+            in the content, before "</think>".
     Raises:
         ValueError: something of more weight is not in the rendering: content, reasoning, tools, tool calls.
     """
     left_out, cursor = {}, 0
     for turn, message in enumerate(conversation.messages):
+        if forgets and turn + 1 < len(conversation.messages):
+            message = _without_reasoning(message)
         content = turn_content(message)
         place = whole.find(content, cursor)
         if place >= 0:
@@ -107,8 +114,15 @@ def _of_columns(record: Mapping[str, Json]) -> list[Message]:
 
 def _for_template(turn: Message) -> Message:
     message = {key: value for key, value in turn.items() if key != "train" and value is not None}
-    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    reasoning = next((message[name] for name in THOUGHTS if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _without_reasoning(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    rest = {key: value for key, value in message.items() if key not in THOUGHTS}
+    return rest | {"content": turn_content(message).rpartition("</think>")[2]}
 
 
 def _further(message: Message) -> Iterator[tuple[str, str]]:

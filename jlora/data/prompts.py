@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jlora._typing import Json, PretrainedTokenizer
+from jlora.data.formats import unanswered
 from jlora.data.records import Record, read_records
 from jlora.data.sources import kind_of
 from jlora.data.tokens import added_bos, encode, require_text, with_bos
 
+_SUFFIXES = (".txt", ".jsonl", ".json")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
@@ -33,8 +35,10 @@ def prompts_of(path: str | Path) -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompts file {str(path)!r}.")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"A prompts file must be a {', '.join(_SUFFIXES)} file; got {str(path)!r}. Convert the file.")
     if kind_of(path) == "records":
-        return [Prompt(_shown(record), record) for _, record in read_records(path, prepare=_answered)]
+        return [Prompt(_shown(record), record) for _, record in read_records(path, prepare=unanswered)]
     lines = enumerate(_LINE_END.split(_read_text(path)), 1)
     found = [Prompt(check_text(line, f"{path}:{n}"), Record(instruction=line)) for n, line in lines if line.strip()]
     if not found:
@@ -83,23 +87,9 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _answered(value: Json) -> Json:
-    """A record as it would be with an answer, so that one rule reads both."""
-    if not isinstance(value, dict):
-        return value
-    for column, role, content, answers in (
-        ("messages", "role", "content", "assistant"),
-        ("conversations", "from", "value", "gpt"),
-    ):
-        turns = value.get(column)
-        if isinstance(turns, list) and turns:
-            last = turns[-1].get(role) if isinstance(turns[-1], dict) else None
-            answered = last in ("assistant", answers)
-            return value if answered else {**value, column: [*turns, {role: answers, content: ""}]}
-    return value if value.get("output") is not None else {**value, "output": ""}
-
-
 def _shown(record: Mapping[str, Json]) -> str:
+    if "text" in record:
+        return record["text"]
     if "messages" not in record:
         return "\n".join(filter(None, (record["instruction"], record.get("input"))))
     turns = record["messages"]

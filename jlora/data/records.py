@@ -1,140 +1,200 @@
-"""Read instruction and chat records from a file or the hub, telling where each bad one stands."""
+"""Read instruction and chat records from files or the hub, telling where each bad one stands."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from jlora._typing import Json
 from jlora.data.columns import Record as Record
-from jlora.data.columns import cut, kind, normalized
-from jlora.storage.structured import beyond_bounds, decode_json
+from jlora.data.columns import normalized
+from jlora.data.formats import TOLD, Reading
+from jlora.data.readers import KINDS, Values, ending, files_below, is_saved, read_hub, read_saved
 
 _LISTED = 10  # bad records named in one error
 
+Placed = tuple[str, Record]
+"""Where a record stands, "file:line" or "name[row]", and the record."""
 
-def read_records(
-    source: str | Path, *, prepare: Callable[[Json], Json] = lambda value: value
-) -> list[tuple[str, Record]]:
-    """Records of a `.jsonl` file (an object a line), a `.json` file (a list) or a hub data set (its `train` split).
 
-    A record comes back as `columns.normalized` makes it: {"instruction", "input", "output", …} or
-    {"messages": [{"role", "content", …}, …], …}. Blank lines are no records.
+class BadRecords:
+    """Records that cannot be used: the first ten are named in one error, or, with a file for them, all are counted and kept there.
 
     Args:
-        source: a path that ends in `.jsonl` or `.json`, else the id of a data set on the Hugging Face hub.
+        file: JSON lines of `where`, `error` and `record`; None: a bad record is refused.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self.file, self.count = file, 0
+        self._said: list[str] = []
+        if file is not None:
+            file.unlink(missing_ok=True)
+
+    @property
+    def first(self) -> str:
+        return self._said[0].strip()
+
+    def add(self, where: str, error: ValueError, value: Json) -> bool:
+        """Whether more can be taken."""
+        self.count += 1
+        if len(self._said) < _LISTED:
+            self._said.append(f"  {where}: {error}")
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as lines:
+                kept = None if isinstance(value, ValueError) else value
+                lines.write(json.dumps({"where": where, "error": str(error), "record": kept}, default=str) + "\n")
+            return True
+        if self.count == _LISTED:
+            self._said.append("  (stopped here; there may be more)")
+        return self.count < _LISTED
+
+    def refuse(self, source: object) -> None:
+        """Raises ValueError where there are any, and no file for them."""
+        if self.count and self.file is None:
+            raise ValueError(f"bad records in {source}; correct or remove these:\n" + "\n".join(self._said))
+
+    def none_left(self, source: object) -> ValueError:
+        """For data of which nothing can be used."""
+        if self.count:
+            return ValueError(f"all {self.count} records in {source} are bad:\n" + "\n".join(self._said))
+        return ValueError(f"a data set needs at least one record; {source} has none. Check that it is the right file.")
+
+
+class Records:
+    """The records of one or more sources, in their order; of a whole table or read again each time.
+
+    A record comes back as `columns.normalized` makes it. Blank lines are no records.
+
+    Args:
+        sources: each a file of records, a folder of files of one kind, a folder that `save_to_disk` of datasets wrote, or a hub
+            data set, `owner/name:configuration:split`.
+        how: how to read them.
+        at_most: take so many records of each source, the first ones; None: all.
+        bad: what to do with those that cannot be read.
+        keep: hold them in memory; else every iteration reads the sources again.
         prepare: what to make of each value before it is read as a record.
-    Returns:
-        (where, record) pairs in the order of the file; `where` is "file:line", or "id[row]" for the hub.
+    Attributes:
+        sources: what they are.
+        sizes: the records of each source.
+        formats: how many records were read as which format.
+        conversations: how many are turns.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: bad lines, columns or values (the first ten are named), no records, or a data set that does not
-            load.
+        ValueError: bad lines, columns or values (the first ten are named), a source without records, one that cannot be read
+            piece by piece and is not to be kept, or a data set that does not load.
         ImportError: a hub id without the `datasets` package.
     """
-    reader = _READERS.get(Path(source).suffix.lower(), _hub)
-    if reader is not _hub and not Path(source).is_file():
-        raise FileNotFoundError(f"no such data file: {source}. Check the path.")
-    records, problems = [], []
-    for where, value in reader(source):
-        try:
-            if isinstance(value, ValueError):
-                raise value
-            records.append((where, normalized(prepare(value))))
-        except ValueError as error:
-            problems.append(f"  {where}: {error}")
-            if len(problems) == _LISTED:
-                problems.append("  (stopped here; there may be more)")
-                break
-    if problems:
-        raise ValueError(f"bad records in {source}; correct or remove these:\n" + "\n".join(problems))
-    if not records:
-        raise ValueError(f"a data set needs at least one record; {source} has none. Check that it is the right file.")
-    return records
 
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        *,
+        how: Reading = TOLD,
+        at_most: int | None = None,
+        bad: BadRecords | None = None,
+        keep: bool = True,
+        prepare: Callable[[Json], Json] = lambda value: value,
+    ):
+        self._how, self._at_most, self._prepare = how, at_most, prepare
+        self.sources, bad = list(sources), BadRecords() if bad is None else bad
+        self._kept: list[Placed] | None = [] if keep else None
+        sizes, self.formats, self.conversations = [], Counter[str](), 0
+        for source in self.sources:
+            if not keep:
+                _check_streams(source)
+            size = 0
+            for where, record in self._read(source, bad):
+                size += 1
+                self.formats[record.format] += 1
+                self.conversations += "messages" in record
+                if self._kept is not None:
+                    self._kept.append((where, record))
+            bad.refuse(source)
+            if not size:
+                raise bad.none_left(source)
+            sizes.append(size)
+        self.sizes = tuple(sizes)
 
-def _json_lines(source: str | Path) -> Iterator[tuple[str, Json]]:
-    with Path(source).open("rb") as lines:  # bytes: a line that is not UTF-8 is then one bad line, not the end
-        for number, raw in enumerate(lines, 1):
-            line = ""
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                value, _ = decode_json(line) if line else (None, 0)
-            except UnicodeDecodeError as error:
-                value = ValueError(
-                    f"a line must be UTF-8; got byte 0x{raw[error.start]:02x} at its offset {error.start}"
-                )
-            except json.JSONDecodeError as error:
-                value = ValueError(f"a line must be one JSON object; {error.msg} at column {error.colno}: {cut(line)}")
-            except ValueError as error:
-                value = ValueError(f"{error}: {cut(line)}")
-            else:
-                if not line:
-                    continue
-            yield f"{source}:{number}", value
+    def __len__(self) -> int:
+        return sum(self.sizes)
 
-
-def _json_list(source: str | Path) -> Iterator[tuple[str, Json]]:
-    raw = Path(source).read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-        values = json.loads(text)  # each element is decoded again below, with its line for what is wrong in it
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{source}:{line}: JSON must be UTF-8; got byte 0x{raw[error.start]:02x} at offset {error.start}. "
-            f"Convert the file, for example with `iconv -t utf-8`."
-        ) from error
-    except json.JSONDecodeError as error:
-        hint = " One object a line? Name the file `.jsonl`." if error.msg == "Extra data" else ""
-        raise ValueError(
-            f"{source}:{error.lineno}: a `.json` file must be one JSON list; {error.msg} at column {error.colno}.{hint}"
-        ) from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: a `.json` file must be a list of records; {beyond_bounds(error)}") from None
-    if not isinstance(values, list):
-        raise ValueError(
-            f"{source}:1: a `.json` file must be a list of records; got {kind(values)}. "
-            f"Write the list itself, or one object a line in a `.jsonl` file."
-        )
-    for line, value in _elements(text):
-        yield f"{source}:{line}", value
-
-
-def _elements(text: str) -> Iterator[tuple[int, Json]]:
-    """Each element of a valid JSON list, or what is wrong with it, and the line on which it starts."""
-    plain, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while text[place] in " \t\r\n,":
-            place += 1
-        if text[place] == "]":
+    def __iter__(self) -> Iterator[Placed]:
+        if self._kept is not None:
+            yield from self._kept
             return
-        line += text.count("\n", counted, place)
-        counted = place
-        try:
-            value, place = decode_json(text, place)
-        except ValueError as error:
-            _, end = plain.raw_decode(text, place)
-            value, place = ValueError(f"{error}: {cut(text[place:end])}"), end
-        yield line, value
+        for source in self.sources:
+            yield from self._read(source, None)
+
+    def _read(self, source: str | Path, bad: BadRecords | None) -> Iterator[Placed]:
+        return islice(self._good(source, bad), self._at_most)
+
+    def _good(self, source: str | Path, bad: BadRecords | None) -> Iterator[Placed]:
+        """Those that can be read; without `bad` the others were counted before."""
+        for where, value in values_of(source):
+            try:
+                if isinstance(value, ValueError):
+                    raise value
+                yield where, normalized(self._prepare(value), self._how)
+            except ValueError as error:
+                if bad is not None and not bad.add(where, error, value):
+                    return
 
 
-def _hub(source: str | Path) -> Iterator[tuple[str, Json]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"reading {str(source)!r} from the hub needs the `datasets` package. "
-            f"Run `pip install datasets`, or give a `.jsonl`, `.json` or `.txt` file."
-        ) from error
-    try:
-        rows = datasets.load_dataset(str(source), split="train")
-    except Exception as error:  # whatever the network, the hub or the data set's files raise
+def read_records(
+    source: str | Path,
+    *,
+    prepare: Callable[[Json], Json] = lambda value: value,
+    how: Reading = TOLD,
+) -> list[Placed]:
+    """The records of one source; see `Records`."""
+    return list(Records([source], how=how, prepare=prepare))
+
+
+def values_of(source: str | Path) -> Values:
+    """The values of a source, by the ending of its name or of those in the folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a source that cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return read_saved(path) if is_saved(path) else _of_folder(path)
+    found = ending(path)
+    if not found:
+        return read_hub(str(source))
+    if not path.is_file():
+        raise FileNotFoundError(f"no such data file: {source}. Check the path.")
+    return KINDS[found].read(path)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of records in a folder, by their names.
+
+    Raises:
+        ValueError: they are of several kinds.
+    """
+    files = [file for file in files_below(folder)[0] if ending(file)]
+    kinds = sorted({ending(file) for file in files})
+    if len(kinds) > 1:
         raise ValueError(
-            f"{str(source)!r} is no file here, and as a hub data set its `train` split did not load "
-            f"({type(error).__name__}: {error}). Check the name and the network, or give a file."
-        ) from error
-    for index, value in enumerate(rows):
-        yield f"{source}[{index}]", value
+            f"a folder of records must have files of one kind; {folder} has {', '.join(kinds)}. Name the files instead."
+        )
+    return files
 
 
-_READERS = {".jsonl": _json_lines, ".json": _json_list}
+def _of_folder(folder: Path) -> Values:
+    for file in record_files(folder):
+        yield from KINDS[ending(file)].read(file)
+
+
+def _check_streams(source: str | Path) -> None:
+    files: Iterable[Path] = record_files(Path(source)) if Path(source).is_dir() else [Path(source)]
+    whole = [str(file) for file in files if ending(file) and not KINDS[ending(file)].streams]
+    if whole:
+        raise ValueError(
+            f"a `.json` list is read whole and cannot be streamed; got {whole[0]}. Write it as `.jsonl`, one record a line, or "
+            f"leave `--streaming` out."
+        )

@@ -5,15 +5,21 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora._typing import Json, JsonObject
-from jlora.storage.lock import LOCK
+from jlora.storage.lock import LOCK, only_writer
 from jlora.storage.structured import read_json
-from jlora.storage.whole import is_partial, whole_file
+from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 
 META = "meta.json"
 EVALUATION = "evaluation"
@@ -21,7 +27,51 @@ EVALUATION = "evaluation"
 SPLITS = ("train", "validation")
 BUILDING = ".partial-"
 """Begins the name of the folder in which the shards are made."""
+_TOKENS_AT_ONCE = 1 << 22
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.npy")
+
+
+def prepared(
+    directory: Path, request: JsonObject, write: Callable[[Path], JsonObject], *, needed: int, reuse: bool = True
+) -> JsonObject:
+    """The content of `meta.json` of a folder of shards, which are made unless it already holds exactly this.
+
+    Args:
+        request: what they are made from.
+        write: makes the shards in a folder, and says the rest of `meta.json`.
+        needed: about how many bytes that takes on the disk.
+        reuse: whether equal requests mean equal shards.
+    Raises:
+        ValueError: a `meta.json` in `directory` that is not ours, or what `write` raises; nothing is written then.
+        InUse: another process writes to `directory`.
+        NoSpace: the disk is full.
+    """
+    if reuse and (meta := reusable(directory, request)) is not None:
+        return meta
+    with full_disk_said(directory, needed=needed):
+        directory.mkdir(parents=True, exist_ok=True)
+        with only_writer(directory, "prepared"):
+            remove_all_partial(directory)
+            if (wrong := damage(directory, request)) is not None:
+                warnings.warn(f"{wrong}; the text is tokenized again.", stacklevel=3)
+            building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=directory))
+            try:
+                meta = {"request": request, **write(building)}
+                publish(building, directory, meta)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    return meta
+
+
+def written(building: Path, splits: dict[Any, np.ndarray], shard_tokens: int) -> JsonObject:
+    """Writes each split as shards; what `meta.json` says of them."""
+    shards = {split: write_shards(building, split, part, shard_tokens) for split, part in splits.items()}
+    return {
+        "dtype": next(iter(splits.values())).dtype.name,
+        "tokens": {split: len(part) for split, part in splits.items()},
+        "shards": {split: [n for n, _ in parts] for split, parts in shards.items()},
+        "sha256": {split: [digest for _, digest in parts] for split, parts in shards.items()},
+    }
 
 
 def sha256(file: Path) -> str:
@@ -136,6 +186,39 @@ def _damaged_shard(directory: Path, meta: Mapping[str, Json]) -> Path | None:
             if not file.is_file() or sha256(file) != digest:
                 return file
     return None
+
+
+class Shards:
+    """The tokens of one split of a folder, memory-mapped: a long array in several files.
+
+    Raises:
+        ValueError: a shard that is not what `meta.json` says.
+    """
+
+    def __init__(self, directory: Path, split: str, meta: Mapping[str, Json]):
+        counts = meta["shards"][split]
+        self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
+        self._starts = [0, *accumulate(counts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """Those from `start` to `stop`, which are not the same."""
+        parts = []
+        shard = bisect_right(self._starts, start) - 1
+        while start < stop:
+            local = start - self._starts[shard]
+            parts.append(self._shards[shard][local : local + stop - start])
+            start += len(parts[-1])
+            shard += 1
+        return np.concatenate(parts)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All of them, piece by piece."""
+        for shard in self._shards:
+            for start in range(0, len(shard), _TOKENS_AT_ONCE):
+                yield shard[start : start + _TOKENS_AT_ONCE]
 
 
 def open_shard(file: Path, count: int, dtype: str) -> np.ndarray:

@@ -1,16 +1,19 @@
 """From what `--data` names to a training and an evaluation data set."""
 
-import re
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from jlora._typing import PretrainedTokenizer
+from jlora.data.formats import TOLD, Reading
 from jlora.data.instruct import InstructDataset
-from jlora.data.records import Record, read_records
+from jlora.data.readers import KINDS, HubName, ending, files_below, is_saved
+from jlora.data.record_data import RecordData, held_out_of
+from jlora.data.records import BadRecords, record_files
+from jlora.data.rendering import Supervise
 from jlora.data.shards import EVALUATION
 from jlora.data.text import TextDataset, prepare_text
 from jlora.data.tokens import pad_id
@@ -20,12 +23,10 @@ EVAL_FRACTION = 0.1  # the share to evaluate on where nothing is said
 MAX_LENGTH = 512  # tokens in a row where nothing is said, if the model has as many positions
 
 Source = str | Path | Sequence[str | Path]
+TEXT = ".txt"
 
-_KINDS = {".txt": "text", ".jsonl": "records", ".json": "records"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # What is surely meant as a file, though it would pass for the name of a hub data set.
-_FOREIGN = (".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".yaml", ".yml", ".xml")
-
+_FOREIGN = (".arrow", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".yaml", ".yml", ".xml", ".parquet", ".csv", ".tsv")
 
 _Item = TypeVar("_Item")
 
@@ -42,26 +43,42 @@ def load_data(
     directory: str | Path,
     pack: bool = False,
     vocab_size: int | None = None,
+    supervise: Supervise = "assistant",
+    how: Reading = TOLD,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    max_examples: int | None = None,
+    bad_records: str | Path | None = None,
+    streaming: bool = False,
 ) -> tuple[TextDataset | InstructDataset, TextDataset | InstructDataset | None]:
     """The training data and the evaluation data, or None without one.
 
     Args:
-        data: a `.txt` file, a folder or list of them (raw text); a `.jsonl` or `.json` file or the id of a hub data
-            set (records).
+        data: a `.txt` file, a folder or list of them (raw text); or records: a file of `readers.KINDS`, a folder of them, one
+            that `save_to_disk` of datasets wrote, the name of a hub data set, or a list of these.
         tokenizer: a transformers tokenizer.
         eval_data: the same, to evaluate on all of it.
         eval_fraction: share of `data` to evaluate on instead, in [0, 1): of text the end, of records a choice drawn
             with `seed`, at least one. 0 for none; None is 0.1 without `eval_data`.
-        template: for records, "alpaca" or "chat".
+        template: for records, "alpaca", "chat", the name of a chat template, or "auto": "chat" where there are conversations
+            among the records of `data`, "alpaca" otherwise.
         max_length: the most tokens in a row.
         seed: of the choice of records, >= 0.
-        directory: where the shards of raw text are kept; `eval_data` goes to its folder `evaluation`.
+        directory: where the shards of raw text, and of records with `streaming`, are kept; `eval_data` goes to its folder
+            `evaluation`.
         pack: put several records into a row. Raw text fills its rows already.
         vocab_size: rows of the model's embedding, which every token must be one of; None: not compared.
+        supervise: what the loss is on; see `jlora.data.render`.
+        how: how records are read, where their columns do not tell.
+        weights: of each of several sources of records; see `jlora.data.mix.shares`. What is held out is not mixed.
+        temperature: of the weights.
+        max_examples: take so many records of each source of `data`, the first ones.
+        bad_records: a file for the records that cannot be used, which are then left out; None: they are refused.
+        streaming: keep the rows of records in files, not in memory; they are the same.
     Raises:
         FileNotFoundError: no such file.
         ValueError: both an evaluation file and a share, an unsupported file type, too little data, a token beyond
-            the vocabulary, or what `read_records`, `InstructDataset` and `prepare_text` raise.
+            the vocabulary, options for records with raw text, or what `Records`, `InstructDataset` and `prepare_text` raise.
     """
     if eval_data is not None and eval_fraction:
         raise ValueError(
@@ -73,30 +90,64 @@ def load_data(
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to evaluate on.")
     kinds = [kind_of(source) for source in (data, eval_data) if source is not None]  # both, before work is done
+    sources, directory = _listed(data), Path(directory)
+    _check_mix(kinds[0], sources, weights, temperature, max_examples)
+    records = RecordData(
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        seed=seed,
+        pack=pack,
+        supervise=supervise,
+        how=how,
+        weights=weights,
+        temperature=temperature,
+        max_examples=max_examples,
+        bad=BadRecords(None if bad_records is None else Path(bad_records)),
+    )
 
-    def of_records(records: list[tuple[str, Record]]) -> InstructDataset:
-        return InstructDataset(records, tokenizer, template=template, max_length=max_length, pack=pack)
-
-    def of_text(source: Source, into: Path, share: float) -> tuple[TextDataset, TextDataset | None]:
+    def made(source: Source, kind: str, into: Path, share: float, of: RecordData):
+        if kind == "records":
+            listed = _listed(source)
+            return of.in_files(listed, share, into) if streaming else of.in_memory(listed, share)
         prepare_text(source, tokenizer, directory=into, eval_fraction=share, vocab_size=vocab_size)
         splits = ("train", "validation") if share else ("train",)
-        made = [TextDataset(into, split, length=max_length, pad_id=pad_id(tokenizer)) for split in splits]
-        return made[0], made[1] if share else None
+        parts = [TextDataset(into, split, length=max_length, pad_id=pad_id(tokenizer)) for split in splits]
+        return parts[0], parts[1] if share else None
 
-    if kinds[0] == "text":
-        train, evaluation = of_text(data, Path(directory), eval_fraction)
-    else:
-        kept, held_out = split_records(read_records(_single(data)), eval_fraction=eval_fraction, seed=seed)
-        train, evaluation = of_records(kept), of_records(held_out) if held_out else None
+    train, evaluation = made(data, kinds[0], directory, eval_fraction, records)
     if eval_data is not None:
-        if kinds[1] == "text":
-            evaluation, _ = of_text(eval_data, Path(directory) / EVALUATION, 0.0)
-        else:
-            evaluation = of_records(read_records(_single(eval_data)))
+        named = train.template if isinstance(train, InstructDataset) else template
+        whole = dataclasses.replace(records, template=named, weights=None, temperature=1.0, max_examples=None)
+        evaluation, _ = made(eval_data, kinds[1], directory / EVALUATION, 0.0, whole)
+    if records.bad.count:
+        train.stats = dataclasses.replace(train.stats, bad=records.bad.count, bad_first=records.bad.first)
     for dataset in (train, evaluation):
         if dataset is not None and vocab_size is not None:
             check_vocabulary(dataset, tokenizer, vocab_size)
     return train, evaluation
+
+
+def _listed(source: Source) -> list[str | Path]:
+    return [source] if isinstance(source, str | Path) else list(source)
+
+
+def _check_mix(
+    kind: str, sources: list[str | Path], weights: Sequence[float] | None, temperature: float, max_examples: int | None
+) -> None:
+    """Raises ValueError for options that do not go with the sources."""
+    mixing = {"weights": weights is not None, "temperature": temperature != 1, "max_examples": max_examples is not None}
+    given = [name for name, is_given in mixing.items() if is_given]
+    if kind == "text" and given:
+        raise ValueError(f"raw text is taken whole; got {' and '.join(f'`{name}`' for name in given)}. Leave it out.")
+    if weights is not None and len(weights) != len(sources):
+        raise ValueError(
+            f"each source has one weight; got {len(weights)} weights for {len(sources)} sources. Give as many."
+        )
+    if not all(0 < weight < math.inf for weight in (*(weights or ()), temperature)):
+        raise ValueError(f"weights and temperature must be positive; got {weights} and {temperature}.")
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"`max_examples` must be at least 1; got {max_examples}. Leave it out for all.")
 
 
 def trained_too(train: TextDataset | InstructDataset, evaluation: TextDataset | InstructDataset) -> str | None:
@@ -109,48 +160,53 @@ def trained_too(train: TextDataset | InstructDataset, evaluation: TextDataset | 
     return f"{both:,} of {held_out.total():,} {what} to evaluate on are in the training data too" if both else None
 
 
-def _single(source: Source) -> str | Path:
-    assert isinstance(source, str | Path), "kind_of lets lists of records through"
-    return source
-
-
 def kind_of(source: Source) -> str:
-    """What a source holds, "text" or "records", by the ending of its name.
+    """What a source holds, "text" or "records", by the ending of its name, and of a folder by those of its files.
 
-    A folder or a list is text; a name that is no file here is the id of a hub data set, and so records.
+    A folder with `.txt` files is text, whatever else is in it; a name that is no file here is that of a hub data set, and so
+    records.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unsupported file type.
+        ValueError: an unsupported file type, or a list of both kinds.
     """
     if not isinstance(source, str | Path):
         kinds = {str(item): kind_of(item) for item in source}
-        wrong = [item for item, kind in kinds.items() if kind != "text"]
-        if wrong:
+        if len(set(kinds.values())) > 1:
+            records = [item for item, kind in kinds.items() if kind != "text"]
             raise ValueError(
-                f"a list of data files must be `.txt` files; got {', '.join(wrong)}. Join records in one file."
+                f"a list of data files must be `.txt` files; got {', '.join(records)} beside text. Give records alone, or write "
+                f"the text as records with the column `text`."
             )
-        return "text"
+        return next(iter(kinds.values()), "text")
     path = Path(source)
-    kind = _KINDS.get(path.suffix.lower())
+    kind = "text" if path.suffix.lower() == TEXT else "records" if ending(path) else None
     if path.is_dir():
-        return "text"
+        texts = any(file.suffix.lower() == TEXT for file in files_below(path)[0])
+        return "records" if is_saved(path) or (not texts and record_files(path)) else "text"
     if path.exists() or path.suffix.lower() in _FOREIGN:
         if kind is None:
             raise ValueError(
-                f"data must be a {', '.join(_KINDS)} file, a folder of .txt files or a hub data set; "
+                f"data must be a {', '.join((TEXT, *KINDS))} file, a folder of them or a hub data set; "
                 f"got {str(source)!r}. Convert the file."
             )
         return kind
-    if kind is not None or not _HUB_ID.fullmatch(str(source)):
+    if kind is not None or HubName.of(str(source)) is None:
         raise FileNotFoundError(f"no such data file: {source}. Check the path.")
     return "records"
 
 
-def is_hub_data(name: str) -> bool:
-    """Whether a name can only be the id of a hub data set: it has the form of one, no file's ending, and is no file here."""
+def hub_id(name: str) -> str | None:
+    """The id of the hub data set that a name can only be: it has the form of one, no file's ending, and is no file here."""
+    hub = HubName.of(name)
     suffix = Path(name).suffix.lower()
-    return bool(_HUB_ID.fullmatch(name)) and suffix not in (*_KINDS, *_FOREIGN) and not Path(name).exists()
+    is_file = suffix == TEXT or ending(name) or suffix in _FOREIGN or Path(name).exists()
+    return None if hub is None or is_file else hub.id
+
+
+def is_hub_data(name: str) -> bool:
+    """Whether a name can only be that of a hub data set."""
+    return hub_id(name) is not None
 
 
 def split_records(records: Sequence[_Item], *, eval_fraction: float, seed: int) -> tuple[list[_Item], list[_Item]]:
@@ -161,23 +217,9 @@ def split_records(records: Sequence[_Item], *, eval_fraction: float, seed: int) 
     Raises:
         ValueError: no record is left to train on, or `seed` < 0.
     """
-    if seed < 0:
-        raise ValueError(f"`seed` must be >= 0; got {seed}. Give a non-negative integer.")
-    if eval_fraction == 0:
-        return list(records), []
-    n_held_out = max(1, round(len(records) * eval_fraction))
-    if n_held_out >= len(records):
-        raise ValueError(
-            f"training needs at least one record; eval_fraction={eval_fraction} holds out {n_held_out} of "
-            f"{len(records)}. Lower `eval_fraction` (0 for none), or give `eval_data`."
-        )
-    # A spawn key of two words: the order of the batches is drawn with keys of one.
-    source = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0, 0)))
-    held_out = set(np.random.Generator(source).permutation(len(records))[:n_held_out].tolist())
-    return (
-        [record for i, record in enumerate(records) if i not in held_out],
-        [record for i, record in enumerate(records) if i in held_out],
-    )
+    held_out = held_out_of(len(records), eval_fraction=eval_fraction, seed=seed)
+    kept, out = ([r for r, is_out in zip(records, held_out, strict=True) if is_out == part] for part in (False, True))
+    return kept, out
 
 
 def row_length(max_length: int | None, positions: int) -> int:

@@ -12,14 +12,18 @@ class Stats:
     tokens: distinct tokens in the rows, padding not counted.
     supervised_tokens: labels that count in the loss, over one epoch.
     truncated: records cut at `max_length` of which some of the response is left.
-    dropped: records with no supervised token within `max_length`; they are not trained on.
+    dropped: records with no supervised token within `max_length`; they are not trained on. (Of records apart: their rows.)
     padding_efficiency: share of the positions of all rows, padded to the data set's length, that hold a token.
     longest: tokens of the longest record before truncation.
     straddled: records of which a response begins within a token of its prompt when the text is encoded as a whole; the
         prompt keeps the tokens that generation will feed, and the response continues them.
-    truncated_at, dropped_at, straddled_at, empty_at: where those records stand in their file.
+    truncated_at, dropped_at, straddled_at, empty_at, apart_at: where those records stand in their file, at most 10,000 of each.
     empty: records with an answer to learn that is empty or white space; they are trained on, to say nothing.
+    apart: records of which each answer is a row of its own, since the chat template rewrites earlier turns.
     left_out: what records say and the rows do not, by the name of the column or key, and in how many records.
+    bad: records that could not be used and were left out, and what was wrong with the first.
+    formats: what the records were read as, and how many.
+    sources: where several are mixed, how often the records of each come in an epoch, in words.
     """
 
     records: int
@@ -37,6 +41,12 @@ class Stats:
     empty: int = 0
     empty_at: tuple[str, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
+    apart: int = 0
+    apart_at: tuple[str, ...] = ()
+    bad: int = 0
+    bad_first: str = ""
+    formats: tuple[tuple[str, int], ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def left_out_shown(self) -> tuple[str, ...]:
@@ -45,18 +55,20 @@ class Stats:
 
     def cut(self) -> list[str]:
         """What `max_length` cost, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
-        return _counted({"truncated at max_length": self.truncated_at, "dropped at max_length": self.dropped_at})
+        return self._counted({"truncated": "truncated at max_length", "dropped": "dropped at max_length"})
 
     def odd(self) -> list[str]:
         """What else the rows lack or part, in words."""
-        found = _counted(
+        found = self._counted(
             {
-                "whose response begins within a token of the prompt, which keeps its tokens": self.straddled_at,
-                "with an empty answer, which is trained": self.empty_at,
+                "straddled": "whose response begins within a token of the prompt, which keeps its tokens",
+                "empty": "with an empty answer, which is trained",
+                "apart": "of which each answer is a row of its own, since the template rewrites earlier turns",
             }
         )
+        found += [f"{self.bad} bad records left out (first: {self.bad_first})"] * bool(self.bad)
         return found + ([f"not in the text: {', '.join(self.left_out_shown)}"] if self.left_out else [])
 
-
-def _counted(places: dict[str, tuple[str, ...]]) -> list[str]:
-    return [f"{len(at)} records {what} (first: {at[0]})" for what, at in places.items() if at]
+    def _counted(self, said: dict[str, str]) -> list[str]:
+        places = {kind: getattr(self, f"{kind}_at") for kind in said}
+        return [f"{getattr(self, kind)} records {said[kind]} (first: {at[0]})" for kind, at in places.items() if at]

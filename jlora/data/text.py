@@ -4,13 +4,10 @@ import codecs
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +15,15 @@ import numpy as np
 from jlora._typing import JsonObject, PretrainedTokenizer
 from jlora.data.chunks import context_of, encode_chunks, stable_chunks
 from jlora.data.rows import IGNORED, Row
-from jlora.data.shards import (
-    BUILDING,
-    META,
-    SPLITS,
-    damage,
-    open_shard,
-    publish,
-    read_meta,
-    reusable,
-    sha256,
-    shard_name,
-    write_shards,
-)
+from jlora.data.shards import META, SPLITS, Shards, prepared, read_meta, sha256, written
 from jlora.data.stats import Stats
 from jlora.data.tokens import added_bos, encode, fingerprint, largest_id, with_bos
 from jlora.data.vocabulary import beyond
-from jlora.storage.lock import LOCK, only_writer
-from jlora.storage.whole import full_disk_said, remove_all_partial
+from jlora.storage.lock import LOCK
 
 _FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
 _BLOCK_BYTES = 1 << 18
 _BLOCKS_AT_ONCE = 16  # encoded in one call: the cores of a fast tokenizer, and about 150 MB of its bookkeeping
-_TOKENS_AT_ONCE = 1 << 22
 _LISTED = 10
 
 
@@ -95,31 +78,11 @@ def prepare_text(
         "eval_fraction": float(eval_fraction),
         "shard_tokens": int(shard_tokens),
     }
-    if (meta := reusable(directory, request)) is not None:
-        return meta
+    files = [file for _, file in sources]
     # A token of about four bytes of text is kept twice, in two bytes each, while it is prepared.
-    needed = sum(file.stat().st_size for _, file in sources)
-    with full_disk_said(directory, needed=needed):
-        directory.mkdir(parents=True, exist_ok=True)
-        with only_writer(directory, "prepared"):
-            remove_all_partial(directory)
-            if (wrong := damage(directory, request)) is not None:
-                warnings.warn(f"{wrong}; the text is tokenized again.", stacklevel=2)
-            files = [file for _, file in sources]
-            return _prepare(directory, request, files, tokenizer, eval_fraction, shard_tokens, vocab_size)
+    needed = sum(file.stat().st_size for file in files)
 
-
-def _prepare(
-    directory: Path,
-    request: JsonObject,
-    files: list[Path],
-    tokenizer: PretrainedTokenizer,
-    eval_fraction: float,
-    shard_tokens: int,
-    vocab_size: int | None,
-) -> JsonObject:
-    building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=directory))
-    try:
+    def write(building: Path) -> JsonObject:
         stream, dtype = building / "tokens.bin", _dtype(tokenizer)
         _write_stream(files, tokenizer, stream, dtype)
         # Before the file is mapped: an empty one cannot be.
@@ -128,19 +91,9 @@ def _prepare(
         if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
             raise ValueError(beyond(largest, tokenizer, vocab_size))
         splits = dict(zip(SPLITS, np.split(tokens, [len(tokens) - n_validation]), strict=True))
-        written = {split: write_shards(building, split, part, shard_tokens) for split, part in splits.items()}
-        meta = {
-            "request": request,
-            "documents": len(files),
-            "dtype": dtype.name,
-            "tokens": {split: len(part) for split, part in splits.items()},
-            "shards": {split: [n for n, _ in shards] for split, shards in written.items()},
-            "sha256": {split: [digest for _, digest in shards] for split, shards in written.items()},
-        }
-        publish(building, directory, meta)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return meta
+        return {"documents": len(files), **written(building, splits, shard_tokens)}
+
+    return prepared(directory, request, write, needed=needed)
 
 
 class TextDataset:
@@ -181,9 +134,7 @@ class TextDataset:
         is_whole = not meta["request"]["eval_fraction"]
         self._documents = [bytes.fromhex(s["sha256"]) for s in meta["request"]["sources"]] if is_whole else []
         self._digest = hashlib.sha256(json.dumps(meta["request"], sort_keys=True).encode()).hexdigest()
-        counts = meta["shards"][split]
-        self._shards = [open_shard(directory / shard_name(split, i), n, meta["dtype"]) for i, n in enumerate(counts)]
-        self._starts = [0, *accumulate(counts)]
+        self._shards = Shards(directory, split, meta)
         n_rows = -(-(n_tokens - 1) // (length - 1))
         self.stats = Stats(
             records=n_rows,
@@ -204,7 +155,7 @@ class TextDataset:
     def largest_token(self) -> int:
         """The largest id in the split, of the shards as they are; the first call reads them all."""
         if self._largest is None:
-            self._largest = max(int(shard.max()) for shard in self._shards if len(shard))
+            self._largest = max(int(block.max()) for block in self._shards.blocks())
         return self._largest
 
     def digest(self) -> str:
@@ -214,9 +165,8 @@ class TextDataset:
     def tokens(self) -> tuple[set[int], set[int]]:
         """The ids in the split, all of them supervised; reads it once."""
         used = np.zeros(self.largest_token + 1, bool)
-        for shard in self._shards:
-            for start in range(0, len(shard), _TOKENS_AT_ONCE):
-                used[shard[start : start + _TOKENS_AT_ONCE]] = True
+        for block in self._shards.blocks():
+            used[block] = True
         ids = set(np.flatnonzero(used).tolist())
         return ids, ids
 
@@ -233,20 +183,10 @@ class TextDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be in 0..{len(self) - 1}; got {index}.")
         start = index * (self.length - 1)
-        input_ids = self._tokens(start, min(start + self.length, self.stats.tokens))
+        input_ids = self._shards.part(start, min(start + self.length, self.stats.tokens)).astype(np.int32)
         labels = input_ids.copy()
         labels[0] = IGNORED
         return Row(input_ids, labels)
-
-    def _tokens(self, start: int, stop: int) -> np.ndarray:
-        parts = []
-        shard = bisect_right(self._starts, start) - 1
-        while start < stop:
-            local = start - self._starts[shard]
-            parts.append(self._shards[shard][local : local + stop - start])
-            start += len(parts[-1])
-            shard += 1
-        return np.concatenate(parts).astype(np.int32)
 
 
 def _sources(path: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:

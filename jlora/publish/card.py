@@ -14,7 +14,7 @@ import yaml
 
 from jlora._terminal import visible
 from jlora._typing import Json
-from jlora.data import is_hub_data
+from jlora.data import holds_rows, hub_id
 from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
 from jlora.files.mlx import MLX
@@ -63,7 +63,9 @@ class RunRecord:
         try:
             config = read_yaml(directory / "config.yaml")
             for name in ("model", "data"):
-                if not isinstance(config.get(name), str | None):
+                values = config.get(name)
+                values = values if name == "data" and isinstance(values, list) else [values]
+                if not all(isinstance(value, str | None) for value in values):
                     raise ValueError(f"`{name}` in config.yaml must be text; got {config[name]!r}")
             history = read_history(directory / "metrics.jsonl")
         except ValueError as error:
@@ -82,15 +84,16 @@ class RunRecord:
 
     @property
     def is_text(self) -> bool:
-        """Whether the data were raw text, which leaves its shards in the run."""
+        """Whether the data were raw text, which leaves its shards in the run; those of records are other ones."""
         shards = self.directory / "data"
-        return shards.is_dir() and any(shards.iterdir())
+        return shards.is_dir() and any(shards.iterdir()) and not holds_rows(shards)
 
     @property
-    def data_set(self) -> str | None:
-        """The hub id of the data, where they came from the hub."""
-        name = str(self.config.get("data", ""))
-        return name if is_hub_data(name) and not self.is_text else None
+    def data_sets(self) -> list[str]:
+        """The hub ids of the data, where all of them came from the hub."""
+        named = self.config.get("data", "")
+        ids = [hub_id(str(name)) for name in (named if isinstance(named, list) else [named])]
+        return [] if None in ids or self.is_text else list(dict.fromkeys(filter(None, ids)))
 
 
 def _is_number(value: object) -> bool:
@@ -202,7 +205,7 @@ def model_card(
         "base_model": base,
         **{name: value for name, value in kind.metadata.items() if base or name != "base_model_relation"},
         "tags": [*kind.metadata.get("tags", ()), *(["qlora"] if quantized else []), "jlora"],
-        "datasets": [run.data_set] if run and run.data_set else None,
+        "datasets": (run.data_sets or None) if run else None,
         "license": license,
     }
     front = yaml.safe_dump({k: v for k, v in metadata.items() if v}, sort_keys=False, allow_unicode=True)
@@ -231,8 +234,9 @@ def _code(text: str) -> str:
 
 
 def _training(run: RunRecord, curve: bool) -> Iterator[str]:
-    data = run.data_set
-    shown = f"[{data}](https://huggingface.co/datasets/{data})" if data else _last_name(run.config.get("data"))
+    links = [f"[{data}](https://huggingface.co/datasets/{data})" for data in run.data_sets]
+    named = run.config.get("data")
+    shown = ", ".join(links) or ", ".join(filter(None, map(_last_name, named if isinstance(named, list) else [named])))
     yield from ("## Training", "", f"Data: {shown}" if shown else "", "")
     yield from _table(("", ""), _hyperparameters(run))
     if run.losses or run.evaluations:

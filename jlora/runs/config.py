@@ -1,30 +1,29 @@
 """`FinetuneConfig`: every option of a fine-tuning run."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
-from jlora.runs.flags import AdapterFlags, Compute, Optimization, Saving, Source
+from jlora.runs.flags import AdapterFlags, Compute, Optimization, RecordFlags, Saving, Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Compute, Saving, Optimization, AdapterFlags, Source):
+class FinetuneConfig(Compute, Saving, Optimization, AdapterFlags, RecordFlags, Source):
     """Fine-tune a GPT-2, Llama, Qwen, SmolLM3, Mistral or Gemma 3 checkpoint with LoRA on text, instructions or chats."""
 
     def __post_init__(self):
-        for name in ("model", "data", "output", "eval_data"):
-            if isinstance(value := getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-        super().__post_init__()
+        for group in (Source, RecordFlags, AdapterFlags):
+            group.__post_init__(self)
         problems = list(self._problems())
         if problems:
             raise ValueError("This run cannot start:\n  " + "\n  ".join(problems))
         self.lora()  # raises for adapter options out of their range
 
     def _problems(self) -> Iterator[str]:
-        for group in (Source, Optimization, Saving):
+        for group in (Source, RecordFlags, Optimization, Saving):
             yield from group.problems(self)
         # What groups must have in common:
+        if self.system is not None and self.template == "alpaca":
+            yield "`system` needs a template with a place for it, and alpaca's has none. Use --template chat, or one by name."
         if self.init == "pissa" and self.quantize is not None:
             yield f"`init` 'pissa' needs dense kernels; got quantize={self.quantize!r}. Use init='kaiming', or no `quantize`."
         if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,7 +16,7 @@ from jlora._typing import Batch, JsonObject, Params, PretrainedTokenizer, PyTree
 from jlora.data import InstructDataset, TextDataset
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
 from jlora.files.gguf_packed import stacks_as_packed
-from jlora.files.run_settings import RunSettings
+from jlora.files.run_settings import OF_RECORDS, RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
 from jlora.models import Model, model_from_config, remat_without_effect
 from jlora.quant import KEEP, spec_named
@@ -85,6 +85,8 @@ class Job:
         settings = read_config(directory)
         model_from_config(settings, dtype=jnp.float32)
         tokenizer = load_tokenizer(directory)
+        if config.template in data_lib.CHAT_TEMPLATES and (said := data_lib.put_template(tokenizer, config.template)):
+            display.warn(said)
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)
         lora = config.lora()
@@ -114,7 +116,12 @@ class Job:
             directory=run.data,
             pack=config.pack,
             vocab_size=model.config.vocab_size,
+            bad_records=run.bad_records if config.skip_bad_records else None,
+            **config.of_records(),
         )
+        template = train.template if isinstance(train, InstructDataset) else None
+        if config.template == data_lib.AUTO and template == "alpaca" and not tokenizer.chat_template:
+            data_lib.put_template(tokenizer, template)
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
         widest = model.config.max_length
@@ -143,10 +150,13 @@ class Job:
         if said := run.check_origin(job.origin()):
             display.warn(said)
         size = f"{count(base):,} parameters, {nbytes(base) / 2**20:,.0f} MiB as {_stored(base, dtype)}"
+        if train.stats.bad:
+            display.warn(f"{train.stats.bad:,} bad records are left out, and written to {run.bad_records}")
         display.facts(
             {
                 "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {size})",
                 "data": _describe(config.data, train, evaluation),
+                **_records(train, config),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
                 "batch": f"{config.batch_size} x {config.accumulate} = {layout}",
                 "compiled": _kept(),
@@ -179,7 +189,7 @@ class Job:
         if share is None:
             share = data_lib.EVAL_FRACTION if config.eval_data is None else 0.0
         return RunSettings(
-            template=config.template if isinstance(self.train, InstructDataset) else None,
+            template=self.train.template if isinstance(self.train, InstructDataset) else None,
             data=config.data,
             eval_data=config.eval_data,
             eval_fraction=share,
@@ -188,6 +198,7 @@ class Job:
             pack=config.pack,
             quantize=config.quantize,
             base=self.fingerprint,
+            **{name: getattr(config, name) for name in OF_RECORDS},
         )
 
     def evaluate(self, adapter: Params, stop: StopSignals) -> float:
@@ -238,8 +249,18 @@ def _kept() -> str:
     return f"once, and kept in {directory}"
 
 
-def _describe(source: str, train: TextDataset | InstructDataset, evaluation: Any) -> str:
-    stats = train.stats
+def _records(train: TextDataset | InstructDataset, config: FinetuneConfig) -> dict[str, str]:
+    """What the records were taken for."""
+    if not isinstance(train, InstructDataset):
+        return {}
+    formats = ", ".join(f"{count:,} of format {name}" for name, count in train.stats.formats)
+    learned = config.supervise or "assistant"
+    facts = {"records": f"{formats}; template {train.template}; supervised: {learned}"}
+    return facts | ({"an epoch has": "; ".join(train.stats.sources)} if train.stats.sources else {})
+
+
+def _describe(data: str | Sequence[str], train: TextDataset | InstructDataset, evaluation: Any) -> str:
+    stats, source = train.stats, data if isinstance(data, str) else ", ".join(data)
     said = [*stats.cut(), *stats.odd()]
     parts = [f"{source}: {stats.tokens:,} tokens, {stats.supervised_tokens:,} supervised", *said]
     if evaluation is not None:

@@ -21,10 +21,10 @@ from jlora.storage.structured import read_json, read_yaml
 from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.train.checkpoints import saved_steps
 
-CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER = (
-    "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter",
+CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER, BAD_RECORDS = (
+    "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter", "bad_records.jsonl",
 )  # fmt: skip
-_STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, LOCK}
+_STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, BAD_RECORDS, LOCK}
 """What a run may have that has saved no state. config.yaml is written first and taken back last."""
 
 # Where a run is, how it is started and how much it says do not change its result.
@@ -47,6 +47,7 @@ class Run:
         self.directory = Path(config.output)
         self.checkpoints = self.directory / CHECKPOINTS
         self.data = self.directory / DATA
+        self.bad_records = self.directory / BAD_RECORDS
         self.adapter = self.directory / ADAPTER
         self.log = Log(self.directory / METRICS)
         self.replaces = False
@@ -136,7 +137,7 @@ class Run:
         """Takes away what a run has that has saved no state."""
         for directory in (self.checkpoints, self.data):
             shutil.rmtree(directory, ignore_errors=True)
-        for name in (METRICS, ORIGIN, f"{CONFIG}.partial", CONFIG):
+        for name in (METRICS, ORIGIN, BAD_RECORDS, f"{CONFIG}.partial", CONFIG):
             (self.directory / name).unlink(missing_ok=True)
         remove_all_partial(self.directory)
 

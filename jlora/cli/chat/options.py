@@ -22,6 +22,6 @@ class Chat(Drawing):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""
     system: str | None = None
-    """What the model is told before the first turn."""
+    """What the model is told before the first turn; default: as in the adapter's run."""
     max_new_tokens: int = 512
     """At most this many tokens an answer."""

@@ -12,7 +12,7 @@ from jlora._terminal import console, say
 from jlora.cli.chat.commands import obey
 from jlora.cli.chat.options import Chat
 from jlora.cli.chat.session import Session
-from jlora.cli.chat.voices import load_voices
+from jlora.cli.chat.voices import load_voices, trained_system
 from jlora.cli.prompts import sampling
 from jlora.generation import check_sampling
 
@@ -30,7 +30,8 @@ def run(options: Chat) -> None:
     check_sampling(**drawn)
     session = Session(
         model, voices, tokenizer, {**drawn, "seed": options.seed},
-        voice=next(iter(voices.names), None), system=options.system,
+        voice=next(iter(voices.names), None),
+        system=trained_system(options) if options.system is None else options.system,
     )  # fmt: skip
     aside = console(stderr=True)
     talk(session, _lines(aside), out=console(), aside=aside)

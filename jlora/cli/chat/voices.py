@@ -8,6 +8,7 @@ from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import as_trained, note, note_other_base, settings_of
 from jlora.cli.base import Weights, load_weights
 from jlora.cli.chat.options import Chat
+from jlora.data import CHAT_TEMPLATES
 from jlora.files import base_model_of, load_adapter
 from jlora.files.adapters import adapter_directories
 from jlora.generation import for_decoding
@@ -128,9 +129,19 @@ def _quantize(weights: Weights, places: Mapping[str, Path]):
     return found.pop()
 
 
+def trained_system(options: Chat) -> str | None:
+    """The system prompt that the records of the adapters' runs were given, if all had the same."""
+    runs = [run for path in adapter_places(options.adapter).values() for run in settings_of(str(path)).values()]
+    systems = {run.system for run in runs}
+    system = systems.pop() if len(systems) == 1 else None
+    if system is not None:
+        note(f"as in the run that trained this: system {system}")
+    return system
+
+
 def _say_template(name: str, path: Path) -> None:
     settings = settings_of(str(path)).get("default") or next(iter(settings_of(str(path)).values()), None)
-    if settings is not None and settings.template != "chat":
+    if settings is not None and settings.template not in ("chat", *CHAT_TEMPLATES):
         note(
             f"{name!r} was trained on {settings.template or 'raw text'}, not on chats; here it answers in the chat template"
         )

@@ -3,5 +3,6 @@
 from jlora.runs.flags.adapter import AdapterFlags as AdapterFlags
 from jlora.runs.flags.compute import Compute as Compute
 from jlora.runs.flags.optimization import Optimization as Optimization
+from jlora.runs.flags.records import RecordFlags as RecordFlags
 from jlora.runs.flags.saving import Saving as Saving
 from jlora.runs.flags.source import Source as Source

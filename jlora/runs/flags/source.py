@@ -1,8 +1,11 @@
 """What a run reads, and where it writes."""
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Literal
+
+from jlora.data import TemplateName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -11,9 +14,9 @@ class Source:
 
     model: str
     """Hugging Face directory or hub id of the base model, or a GGUF file."""
-    data: str
-    """A .txt file or folder of them (raw text), a .jsonl or .json file, or the id of a hub data set (records with
-    instruction, input, output; or messages)."""
+    data: str | Sequence[str]
+    """One or more: .txt files or folders of them (raw text); or records, in .jsonl, .json, .parquet, .csv or .tsv files, folders of
+    them, or hub data sets, owner/name:configuration:split."""
     output: str
     """Directory of the run. An existing one is refused without --resume."""
 
@@ -21,14 +24,25 @@ class Source:
     """Evaluate on this file instead of a share of --data."""
     eval_fraction: float | None = None
     """Share of --data to evaluate on (default 0.1 without --eval-data); 0: no evaluation."""
-    template: Literal["alpaca", "chat"] = "alpaca"
-    """How records become text: Alpaca's prompt, or the tokenizer's own chat template."""
+    template: TemplateName | Literal["auto"] = "alpaca"
+    """How records become text: Alpaca's prompt, the tokenizer's own chat template, or one by name, which is saved with the
+    tokenizer; auto: chat where there are conversations, alpaca otherwise."""
     max_length: int | None = None
     """Tokens in a row; longer records are cut. Default: 512, or the model's limit if that is less."""
     pack: bool = False
     """Put several records into a row; they do not see each other."""
 
+    def __post_init__(self):
+        for name in ("model", "data", "output", "eval_data"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        if not isinstance(self.data, str):
+            named = tuple(map(os.fspath, self.data))
+            object.__setattr__(self, "data", named[0] if len(named) == 1 else named)
+
     def problems(self) -> Iterator[str]:
+        if not self.data:
+            yield "`data` must name at least one file or data set; got none."
         if self.max_length is not None and self.max_length < 2:
             yield f"`max_length` must be at least 2, a token and the one it predicts; got {self.max_length}."
         if self.eval_data is not None and self.eval_fraction:
