@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import jlora
 from jlora.cli import main
-from jlora.data import IGNORED, InstructDataset, load_data, read_records, trained_too
+from jlora.data import IGNORED, InstructDataset, load_data, prompt_ids, read_records, trained_too
 from jlora.data.columns import has_empty_answer
 from jlora.files import base_model_of
 from jlora.models import model_from_config
@@ -102,14 +102,14 @@ def test_a_template_that_drops_earlier_thoughts_gives_each_answer_a_row():
         USER,
         {**ANSWER, "content": "<think>\nwhy\n</think>\n\nyes"},
         USER,
-        {**ANSWER, "content": "<think>\nno"},
+        {**ANSWER, "content": "<think>\nhm\n</think>\n\nno"},
     ]
     tokenizer = _tokenizer(THINKING)
     data = InstructDataset([("r:1", {"messages": messages})], tokenizer, template="chat", max_length=512)
     rows = [data.row(index) for index in range(len(data))]
     assert [tokenizer.decode(row.input_ids[row.labels != IGNORED]) for row in rows] == [
         "why\n</think>\n\nyes<|im_end|>",
-        "no<|im_end|>",
+        "hm\n</think>\n\nno<|im_end|>",
     ]
     # Behind what the model is given when it is to answer.
     for row, turns in zip(rows, (1, 3), strict=True):

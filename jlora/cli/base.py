@@ -213,7 +213,7 @@ def open_data(
             )
         for part in chosen.stats.cut():
             note(f"{part}; raise --max-length")
-        for part in chosen.stats.odd():
+        for part in (*chosen.stats.odd(), *(train.stats.bad_said if chosen is not train else ())):
             note(part)
         if validation is not None and chosen is validation and (both := trained_too(train, validation)) is not None:
             note(both)

@@ -53,6 +53,10 @@ class Stats:
         """`left_out` as text, the most frequent first: "text (10,000 records)"."""
         return tuple(f"{name} ({count:,} {'record' if count == 1 else 'records'})" for name, count in self.left_out)
 
+    @property
+    def bad_said(self) -> list[str]:
+        return [f"{self.bad:,} bad records left out (first: {self.bad_first})"] if self.bad else []
+
     def cut(self) -> list[str]:
         """What `max_length` cost, in words: "2 records truncated at max_length (first: a.jsonl:3)"."""
         return self._counted({"truncated": "truncated at max_length", "dropped": "dropped at max_length"})
@@ -66,7 +70,7 @@ class Stats:
                 "apart": "of which each answer is a row of its own, since the template rewrites earlier turns",
             }
         )
-        found += [f"{self.bad} bad records left out (first: {self.bad_first})"] * bool(self.bad)
+        found += self.bad_said
         return found + ([f"not in the text: {', '.join(self.left_out_shown)}"] if self.left_out else [])
 
     def _counted(self, said: dict[str, str]) -> list[str]:
