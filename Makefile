@@ -11,7 +11,7 @@ quickstart: .venv/smollm2
 demo: .venv/smollm2
 	@mkdir -p runs/demo
 	$(BIN)/python examples/quickstart.py >runs/demo/quickstart.txt
-	$(BIN)/python examples/gpt2_style.py --smol --epochs 2 >runs/demo/style.txt
+	$(BIN)/python examples/gpt2_style.py --smol >runs/demo/style.txt
 	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 >runs/demo/alpaca.txt
 	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 --template chat --output runs/gpt2-alpaca-chat >runs/demo/chat.txt
 	$(BIN)/python examples/qwen_qlora.py --smol --epochs 1 >runs/demo/qlora.txt

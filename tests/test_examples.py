@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WRITES = {
-    "gpt2_style.py --tiny --epochs 0.3": ["curve.png", "metrics.jsonl", "adapter/adapter_model.safetensors"],
+    "gpt2_style.py --tiny --steps 3": ["curve.png", "metrics.jsonl", "adapter/adapter_model.safetensors"],
     "gpt2_alpaca.py --tiny --epochs 0.1 --preset large": ["evaluation.json", "compare.md", "compare.json"],
     "qwen_qlora.py --tiny --epochs 0.1": ["adapter.zip", "adapter/tokenizer.json"],
 }
