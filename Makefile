@@ -7,7 +7,7 @@ BIN := .venv/bin
 quickstart: .venv/smollm2
 	$(BIN)/python examples/quickstart.py
 
-# Every example on the real model, a quarter of an hour on two cores; what they print is kept in runs/demo.
+# Every example on the real model, half an hour on two cores; what they print is kept in runs/demo.
 demo: .venv/smollm2
 	@mkdir -p runs/demo
 	$(BIN)/python examples/quickstart.py >runs/demo/quickstart.txt
@@ -15,6 +15,7 @@ demo: .venv/smollm2
 	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 >runs/demo/alpaca.txt
 	$(BIN)/python examples/gpt2_alpaca.py --smol --epochs 1 --template chat --output runs/gpt2-alpaca-chat >runs/demo/chat.txt
 	$(BIN)/python examples/qwen_qlora.py --smol --epochs 1 >runs/demo/qlora.txt
+	$(BIN)/python examples/llama_finetome.py --smol --mode short >runs/demo/finetome.txt
 	$(BIN)/python examples/lora_any_model.py --smol >runs/demo/wrap.txt
 
 test: .venv/installed-test

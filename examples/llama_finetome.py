@@ -109,16 +109,12 @@ def settings(options: Options, run: Run) -> dict[str, Any]:
     """Of the model and the data. SmolLM2 stays in the blocks of its file, and takes shorter rows on a CPU."""
     most, steps = MODES[options.mode]
     conversations, steps = min(run.conversations, most or run.conversations), min(run.steps, steps or run.steps)
+    long = {"steps": steps, "max_examples": conversations}
     if options.smol:
         data = embedded_conversations(Path(options.output) / "conversations.jsonl")
-        return {
-            "model": str(smollm2.required()), "quantize": "keep", "dtype": "bfloat16", "data": str(data), "max_length": 256,
-            "learning_rate": 1e-3, "steps": steps, "max_examples": conversations,
-        }  # fmt: skip
-    return {
-        "model": run.model, "data": f"{CONVERSATIONS}:train[:{conversations}]", "max_length": 2048, "learning_rate": 2e-4,
-        "steps": steps,
-    }  # fmt: skip
+        model = {"model": str(smollm2.required()), "quantize": "keep", "dtype": "bfloat16"}
+        return long | model | {"data": str(data), "max_length": 256, "learning_rate": 1e-3}
+    return long | {"model": run.model, "data": CONVERSATIONS, "max_length": 2048, "learning_rate": 2e-4}
 
 
 def conversation(text: str) -> dict[str, Any]:

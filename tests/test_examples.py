@@ -13,6 +13,7 @@ WRITES = {
     "gpt2_style.py --tiny --steps 3": ["curve.png", "metrics.jsonl", "adapter/adapter_model.safetensors"],
     "gpt2_alpaca.py --tiny --epochs 0.1 --preset large": ["evaluation.json", "compare.md", "compare.json"],
     "qwen_qlora.py --tiny --epochs 0.1": ["adapter.zip", "adapter/tokenizer.json"],
+    "llama_finetome.py --smol --mode try": ["T1/compare.md", "T1/merged/model.safetensors", "T1/model-q8_0.gguf"],
 }
 
 
@@ -33,7 +34,8 @@ def test_an_example_runs_to_its_end_and_writes_what_it_says(command, tmp_path):
     assert "Traceback" not in done.stderr
     for name in WRITES[command]:
         assert (tmp_path / "run" / name).stat().st_size > 0, name
-    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (log,) = (tmp_path / "run").rglob("metrics.jsonl")
+    losses = [json.loads(line) for line in log.read_text().splitlines()]
     assert any("eval_loss" in entry for entry in losses)
 
 
