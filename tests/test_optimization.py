@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import tiny
 import torch
 import transformers
 from optax import contrib
+from peft.optimizers import create_loraplus_optimizer
+from steps import BATCH, GPT2, SEQ, build, make_batch
+from tiny import options
 
 import jlora
 from jlora.runs.flags.optimization import resolved
-from jlora.train import TrainState, evaluated, make_optimizer, make_schedule
+from jlora.train import TrainState, causal_lm_loss, evaluated, make_optimizer, make_schedule
+from jlora.train.noise import sequence_lengths, with_noise
 from jlora.train.parameters import parameters_of
 from jlora.tree.paths import flatten, nest
 
@@ -172,6 +177,33 @@ def test_nothing_but_matrices_is_decayed(llama_dir):
         np.testing.assert_array_equal(update, -0.5 * x if parameter.is_matrix else 0.0 * x, err_msg=path)
 
 
+def test_lora_plus_is_peft_s():
+    """B and a bias faster than A, each decayed by its own rate."""
+    ratio, steps = 16.0, 3
+    linear = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    theirs = peft.get_peft_model(linear, peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    names = {"lora_A": "kernel/lora_A", "lora_B": "kernel/lora_B", "bias": "bias"}
+    paths = {next(f"proj/{ours}" for part, ours in names.items() if part in name): name for name in trained}
+    assert len(paths) == 3
+    params = nest({path: jnp.asarray(trained[name].detach().numpy().T.copy()) for path, name in paths.items()})
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=ratio, loraplus_weight_decay=DECAY
+    )
+    tx = make_optimizer("adamw", RATE, params, weight_decay=DECAY, lora_plus_ratio=ratio)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    draw = np.random.default_rng(0)
+    for _ in range(steps):
+        gradient = {path: draw.standard_normal(x.shape, np.float32) for path, x in flatten(params).items()}
+        for path, name in paths.items():
+            trained[name].grad = torch.tensor(gradient[path].T.copy())
+        optimizer.step()
+        updates, state = update(nest(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, x in flatten(params).items():
+        np.testing.assert_allclose(x, trained[paths[path]].detach().numpy().T, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
 # Schedules
 
 STEPS, WARMUP = 20, 4
@@ -225,15 +257,37 @@ def test_schedules_end_at_the_least_rate(name, their_name, specific):
     assert got[-1] == pytest.approx(RATE / 5)
 
 
+# NEFTune
+
+
+def test_noise_is_the_paper_s_on_the_input_embeddings_alone():
+    """Uniform, as large as each sequence's own length asks for; the tied head has none of it, nor has evaluation."""
+    alpha, (model, adapter, base) = 5.0, build(GPT2)
+    params, key = jlora.combine(adapter, base), jax.random.key(7)
+    lengths = np.array([[8, 8, 8, 8, 8, 8, 8, 8, 3, 3, 3]] * BATCH)
+    segments = jnp.asarray(np.where(lengths == 8, 1, 2))
+    assert np.array_equal(sequence_lengths(segments, segments), lengths)
+    padded = jnp.ones((BATCH, SEQ), bool).at[0, 4:].set(False)
+    assert np.asarray(sequence_lengths(segments, None, padded))[:2, 0].tolist() == [4, SEQ]
+    noisy = with_noise(params, model, jnp.asarray(lengths), alpha, key)
+    table = noisy["transformer"]["wte"]["embedding"]
+    plain = params["transformer"]["wte"]["embedding"]
+    ids = jnp.asarray(make_batch()["input_ids"])
+    noise = np.asarray(jlora.embed(ids, table) - jlora.embed(ids, plain))
+    for length in (8, 3):
+        size = alpha / np.sqrt(length * model.config.width)
+        here = noise[lengths == length]
+        assert 0.95 * size < np.abs(here).max() <= size * 1.0001
+        assert here.std() == pytest.approx(size / np.sqrt(3), rel=0.05)
+    assert model.output_head(noisy)[0] is plain
+    quiet, loud = causal_lm_loss(model), causal_lm_loss(model, neftune_alpha=alpha)
+    losses = jax.jit(lambda k: (quiet(params, make_batch(), k)[0], loud(params, make_batch(), k)[0]))
+    first, again = losses(key), losses(key)
+    assert first == again and first[0] != first[1] and losses(jax.random.key(8))[1] != first[1]
+    assert float(loud(params, make_batch(), None)[0]) == pytest.approx(float(first[0]), rel=1e-6)
+
+
 # Flags
-
-
-def options(**changes):
-    fields = {
-        "model": "m", "data": "d", "output": "o", "steps": 4, "rank": 2, "targets": ("c_attn",), "batch_size": 2, "max_length": 16,
-        "eval_fraction": 0, "checkpoint_every": 2, "quiet": True,
-    }  # fmt: skip
-    return jlora.FinetuneConfig(**fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +305,10 @@ def options(**changes):
         ({"schedule": "constant", "min_learning_rate": 1e-5}, "no effect on the schedule constant.*linear, cosine, wsd"),
         ({"decay_fraction": 0.2}, "`decay_fraction` has no effect on the schedule cosine"),
         ({"schedule": "wsd", "decay_fraction": 0.0}, "`decay_fraction` must be in"),
+        ({"lora_plus_ratio": 0.0}, "`lora_plus_ratio` must be positive"),
+        ({"lora_plus_ratio": 16.0, "kind": "loha"}, "`lora_plus_ratio` is for the factors of kind 'lora'; got kind='loha'"),
+        ({"neftune_alpha": -1.0}, "`neftune_alpha` must be 0 or positive"),
+        ({"label_smoothing": 1.0}, "`label_smoothing` must be in"),
     ],
 )  # fmt: skip
 def test_flags_without_effect_are_refused(changes, message):

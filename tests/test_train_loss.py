@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jaxprs import walk
+from transformers.trainer_pt_utils import LabelSmoother
 
 from jlora.data import IGNORED
 from jlora.lora import LoraWeight, linear
 from jlora.models.attention import attention
+from jlora.models.causal import capped
 from jlora.models.gpt2 import gelu
-from jlora.train.loss import cross_entropy, next_tokens
+from jlora.train.loss import Guide, cross_entropy, next_tokens
+from jlora.train.objective import Objective
 from jlora.weight import einsum
 
 TOKENS, WIDTH, VOCAB, RANK = 23, 16, 41, 3
@@ -53,6 +57,53 @@ def plain_loss(hidden, weight, targets, supervised, *, transpose):
     logits = linear(hidden, weight, transpose=transpose, out_dtype=jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     return -jnp.sum(jnp.where(supervised, picked, 0.0))
+
+
+def torch_loss(objective, logits, targets, supervised, teacher):
+    """Of PyTorch and transformers, summed over the supervised tokens."""
+    labels = torch.tensor(np.where(supervised, targets, IGNORED)).long()[None]
+    smoothed = LabelSmoother(objective.label_smoothing)({"logits": logits[None]}, labels, num_items_in_batch=1)
+    if teacher is None:
+        return smoothed
+    ours, theirs = ((x / objective.temperature).log_softmax(-1)[supervised] for x in (logits, teacher))
+    divergence = torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    weight = objective.teacher_weight
+    return (1 - weight) * smoothed + weight * objective.temperature**2 * divergence
+
+
+@pytest.mark.parametrize(
+    ("objective", "guided"),
+    [
+        (Objective(label_smoothing=0.2), False),
+        (Objective(teacher_weight=0.7, temperature=2.0), True),
+        (Objective(label_smoothing=0.1, teacher_weight=0.5, temperature=0.5), True),
+    ],
+    ids=["smoothed", "taught", "both"],
+)
+def test_other_objectives_are_torch_s_and_no_logits_are_whole(objective, guided):
+    hidden, targets, supervised = example(0.5, jnp.float32)
+    weight, _ = head_of("kernel", jnp.float32)
+    keys = jax.random.split(jax.random.key(3))
+    wider = jax.random.normal(keys[0], (TOKENS, 2 * WIDTH)), jax.random.normal(keys[1], (VOCAB, 2 * WIDTH))
+    guide = Guide(*wider, transpose=True, cap=5.0) if guided else None
+
+    def loss(hidden, weight, guide):
+        kinds = {"transpose": False, "chunk": 5, "objective": objective, "guide": guide}
+        return cross_entropy(hidden, weight, targets, supervised, **kinds)
+
+    # What is fixed of the guide is no array.
+    taught = jax.value_and_grad(lambda h, w, arrays: loss(h, w, guide and guide._replace(**arrays)), (0, 1))
+    arrays = guide and {"hidden": guide.hidden, "weight": guide.weight}
+    value, gradients = jax.jit(taught)(hidden, weight, arrays)
+    leaves = [torch.tensor(np.array(x), requires_grad=True) for x in (hidden, weight)]
+    teacher = guide and torch.tensor(np.array(capped(linear(wider[0], wider[1], transpose=True), 5.0)))
+    expected = torch_loss(objective, leaves[0] @ leaves[1], np.array(targets), np.array(supervised), teacher)
+    expected.backward()
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for ours, leaf in zip(gradients, leaves, strict=True):
+        assert close(ours, leaf.grad, jnp.float32)
+    jaxpr = jax.make_jaxpr(taught)(hidden, weight, arrays)
+    assert not [e for e in walk(jaxpr.jaxpr) for out in e.outvars if out.aval.shape[-2:] == (TOKENS, VOCAB)]
 
 
 def dots(fn, *args):

@@ -81,6 +81,15 @@ def write_checkpoint(directory: Path, fields: dict, *, chat: str | None = None, 
     return str(directory)
 
 
+def options(**changes) -> jlora.FinetuneConfig:
+    """Of a GPT-2's run of four steps, its state kept after the second."""
+    fields = {
+        "model": "m", "data": "d", "output": "o", "steps": 4, "rank": 2, "targets": ("c_attn",), "batch_size": 2, "max_length": 16,
+        "eval_fraction": 0, "checkpoint_every": 2, "quiet": True,
+    }  # fmt: skip
+    return jlora.FinetuneConfig(**fields | changes)
+
+
 def read_log(output) -> list[dict]:
     """The entries of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]

@@ -14,14 +14,13 @@ from jlora.data import row_length
 from jlora.files import find, read_config
 from jlora.files.gguf_packed import kept_specs
 from jlora.files.opened import open_checkpoint
-from jlora.lora import split
 from jlora.models import Remat, model_from_config, remat_without_effect
 from jlora.quant import KEEP, FormatName, Kept, spec_named
 from jlora.runs import FinetuneConfig
 from jlora.runs.flags import AdapterFlags
 from jlora.train import causal_lm_loss, init_state, make_optimizer, make_step
 from jlora.train.memory import Memory as Prediction
-from jlora.train.memory import abstract_batch, abstract_tree, planned, predict
+from jlora.train.memory import abstract_batch, abstract_tree, halves, planned, predict
 from jlora.train.optimizers import OptimizerName
 from jlora.tree.paths import count, nbytes
 
@@ -29,7 +28,7 @@ _MEANING = {
     "weights": "frozen parameters as stored",
     "adapter": "what is trained, float32",
     "optimizer": "its state, such as AdamW's two moments",
-    "gradients": "of the adapter",
+    "gradients": "of what is trained",
     "activations": "kept from the forward for the backward pass",
     "working": "alive within one layer or one chunk of the loss",
 }
@@ -70,16 +69,20 @@ class Memory(AdapterFlags, Subject):
 def run(options: Memory) -> None:
     directory = find(options.model)
     model = model_from_config(read_config(directory), dtype=jnp.dtype(options.dtype), remat=options.remat)
+    if wrong := list(options.problems()):
+        raise ValueError(wrong[0])
+    if options.full and options.quantize is not None:
+        raise ValueError(f"`full` trains dense parameters; got quantize={options.quantize!r}. Leave one of them out.")
     spec, stack = spec_named(options.quantize), options.form == "stacked"
     length = row_length(options.max_length, model.config.max_length)
     params = abstract_tree(
         model,
-        options.lora(),
-        dtype=jnp.dtype(options.dtype),
+        None if options.full else options.lora(),
+        dtype=jnp.dtype("float32" if options.full else options.dtype),  # what is trained is float32
         quantize=kept_specs(open_checkpoint(directory), model, stack=stack, where=directory) if spec == KEEP else spec,
         stack=stack,
     )
-    tx = make_optimizer(options.optimizer, FinetuneConfig.learning_rate, split(params)[0], max_grad_norm=1.0)
+    tx = make_optimizer(options.optimizer, FinetuneConfig.learning_rate, halves(params)[0], max_grad_norm=1.0)
     sizes = {"batch_size": options.batch_size, "length": length, "accumulate": options.accumulate}
     predicted = predict(model, params, tx, **sizes)
     compiled = _compiled(model, params, tx, options, length) if options.compile else None
@@ -87,12 +90,13 @@ def run(options: Memory) -> None:
         fields = dataclasses.asdict(predicted) | {"peak": predicted.peak, "compiled_peak": compiled}
         print(json.dumps(fields, indent=2))
         return
-    adapter, base = split(params)
+    adapter, base = halves(params)
+    held = adapter if base is None else base
     terminal = console()
     say(
         terminal,
         (options.model, "bold"),
-        f": {count(base):,} parameters at {8 * nbytes(base) / count(base):.2f} bits, "
+        f": {count(held):,} parameters at {8 * nbytes(held) / count(held):.2f} bits, "
         f"{count(adapter):,} trained; {options.batch_size} x {length} tokens, {options.dtype}, layers {options.form}",
     )
     terminal.print(table(predicted, compiled))
@@ -101,7 +105,7 @@ def run(options: Memory) -> None:
 
 
 def _compiled(model, params, tx, options: Memory, length: int) -> int:
-    adapter, base = split(params)
+    adapter, base = halves(params)
     state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
     batch = abstract_batch(options.batch_size * options.accumulate, length)
     key = jax.eval_shape(lambda: jax.random.key(0))

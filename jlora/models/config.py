@@ -57,6 +57,11 @@ class ModelConfig(abc.ABC):
         """(kv_heads, head_dim)"""
 
     @property
+    def embedding_scale(self) -> float:
+        """What the rows of the embedding are multiplied by."""
+        return 1.0
+
+    @property
     def logit_cap(self) -> float | None:
         """What bounds the logits: they are cap * tanh(logits / cap)."""
         return None

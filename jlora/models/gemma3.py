@@ -32,6 +32,10 @@ class Gemma3Config(LlamaConfig):
         return self.query_pre_attn_scalar**-0.5
 
     @property
+    def embedding_scale(self) -> float:
+        return self.hidden_size**0.5
+
+    @property
     def logit_cap(self) -> float | None:
         return self.final_logit_softcapping
 
@@ -142,7 +146,7 @@ class Model(nn.Module):
         config = self.config
         x = Embed(config.vocab_size, config.hidden_size, self.dtype, name="embed_tokens")(input_ids)
         # Rounded to the activations' dtype, as in training.
-        x = x * jnp.asarray(config.hidden_size**0.5, self.dtype)
+        x = x * jnp.asarray(config.embedding_scale, self.dtype)
         contexts, kinds = contexts_of(context, config.kinds, config.head_dim)
         x, cache = run_layers(self, "layers", Block, self.remat, x, cache, contexts, kinds, config=config)
         return Norm(config.rms_norm_eps, name="norm")(x), cache

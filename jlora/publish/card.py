@@ -249,7 +249,7 @@ _SHOWN = (
     "kind", "rank", "alpha", "dropout", "targets", "exclude", "layers_to_transform", "bias", "modules_to_save", "use_rslora",
     "use_dora", "init", "quantize", "template", "max_length", "pack", "optimizer", "learning_rate", "schedule", "warmup_fraction",
     "warmup_steps", "min_learning_rate", "decay_fraction", "weight_decay", "beta1", "beta2", "momentum", "max_grad_norm",
-    "batch_size", "accumulate", "epochs", "dtype", "seed",
+    "lora_plus_ratio", "neftune_alpha", "label_smoothing", "batch_size", "accumulate", "epochs", "dtype", "seed",
 )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ class Display:
 
     def trained(self, params: PyTree, adapter: PyTree) -> None:
         self.console.print()
-        self.console.print(trained_table(params))
+        if adapter is not params:
+            self.console.print(trained_table(params))
         trained, total = count(adapter), count(params)
         self.say((f"{trained:,}", "bold"), f" of {total:,} parameters are trained ({trained / total:.2%})\n")
 

@@ -17,15 +17,18 @@ from jlora.data import InstructDataset, TextDataset
 from jlora.files import find, load, load_tokenizer, read_config, untrained_tokens
 from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import OF_RECORDS, RunSettings
-from jlora.lora import LoraConfig, adapted_leaves, add_lora, combine, split
-from jlora.models import Model, model_from_config, remat_without_effect
+from jlora.lora import LoraConfig, adapted_leaves, combine
+from jlora.models import Model, model_from_config, remat_without_effect, replace
 from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
+from jlora.runs.halves import Halves, adapted, digest
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
+from jlora.runs.teacher import LoadedTeacher, load_teacher
 from jlora.storage.checkpoint_files import base_fingerprint
-from jlora.train import evaluate
+from jlora.train import causal_lm_loss, evaluate
+from jlora.train.loss import CausalLMLoss, Taught
 from jlora.tree.paths import count, flatten, nbytes
 from jlora.weight import is_weight, origin
 
@@ -43,13 +46,16 @@ class Job:
     """Everything of a run that is fixed before its first step."""
 
     config: FinetuneConfig
-    lora: LoraConfig
+    lora: LoraConfig | None
+    """None: every parameter is trained."""
     run: Run
     display: Display
     model: Model
     tokenizer: PretrainedTokenizer
     adapter: Params
-    base: Params
+    base: Params | None
+    """What is frozen; None: nothing."""
+    teacher: LoadedTeacher | None
     fingerprint: str
     """Of the base's files."""
     train: TextDataset | InstructDataset
@@ -64,6 +70,22 @@ class Job:
     def rows(self) -> int:
         """Of a step."""
         return self.config.batch_size * self.config.accumulate
+
+    @property
+    def loss(self) -> CausalLMLoss:
+        """Of training."""
+        config = self.config
+        return causal_lm_loss(
+            self.model,
+            label_smoothing=config.label_smoothing,
+            neftune_alpha=config.neftune_alpha,
+            teacher=None if self.teacher is None else config.taught_by(self.teacher.model),
+        )
+
+    @property
+    def frozen(self) -> PyTree:
+        """What a step of `loss` takes beside its state."""
+        return self.base if self.teacher is None else Taught(self.base, self.teacher.params)
 
     @property
     def eval_every(self) -> int:
@@ -89,7 +111,7 @@ class Job:
             display.warn(said)
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)
-        lora = config.lora()
+        lora = None if config.full else config.lora()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
         stack, why = _form(config, widened=on_cpu and dtype == "bfloat16" and not compiler_options())
@@ -97,14 +119,19 @@ class Job:
             stack, why = False, "packed in several formats"
         model, params = load(
             directory,
-            dtype=jnp.dtype(dtype),
+            dtype=jnp.dtype("float32" if lora is None else dtype),  # what is trained is float32
             quantize=spec_named(config.quantize),
             stack=stack,
             remat=config.remat,
         )
         max_length = data_lib.row_length(config.max_length, model.config.max_length)
-        params = add_lora(params, lora, key=jax.random.key(config.seed))
-        adapter, base = split(params)
+        if lora is None:
+            model, (adapter, base) = replace(model, dtype=jnp.dtype(dtype)), Halves(params, None)
+        else:
+            key = jax.random.key(config.seed)
+            adapter, base = adapted(params, lora, key=key, init_adapter=config.init_adapter, model=model)
+        del params
+        teacher = load_teacher(config, model, tokenizer, dtype=dtype, length=max_length)
         train, evaluation = data_lib.load_data(
             config.data,
             tokenizer,
@@ -135,6 +162,7 @@ class Job:
             tokenizer=tokenizer,
             adapter=adapter,
             base=base,
+            teacher=teacher,
             fingerprint=base_fingerprint(directory),
             train=train,
             layout=layout,
@@ -149,12 +177,13 @@ class Job:
             display.warn(said)
         if said := run.check_origin(job.origin()):
             display.warn(said)
-        size = f"{count(base):,} parameters, {nbytes(base) / 2**20:,.0f} MiB as {_stored(base, dtype)}"
         if train.stats.bad:
             display.warn(f"{train.stats.bad:,} bad records are left out, and written to {run.bad_records}")
+        of_teacher = {} if teacher is None else {"teacher": _said(config.teacher, teacher.model, teacher.params, dtype)}
         display.facts(
             {
-                "model": f"{config.model} ({model.config.model_type}, {model.config.depth} layers, {size})",
+                "model": _said(config.model, model, *((adapter, "float32") if base is None else (base, dtype))),
+                **of_teacher,
                 "data": _describe(config.data, train, evaluation),
                 **_records(train, config),
                 "device": f"{device_name()}; layers {'stacked' if stack else 'unrolled'}: {why}",
@@ -164,11 +193,11 @@ class Job:
             }
         )
         used, learned = train.tokens()
-        trained = adapted_leaves(adapter)
+        trained = flatten(adapter) if base is None else adapted_leaves(adapter)
         said = untrained_tokens(directory, model, tokenizer, used=used, learned=learned, trained=trained)
         if said is not None:
             display.warn(said)
-        display.trained(params, adapter)
+        display.trained(combine(adapter, base), adapter)
         return job
 
     def origin(self) -> JsonObject:
@@ -179,6 +208,10 @@ class Job:
             "evaluation": self.evaluation and self.evaluation.digest(),
             "base": self.fingerprint,
         }
+        if self.teacher is not None:
+            origin["teacher"] = self.teacher.fingerprint
+        if self.config.init_adapter is not None:
+            origin["init_adapter"] = digest(self.config.init_adapter)
         # Without slots the order is that of versions which knew no other, and their runs go on.
         return origin if self.layout.slots is None else origin | {"layout": self.layout.record()}
 
@@ -229,6 +262,12 @@ def _form(config: FinetuneConfig, *, widened: bool) -> tuple[bool, str]:
     if widened and config.remat in ("none", "attention"):  # the others have no effect on unrolled layers of a CPU
         return False, "faster on this CPU"
     return True, "one compilation for all"
+
+
+def _said(name: str | None, model: Model, params: PyTree, dtype: str) -> str:
+    """What a model is, and how large."""
+    size = f"{count(params):,} parameters, {nbytes(params) / 2**20:,.0f} MiB as {_stored(params, dtype)}"
+    return f"{name} ({model.config.model_type}, {model.config.depth} layers, {size})"
 
 
 def _stored(base: PyTree, dtype: str) -> str:

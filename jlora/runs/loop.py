@@ -1,5 +1,6 @@
 """`finetune`: the loop over data, step, evaluation and checkpoints."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -20,7 +21,6 @@ from jlora.storage.whole import NoSpace, no_space
 from jlora.train import (
     Checkpoints,
     NotFinite,
-    causal_lm_loss,
     evaluated,
     init_state,
     make_step,
@@ -93,13 +93,15 @@ class _Training:
 
     def __init__(self, job: Job, stop: StopSignals):
         config = job.config
-        self.job, self.stop = job, stop
+        self.stop = stop
         self.checkpoints = Checkpoints(job.run.checkpoints, keep=config.keep)
         self.began = False
         """Whether a step was made or a checkpoint found: there is something to keep."""
         self.schedule = config.rates(job.steps)
         self.tx = config.transformation(job.adapter, self.schedule)
         self.state = init_state(job.adapter, self.tx)
+        # The state has copies of its own: of a whole model, a second one would stay for nothing.
+        self.job = dataclasses.replace(job, adapter=jax.eval_shape(lambda: job.adapter))
         # Its own stream: the initialization drew from the seed's key itself.
         self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
         self.history: list[JsonObject] = []
@@ -120,7 +122,7 @@ class _Training:
         for step in range(done + 1, job.steps + 1):
             started = time.perf_counter()
             step_fn = step_of[batch["input_ids"].shape[1]]
-            self.state, metrics = step_fn(self.state, job.base, batch, jax.random.fold_in(self.key, step))
+            self.state, metrics = step_fn(self.state, job.frozen, batch, jax.random.fold_in(self.key, step))
             # While the device works:
             upcoming = self._batch(step + 1)
             if predicted is None:
@@ -149,10 +151,10 @@ class _Training:
         Ahead of their first calls, for the compiler's own account of the memory, and so that a signal need not wait for them.
         """
         job = self.job
-        step_fn = make_step(causal_lm_loss(job.model), self.tx, accumulate=job.config.accumulate)
+        step_fn = make_step(job.loss, self.tx, accumulate=job.config.accumulate)
         widths = data_lib.widths_of(job.train, range(done, job.steps), **self._order) or job.layout.widths[-1:]
         batches = {width: abstract_batch(job.layout.rows, width, segments=segments) for width in widths}
-        return {w: step_fn.lower(self.state, job.base, batch, self.key).compile() for w, batch in batches.items()}
+        return {w: step_fn.lower(self.state, job.frozen, batch, self.key).compile() for w, batch in batches.items()}
 
     @property
     def _order(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import filecmp
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,23 +12,26 @@ import jax
 import optax
 
 from jlora._typing import JsonObject, Params
-from jlora.files import save_adapter
+from jlora.files import find, save_adapter, save_pretrained
 from jlora.lora import combine
 from jlora.runs.job import Job
 from jlora.storage.whole import full_disk_said, whole_directory
 from jlora.train import Checkpoints, TrainState, evaluated, perplexity, predict
+from jlora.tree.paths import nbytes
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    adapter_dir: Path
-    """PEFT files and the tokenizer."""
+    adapter_dir: Path | None
+    """PEFT files and the tokenizer; None after full fine-tuning."""
     eval_loss: float | None
     """Of the saved adapter, nats a supervised token; None without evaluation data."""
     base_eval_loss: float | None
     """Before the first step."""
     history: tuple[JsonObject, ...]
     """The entries of metrics.jsonl."""
+    model_dir: Path | None = None
+    """After full fine-tuning: a transformers checkpoint with its tokenizer."""
 
 
 def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Sequence[JsonObject]) -> FinetuneResult:
@@ -39,14 +42,23 @@ def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Seque
     if config.save == "best" and checkpoints.best is not None:
         chosen = checkpoints.best
         state = checkpoints.restore(state, chosen)
-    _write_adapter(job, combine(evaluated(state), job.base))
-    result = FinetuneResult(run.adapter, losses.get(chosen), losses.get(0), tuple(history))
+    params = combine(evaluated(state), job.base)
+    losses_said = losses.get(chosen), losses.get(0), tuple(history)
+    if job.lora is None:
+        _write(run.model, lambda made: _save_model(job, params, made))
+        result = FinetuneResult(None, *losses_said, model_dir=run.model)
+    else:
+        _write(run.adapter, lambda made: _save_adapter(job, params, made))
+        result = FinetuneResult(run.adapter, *losses_said)
     if result.eval_loss is not None and result.base_eval_loss is not None:
         before, after = perplexity(result.base_eval_loss), perplexity(result.eval_loss)
         change = f" ({after / before - 1:+.0%})" if math.isfinite(after / before) else ""
         display.say(
             "\nperplexity ", (f"{before:.2f}", "bold"), " before, ", (f"{after:.2f}", "bold"), f" after{change}"
         )
+    if job.lora is None:
+        display.say(f"model of step {chosen}: ", (str(run.model), "bold"), " (loads in transformers)")
+        return result
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
     # PEFT has kinds other than LoRA for linear layers alone.
     reader = "PEFT" if job.lora.kind == "lora" or job.model.config.transposed_kernels else "jlora"
@@ -56,14 +68,24 @@ def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Seque
     return result
 
 
-def _write_adapter(job: Job, params: Params) -> None:
-    """`OUTPUT/adapter`, whole or not at all. One that is there already, with the same bytes, is left as it is."""
-    path = job.run.adapter
+def _save_adapter(job: Job, params: Params, directory: Path) -> None:
+    assert job.lora is not None
+    save_adapter(directory, params, config=job.lora, base_model=job.config.model)
+    job.tokenizer.save_pretrained(directory)
+    job.settings().write(directory)
+
+
+def _save_model(job: Job, params: Params, directory: Path) -> None:
+    """A checkpoint as the base is one, in its dtypes."""
+    save_pretrained(directory, job.model, params, tokenizer=job.tokenizer, base=find(job.config.model))
+    dataclasses.replace(job.settings(), base=None).write(directory)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """A directory of `OUTPUT`, whole or not at all. One that is there already, with the same bytes, is left as it is."""
     with full_disk_said(path), TemporaryDirectory(prefix=".partial-", dir=path.parent) as place:
         made = Path(place) / path.name
-        save_adapter(made, params, config=job.lora, base_model=job.config.model)
-        job.tokenizer.save_pretrained(made)
-        job.settings().write(made)
+        save(made)
         if path.is_dir() and all(_same(file, path / file.name) for file in made.iterdir()):
             return
         with whole_directory(path, replace=True) as partial:
@@ -78,7 +100,8 @@ def predicted_peak(job: Job, state: TrainState, tx: optax.GradientTransformation
     """Of a step of the job, in bytes."""
     accumulate = job.config.accumulate
     rows = {"batch_size": job.layout.rows // accumulate, "length": job.layout.widths[-1], "accumulate": accumulate}
-    return predict(job.model, combine(state.adapter, job.base), tx, **rows).peak
+    teacher = 0 if job.teacher is None else nbytes(job.teacher.params)
+    return predict(job.model, combine(state.adapter, job.base), tx, **rows).peak + teacher
 
 
 def memory_said(predicted: int, compiled: int) -> str:

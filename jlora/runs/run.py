@@ -21,8 +21,8 @@ from jlora.storage.structured import read_json, read_yaml
 from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.train.checkpoints import saved_steps
 
-CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER, BAD_RECORDS = (
-    "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter", "bad_records.jsonl",
+CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER, MODEL, BAD_RECORDS = (
+    "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter", "model", "bad_records.jsonl",
 )  # fmt: skip
 _STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, BAD_RECORDS, LOCK}
 """What a run may have that has saved no state. config.yaml is written first and taken back last."""
@@ -32,7 +32,7 @@ _FREE_TO_CHANGE = ("output", "resume", "quiet")
 
 
 class Run:
-    """`OUTPUT/`: config.yaml (resolved), run.json (what it ran on), metrics.jsonl, checkpoints/, data/, adapter/.
+    """`OUTPUT/`: config.yaml (resolved), run.json (what it ran on), metrics.jsonl, checkpoints/, data/, adapter/ or model/.
 
     A context manager: this process alone writes to the directory within it.
 
@@ -49,6 +49,7 @@ class Run:
         self.data = self.directory / DATA
         self.bad_records = self.directory / BAD_RECORDS
         self.adapter = self.directory / ADAPTER
+        self.model = self.directory / MODEL
         self.log = Log(self.directory / METRICS)
         self.replaces = False
         """Whether a run that had saved nothing was there."""

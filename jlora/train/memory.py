@@ -18,7 +18,7 @@ from jlora.quant import QuantSpec, from_file, quantize_params
 from jlora.quant.ggml import GGML
 from jlora.train.loss import CHUNK, causal_lm_loss
 from jlora.tree.paths import flatten, layer_path, map_with_path, nbytes
-from jlora.weight import is_weight, origin
+from jlora.weight import is_adapted, is_weight, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,12 @@ def predict(
     """Predicts the memory of `make_step(causal_lm_loss(model), tx, accumulate=accumulate)`; nothing is compiled or allocated.
 
     Args:
-        params: adapted, arrays or `jax.ShapeDtypeStruct` leaves.
+        params: arrays or `jax.ShapeDtypeStruct` leaves; of an unadapted tree all of it is trained.
         batch_size: rows of a micro-batch.
         length: tokens of a row.
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    adapter, base = split(params)
+    adapter, base = halves(params)
     on_cpu = jax.default_backend() == "cpu"
     stacked = is_stacked(params)
     if remat_without_effect(model, stacked=stacked, length=length):
@@ -131,6 +131,11 @@ def predict(
         activations=saved,
         working=max(one_layer + _unpacked(base, model.dtype), head) + extra,
     )
+
+
+def halves(params: Params) -> tuple[PyTree, PyTree]:
+    """(what is trained, what is frozen): all of an unadapted tree, and None."""
+    return split(params) if any(map(is_adapted, flatten(params).values())) else (params, None)
 
 
 def _saved(model: Model, adapter: PyTree, base: PyTree, batch_size: int, length: int) -> int:

@@ -101,7 +101,7 @@ def _muon(s: Settings) -> optax.GradientTransformation:
     )
 
     def orthogonal(parameter: Parameter) -> bool:
-        return len(parameter.shape) == 2 and not parameter.table
+        return len(parameter.shape) == 2 and not (parameter.embedding or parameter.head)
 
     return optax.partition({True: muon, False: _adamw(s)}, labels(s.parameters, orthogonal))
 
@@ -156,12 +156,15 @@ def make_optimizer(
     beta1: float | None = None,
     beta2: float | None = None,
     momentum: float | None = None,
+    lora_plus_ratio: float | None = None,
 ) -> optax.GradientTransformation:
     """The named optimizer for the arrays of `adapter`, after clipping to the global norm `max_grad_norm` (0: no clipping).
 
     Args:
         adapter: the tree that is trained, arrays or their shapes.
         beta1, beta2, momentum: default: the optimizer's own.
+        lora_plus_ratio: the learning rate of lora_B, and of vectors, is so many times that of lora_A (Hayou et al., LoRA+, 2024,
+            arXiv:2402.12354, section 4). An embedding's factors, of which A is zero at first, have the rate of lora_A.
 
     Raises:
         ValueError: for one that the optimizer does not have.
@@ -173,6 +176,9 @@ def make_optimizer(
     own = {**row.defaults, **{key: value for key, value in given.items() if value is not None}}
     settings = Settings(learning_rate, parameters_of(adapter), weight_decay, own)
     tx = row.make(settings)
+    if lora_plus_ratio is not None:  # every update is the rate times something
+        faster = labels(settings.parameters, lambda parameter: parameter.is_faster)
+        tx = optax.chain(tx, optax.partition({True: optax.scale(lora_plus_ratio), False: optax.identity()}, faster))
     return _clipped(max_grad_norm, tx if row.around is None else row.around(tx, settings))
 
 

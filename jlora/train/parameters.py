@@ -19,14 +19,21 @@ class Parameter(NamedTuple):
     """Of one layer's."""
     stacked: bool
     """Whether the array is a stack of layers."""
-    table: bool
-    """Whether it belongs to an embedding or an output head, whose rows are tokens."""
+    embedding: bool
+    """Whether it is of an embedding."""
+    head: bool
+    """Whether it is of an output head."""
 
     @property
     def is_matrix(self) -> bool:
         """Biases, norms' scales and DoRA's magnitudes are none: they are not decayed (transformers'
         `Trainer.get_decay_parameter_names`), nor has an orthogonalized update a meaning for them."""
         return len(self.shape) >= 2
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether LoRA+ trains it at the higher rate: B, and vectors, as PEFT's `create_loraplus_optimizer` does."""
+        return not self.is_matrix or (self.name == "lora_B" and not self.embedding)
 
 
 Parameters = Mapping[str, Parameter]
@@ -38,10 +45,10 @@ def parameters_of(adapter: PyTree) -> dict[str, Parameter]:
     found = {}
     for path, leaf in flatten(adapter).items():
         stacked = rows_of(path, leaf)[0].layer is not None
-        table = is_embedding(path) or module_path(path).rpartition(".")[2] in HEADS
+        head = module_path(path).rpartition(".")[2] in HEADS
         for inner, x in jax.tree.leaves_with_path(leaf):
             full = "/".join(filter(None, (path, path_string(inner))))
-            found[full] = Parameter(full.rpartition("/")[2], x.shape[stacked:], stacked, table)
+            found[full] = Parameter(full.rpartition("/")[2], x.shape[stacked:], stacked, is_embedding(path), head)
     return found
 
 

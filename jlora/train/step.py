@@ -94,7 +94,7 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
 
     A loss with a method `check(batch)`, as `causal_lm_loss` makes them, is asked before every step; it looks at what lies in
     the host's memory and never waits for a device. Inside another `jit`, and in `step.lower(…).compile()`, nothing can be
-    looked at; such a loss then is NaN.
+    looked at; such a loss then is NaN. One with a method `combine(adapter, base)` is called with what that gives.
 
     Args:
         loss_fn: (params, batch, key) -> (summed loss, supervised tokens).
@@ -113,9 +113,10 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
     if accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
     tx = _optimizer(tx)
+    join = getattr(loss_fn, "combine", combine)
 
     def summed(adapter, base, batch, key):
-        return loss_fn(combine(adapter, base), batch, key)
+        return loss_fn(join(adapter, base), batch, key)
 
     gradient = jax.value_and_grad(summed, has_aux=True)
 

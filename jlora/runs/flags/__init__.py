@@ -6,3 +6,4 @@ from jlora.runs.flags.optimization import Optimization as Optimization
 from jlora.runs.flags.records import RecordFlags as RecordFlags
 from jlora.runs.flags.saving import Saving as Saving
 from jlora.runs.flags.source import Source as Source
+from jlora.runs.flags.teaching import Teaching as Teaching

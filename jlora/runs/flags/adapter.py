@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jlora._typing import JsonObject
 from jlora.lora import LoraConfig
@@ -13,6 +13,8 @@ from jlora.lora.config import ALL_LINEAR, Bias, Init, Kind
 class AdapterFlags:
     """`LoraConfig` as flags; the defaults are its own."""
 
+    full: bool = False
+    """No adapter: train every parameter, in float32 (16 bytes each with AdamW), and write a checkpoint, OUTPUT/model."""
     kind: Kind = "lora"
     """What is put onto the adapted kernels: loha updates them by an elementwise product of two low-rank products, miss by one
     block of `rank` rows, repeated (it has no alpha)."""
@@ -47,16 +49,26 @@ class AdapterFlags:
         if self.layers_to_transform is not None:
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
 
+    def problems(self) -> Iterator[str]:
+        if self.full:
+            for field in dataclasses.fields(AdapterFlags):
+                if field.name != "full" and (value := getattr(self, field.name)) != field.default:
+                    yield f"`{field.name}` has no effect with `full`, which trains no adapter; got {value!r}. Leave it out."
+
     def lora(self) -> LoraConfig:
         """The adapter's own config.
 
         Raises:
             ValueError: for an option out of its range.
         """
-        names = [field.name for field in dataclasses.fields(AdapterFlags)]
-        fields: JsonObject = {name: getattr(self, name) for name in names}
+        fields: JsonObject = {name: getattr(self, name) for name in _names()}
         fields["targets"] = _targets(self.targets)
         return LoraConfig(**fields)
+
+
+def _names() -> list[str]:
+    """Of the flags that are `LoraConfig`'s."""
+    return [field.name for field in dataclasses.fields(AdapterFlags) if field.name != "full"]
 
 
 def _targets(names: Sequence[str]) -> str | Sequence[str]:

@@ -55,6 +55,12 @@ class Optimization:
     """Decay of the average of squared gradients; default 0.999. lion: of the average of gradients, 0.99."""
     momentum: float | None = None
     """Decay of the average of gradients of muon, default 0.95, and sgd, and of adafactor's of updates; default 0: none."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: the learning rate of lora_B over that of lora_A, such as 16; default: one rate."""
+    neftune_alpha: float = 0.0
+    """NEFTune: noise on the input embeddings in training, at most alpha / sqrt(tokens * width), such as 5; 0: none."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the vocabulary; evaluation is without."""
     seed: int = 0
     """Of initialization, data order and dropout."""
 
@@ -71,9 +77,13 @@ class Optimization:
                 yield f"`{name}` must be one of {', '.join(known)}; got {getattr(self, name)!r}."
                 return
         yield from self._problems_of_the_schedule()
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "neftune_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"`{name}` must be 0 or positive; got {getattr(self, name)}."
+        if not 0 <= self.label_smoothing < 1:
+            yield f"`label_smoothing` must be in [0, 1); got {self.label_smoothing}."
+        if self.lora_plus_ratio is not None and not 0 < self.lora_plus_ratio < math.inf:
+            yield f"`lora_plus_ratio` must be positive; got {self.lora_plus_ratio}. The paper's is 16."
         yield from idle_settings(self.optimizer, {name: getattr(self, name) for name in SETTINGS})
         for name in SETTINGS:
             value = getattr(self, name)
@@ -148,6 +158,7 @@ class Optimization:
             adapter,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            lora_plus_ratio=self.lora_plus_ratio,
             **{name: getattr(self, name) for name in SETTINGS},
         )
 

@@ -20,6 +20,8 @@ class Source:
     output: str
     """Directory of the run. An existing one is refused without --resume."""
 
+    init_adapter: str | None = None
+    """Start anew from the weights of this adapter, such as OUTPUT/adapter of another run, with the same adapter flags."""
     eval_data: str | None = None
     """Evaluate on this file instead of a share of --data."""
     eval_fraction: float | None = None
@@ -33,7 +35,7 @@ class Source:
     """Put several records into a row; they do not see each other."""
 
     def __post_init__(self):
-        for name in ("model", "data", "output", "eval_data"):
+        for name in ("model", "data", "output", "init_adapter", "eval_data"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         if not isinstance(self.data, str):
