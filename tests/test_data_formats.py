@@ -129,7 +129,10 @@ def test_columns_of_two_formats_are_refused_with_the_flag(tmp_path):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, both)
     assert read(tmp_path, both, format="alpaca") == [SAID]
-    assert read(tmp_path, both | {"question": None}) == [SAID], "a column that says nothing is none"
+    for nothing in (None, ""):
+        assert read(tmp_path, both | {"question": nothing}) == [SAID], "a column that says nothing is none"
+    empty = SAID | {"instruction": ""}
+    assert read(tmp_path, empty | {"messages": None, "conversations": []}) == [empty]
     (record,) = read(tmp_path, SAID | {"text": "made of it"})
     assert record == SAID and record.left_out == ("text",)
     with pytest.raises(ValueError, match="--format text needs the columns 'text'; got .*so 'text' is missing"):

@@ -82,6 +82,18 @@ def test_the_first_records_of_each_source(tmp_path, tokenizer):
     assert answers(train, tokenizer) == ["a 0", "a 1", "b 0", "b 1"]
 
 
+def test_a_source_of_which_all_is_held_out(tmp_path, tokenizer):
+    """Without weights it has no share; with one, there is nothing to have it."""
+    files = named(tmp_path, a=3, b=1)
+    for seed in range(9):
+        train, held_out = loaded(files, tokenizer, tmp_path, seed=seed)
+        if answers(held_out, tokenizer) == ["b 0"]:
+            break
+    assert answers(train, tokenizer) == ["a 0", "a 1", "a 2"]
+    with pytest.raises(ValueError, match=r"needs a record to train on; all of .*b\.jsonl are held out"):
+        loaded(files, tokenizer, tmp_path, seed=seed, weights=[1, 1])
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -165,6 +177,17 @@ def test_data_that_are_all_bad_are_refused(tmp_path, tokenizer):
         loaded(file, tokenizer, tmp_path, bad_records=bad, eval_fraction=0)
     with pytest.raises(ValueError, match="at least one record"):
         Records([tiny.write_records(file, [])], bad=BadRecords(bad))
+
+
+def test_a_bad_record_that_comes_several_times_counts_once(tmp_path, tokenizer):
+    many, few = (
+        tiny.write_records(tmp_path / "a.jsonl", [GOOD] * 6),
+        tiny.write_records(tmp_path / "b.jsonl", [GOOD, ODD]),
+    )
+    settings = {"weights": [1, 9], "eval_fraction": 0, "bad_records": tmp_path / "bad.jsonl"}
+    train, _ = loaded([many, few], tokenizer, tmp_path, **settings)
+    assert train.stats.sources[1].endswith("7 of 2, each 3.5 times") and train.stats.bad == 1
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
 
 
 # ---- streaming

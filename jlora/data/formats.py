@@ -23,8 +23,8 @@ class Format(NamedTuple):
     optional: tuple[str, ...] = ()
 
     def is_said(self, value: Mapping[str, Json]) -> bool:
-        """Whether a record says something in each of the columns; an answer may be an empty text."""
-        return all(value.get(name) is not None and value[name] not in ([], {}) for name in self.columns)
+        """Whether a record says something in the columns; an answer may be an empty text."""
+        return not says_nothing(value.get(self.columns[0])) and value.get(self.columns[-1]) is not None
 
 
 def _conversation(messages: list[JsonObject]) -> Record:
@@ -164,8 +164,9 @@ def format_of(value: Mapping[str, Json], how: Reading) -> FormatName:
             f"a record must be of one format; the columns are those of {both}. Say which one: --format {said[0]}, or "
             f"--format {said[1]}"
         )
-    if not said:
-        said = [name for name, row in possible.items() if all(column in value for column in row.columns)]
+    # One that says nothing is refused as what it is.
+    said += [name for name, row in possible.items() if all(value.get(n) not in (None, [], {}) for n in row.columns)]
+    said += [name for name, row in possible.items() if all(column in value for column in row.columns)]
     if said:
         return said[0]
     missing = [name for name in FORMATS["alpaca"].columns if name not in value]

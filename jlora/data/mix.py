@@ -15,7 +15,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None, temperature: f
     temperature all sources alike. What is left by rounding goes to the largest remainders.
 
     Args:
-        sizes: records of each source, >= 1.
+        sizes: records of each source.
         weights: of each source, > 0; None: `sizes`.
         temperature: > 0.
     """
@@ -35,8 +35,9 @@ def times(sizes: Sequence[int], wanted: Sequence[int], *, seed: int) -> np.ndarr
     """
     parts = []
     for source, (size, want) in enumerate(zip(sizes, wanted, strict=True)):
-        part = np.full(size, want // size, np.int64)
+        often, rest = divmod(want, size) if size else (0, 0)
+        part = np.full(size, often, np.int64)
         drawn = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(*_OF_SOURCES, source)))
-        part[np.random.Generator(drawn).permutation(size)[: want % size]] += 1
+        part[np.random.Generator(drawn).permutation(size)[:rest]] += 1
         parts.append(part)
     return np.concatenate(parts)

@@ -1,5 +1,6 @@
 """Several short records in one row."""
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,16 +20,24 @@ def first_fit_decreasing(sizes: Sequence[int], *, capacity: int) -> list[list[in
     Returns:
         the indices of the items in each bin.
     """
-    room = np.empty(len(sizes), np.int64)
+    none = len(sizes)
     bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # of bins with so much room, a heap of their numbers
+    first = np.full(capacity + 1, none)  # and the first of them
     for item in np.argsort(-np.asarray(sizes, np.int64), kind="stable").tolist():
-        fits = room[: len(bins)] >= sizes[item]
-        place = int(fits.argmax()) if fits.any() else len(bins)
-        if place == len(bins):
+        fits = first[sizes[item] :]
+        room = int(fits.argmin()) + sizes[item]
+        place = int(first[room])
+        if place == none:
+            place, room = len(bins), capacity
             bins.append([])
-            room[place] = capacity
+        else:
+            heapq.heappop(by_room[room])
+            first[room] = by_room[room][0] if by_room[room] else none
         bins[place].append(item)
-        room[place] -= sizes[item]
+        room -= sizes[item]
+        heapq.heappush(by_room[room], place)
+        first[room] = by_room[room][0]
     return [sorted(items) for items in bins]
 
 

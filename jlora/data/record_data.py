@@ -128,6 +128,11 @@ class _Parts:
         self._records, self._lines = records, ()
         starts = np.cumsum([0, *records.sizes])
         sizes = [int((~self.held_out[a:b]).sum()) for a, b in zip(starts, starts[1:], strict=False)]
+        if of.weights is not None and 0 in sizes:
+            raise ValueError(
+                f"a source with a weight needs a record to train on; all of {records.sources[sizes.index(0)]} are held out. Lower "
+                f"`eval_fraction`, or give `eval_data`."
+            )
         wanted = shares(sizes, of.weights, of.temperature)
         self._times = np.zeros(len(records), np.int64)
         self._times[~self.held_out] = times(sizes, wanted, seed=of.seed)
@@ -136,12 +141,12 @@ class _Parts:
             self._lines = tuple(f"{source}: {want:,} of {size:,}{_often(want, size)}" for source, want, size in named)
 
     def train(self) -> Iterator[Placed]:
-        for record, count in zip(self._records, self._times.tolist(), strict=True):
+        for record, count in zip(self._records, self._times, strict=True):
             for _ in range(count):
                 yield record
 
     def evaluation(self) -> Iterator[Placed]:
-        for record, held_out in zip(self._records, self.held_out.tolist(), strict=True):
+        for record, held_out in zip(self._records, self.held_out, strict=True):
             if held_out:
                 yield record
 

@@ -27,6 +27,7 @@ class BadRecords:
 
     def __init__(self, file: Path | None = None):
         self.file, self.count = file, 0
+        self._last = ""
         self._said: list[str] = []
         if file is not None:
             file.unlink(missing_ok=True)
@@ -36,7 +37,10 @@ class BadRecords:
         return self._said[0].strip()
 
     def add(self, where: str, error: ValueError, value: Json) -> bool:
-        """Whether more can be taken."""
+        """Whether more can be taken. The same one again, as in a mix, counts once."""
+        if where == self._last:
+            return True
+        self._last = where
         self.count += 1
         if len(self._said) < _LISTED:
             self._said.append(f"  {where}: {error}")
