@@ -7,6 +7,8 @@ import tiny
 
 import jlora
 from jlora.cli.as_trained import FILE
+from jlora.cli.chat.options import Chat
+from jlora.cli.chat.voices import trained_system
 from jlora.files import load_tokenizer
 from jlora.files.run_settings import RunSettings
 
@@ -49,6 +51,7 @@ def test_a_run_tells_what_it_took_its_records_for(run, sources, capsys):
     assert (settings.template, settings.system, settings.supervise) == ("chatml", "Be brief.", "last")
     assert settings.skip_bad_records and "format" not in json.loads((result.adapter_dir / FILE).read_text())
     assert json.loads((output / "data" / "meta.json").read_text())["tokens"]["validation"] > 0
+    assert trained_system(Chat(adapter=(str(result.adapter_dir),))) == "Be brief."
     tokenizer = load_tokenizer(result.adapter_dir)
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert rendered == "<|im_start|>user\na<|im_end|>\n"
@@ -103,6 +106,16 @@ def test_several_sources_of_different_columns(sources, gpt2_dir, tmp_path, capsy
     settings = RunSettings.read(tmp_path / "r" / "adapter")
     assert settings.data == (chats, questions) and settings.data_weights == (1.0, 3.0) and settings.max_examples == 4
     assert "as in the run" in call("inspect", "--adapter", tmp_path / "r" / "adapter", "--data", chats, questions).err
+
+
+@pytest.mark.slow
+def test_the_template_that_auto_took_is_saved(sources, gpt2_dir, tmp_path):
+    """Not so `alpaca`, the default: what a run without the flag saves is what it was."""
+    for template, saved in (("auto", True), ("alpaca", False)):
+        config = {"model": gpt2_dir, "data": sources[1], "output": str(tmp_path / template), "steps": 1, "quiet": True}
+        result = jlora.finetune(jlora.FinetuneConfig(**config, template=template, rank=2))
+        assert bool(load_tokenizer(result.adapter_dir).chat_template) == saved
+        assert RunSettings.read(result.adapter_dir).template == "alpaca"
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,9 @@ def test_thoughts_and_calls_of_qwen3_are_each_learned_once(tokenizer):
     # Thoughts before the last turn of the user are forgotten, those since then are not.
     assert ["Hm." in row for row in rows] == [True, False, False]
     assert ["A tool." in row for row in rows] == [False, True, True]
+    written = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}] * 2
+    data = InstructDataset([("r:1", {"messages": written})], tokenizer, template="qwen3", max_length=512)
+    assert data.stats.left_out == () and "b" not in tokenizer.decode(data.row(1).input_ids[:-12])
     with pytest.raises(ValueError, match="changes, at turn 1, what came before"):
         render({"messages": THOUGHT}, tokenizer, template="qwen3")
 

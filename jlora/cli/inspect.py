@@ -96,6 +96,8 @@ def show_data(options: Inspect, terminal: Console, trained: RunSettings | None =
                 continue
         shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         table.add_row(field.replace("_", " "), shown)
+    if data.stats.formats:
+        table.add_row("formats", ", ".join(f"{name} ({count:,} records)" for name, count in data.stats.formats))
     table.add_row("a batch", str(layout))
     terminal.print(table)
     say(

@@ -122,7 +122,8 @@ def _without_reasoning(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key not in THOUGHTS}
-    return rest | {"content": turn_content(message).rpartition("</think>")[2]}
+    _, _, said = turn_content(message).rpartition("</think>")
+    return rest | {"content": said.lstrip("\n")}
 
 
 def _further(message: Message) -> Iterator[tuple[str, str]]:
