@@ -164,9 +164,11 @@ def format_of(value: Mapping[str, Json], how: Reading) -> FormatName:
             f"a record must be of one format; the columns are those of {both}. Say which one: --format {said[0]}, or "
             f"--format {said[1]}"
         )
-    # One that says nothing is refused as what it is.
-    said += [name for name, row in possible.items() if all(value.get(n) not in (None, [], {}) for n in row.columns)]
-    said += [name for name, row in possible.items() if all(column in value for column in row.columns)]
+    given: list[FormatName] = [
+        n for n, row in possible.items() if all(value.get(c) not in (None, [], {}) for c in row.columns)
+    ]
+    named: list[FormatName] = [n for n, row in possible.items() if all(column in value for column in row.columns)]
+    said = said or given or named  # one that says nothing is refused as what it is
     if said:
         return said[0]
     missing = [name for name in FORMATS["alpaca"].columns if name not in value]
