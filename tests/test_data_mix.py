@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jlora.data import IGNORED, batch, lay_out, load_data, preview, split_records
+from jlora.data import IGNORED, batch, lay_out, load_data, preview, reading, split_records
 from jlora.data.mix import shares, times
 from jlora.data.records import BadRecords, Records
 
@@ -110,8 +110,13 @@ def test_mixes_that_are_refused(tmp_path, tokenizer, changes, says):
 
 def test_raw_text_is_taken_whole(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(tiny.text())
-    with pytest.raises(ValueError, match="raw text is taken whole; got `weights` and `max_examples`"):
+    with pytest.raises(ValueError, match="raw text is learned whole, as it is; got `weights` and `max_examples`"):
         loaded([tmp_path / "a.txt"], tokenizer, tmp_path, weights=[2.0], max_examples=3)
+    with pytest.raises(ValueError, match="raw text is learned whole, as it is; got `system` and `supervise`"):
+        loaded(tmp_path / "a.txt", tokenizer, tmp_path, how=reading(system="Be brief."), supervise="last")
+    (asked,) = named(tmp_path, a=3)
+    _, evaluation = loaded(tmp_path / "a.txt", tokenizer, tmp_path, eval_data=asked, supervise="all")
+    assert evaluation.stats.records == 3
 
 
 # ---- templates that are chosen

@@ -11,6 +11,7 @@ from jlora.cli.chat.options import Chat
 from jlora.cli.chat.voices import trained_system
 from jlora.files import load_tokenizer
 from jlora.files.run_settings import RunSettings
+from jlora.publish.card import RunRecord
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,3 +150,11 @@ def test_records_are_prepared_as_a_run_prepares_them(sources, gpt2_dir, tmp_path
         "train-00000.npy",
         "validation-00000.npy",
     }
+
+
+def test_a_card_names_the_hub_data_sets_of_a_run(tmp_path):
+    def named(*data):
+        return RunRecord(tmp_path, {"data": list(data)}, []).data_sets
+
+    assert named("org/a:main:train[:9]", "org/b", "org/a") == ["org/a", "org/b"]
+    assert named("org/a", "mine.jsonl") == [], "what is of this machine is not told"

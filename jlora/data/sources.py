@@ -91,7 +91,12 @@ def load_data(
         raise ValueError(f"`eval_fraction` must be in [0, 1); got {eval_fraction}. Give the share to evaluate on.")
     kinds = [kind_of(source) for source in (data, eval_data) if source is not None]  # both, before work is done
     sources, directory = _listed(data), Path(directory)
-    _check_mix(kinds[0], sources, weights, temperature, max_examples)
+    _check_mix(sources, weights, temperature, max_examples)
+    mixing = {"weights": weights is not None, "temperature": temperature != 1, "max_examples": max_examples is not None}
+    reads = {"format": how.format, "columns": how.columns, "system": how.system, "supervise": supervise != "assistant"}
+    for kind, options in ((kinds[0], mixing), ("records" if "records" in kinds else "text", reads)):
+        if kind == "text" and (given := [f"`{name}`" for name, is_given in options.items() if is_given]):
+            raise ValueError(f"raw text is learned whole, as it is; got {' and '.join(given)}. Leave it out.")
     records = RecordData(
         tokenizer=tokenizer,
         template=template,
@@ -133,13 +138,9 @@ def _listed(source: Source) -> list[str | Path]:
 
 
 def _check_mix(
-    kind: str, sources: list[str | Path], weights: Sequence[float] | None, temperature: float, max_examples: int | None
+    sources: list[str | Path], weights: Sequence[float] | None, temperature: float, max_examples: int | None
 ) -> None:
     """Raises ValueError for options that do not go with the sources."""
-    mixing = {"weights": weights is not None, "temperature": temperature != 1, "max_examples": max_examples is not None}
-    given = [name for name, is_given in mixing.items() if is_given]
-    if kind == "text" and given:
-        raise ValueError(f"raw text is taken whole; got {' and '.join(f'`{name}`' for name in given)}. Leave it out.")
     if weights is not None and len(weights) != len(sources):
         raise ValueError(
             f"each source has one weight; got {len(weights)} weights for {len(sources)} sources. Give as many."
