@@ -35,6 +35,7 @@ from jlora.lora import stack_layers as stack_layers
 from jlora.lora import unstack_adapters as unstack_adapters
 from jlora.lora import unstack_layers as unstack_layers
 from jlora.lora import with_dropout as with_dropout
+from jlora.models import grow as grow
 from jlora.models import untie as untie
 from jlora.quant import MXFP4 as MXFP4
 from jlora.quant import NF4 as NF4

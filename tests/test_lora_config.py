@@ -146,6 +146,8 @@ def test_the_order_of_patterns_is_part_of_a_config():
         {"alpha_pattern": {"q_proj": 4.0}},
         {"exclude": ("q_proj",)},
         {"layers_to_transform": (1,)},
+        {"trainable_token_indices": (1, 5)},
+        {"trainable_token_indices": {"embed_tokens": (1, 5), "lm_head": (1,)}},
     ],
 )
 def test_every_field_takes_part_in_equality_and_in_the_peft_round_trip(change):
@@ -246,7 +248,7 @@ def test_an_init_that_changes_the_base_is_refused(init):
 
 def test_every_field_of_the_installed_peft_is_accounted_for():
     """A new PEFT with a new feature fails here instead of being read without it."""
-    represented = set(to_peft(LoraConfig()))
+    represented = set(to_peft(LoraConfig(trainable_token_indices=[0])))  # written where there are some
     without_effect_on_outputs = {
         *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"),
         *("task_type", "qalora_group_size"),

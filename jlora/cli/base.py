@@ -19,10 +19,11 @@ from jlora.cli.as_trained import note, note_other_base
 from jlora.data import EVAL_FRACTION, InstructDataset, TemplateName, TextDataset, load_data, row_length, trained_too
 from jlora.data.tokens import fingerprint
 from jlora.files import base_model_of, find, load, load_adapter, load_tokenizer
+from jlora.files.adapters import tokens_of
 from jlora.files.hf import AdapterBeside, add_stops
 from jlora.files.origin import Origin
 from jlora.files.run_settings import RunSettings
-from jlora.models import Model, has_adapted_tie, untie
+from jlora.models import Model, grow, has_adapted_tie, untie
 from jlora.quant import FormatName, Kept, spec_named
 from jlora.runs.flags import RecordFlags
 
@@ -81,6 +82,7 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
             warnings.simplefilter("ignore", AdapterBeside)
         model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
     if weights.adapter is not None:
+        model, params = grow(model, params, tokens_of(weights.adapter))
         params = load_adapter(weights.adapter, params, model=model)
         note_other_base({"": Path(weights.adapter)}, name)
     tokenizer, files = _tokenizer(find(name), weights.adapter, model)

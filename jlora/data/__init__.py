@@ -16,6 +16,8 @@ from jlora.data.named_templates import CHAT_TEMPLATES as CHAT_TEMPLATES
 from jlora.data.named_templates import NAMED as NAMED
 from jlora.data.named_templates import TemplateName as TemplateName
 from jlora.data.named_templates import put_template as put_template
+from jlora.data.new_tokens import add_tokens as add_tokens
+from jlora.data.new_tokens import read_new_tokens as read_new_tokens
 from jlora.data.preview import preview as preview
 from jlora.data.preview import summary as summary
 from jlora.data.record_data import AUTO as AUTO

@@ -193,6 +193,14 @@ def load_adapter(directory: str | os.PathLike, params: Params, *, model: Model |
     return found.layout.read(found, params)
 
 
+def tokens_of(directory: str | os.PathLike) -> int:
+    """How many tokens a base must have rows for to take the adapter, by PEFT's `trainable_token_indices`; see `jlora.grow`."""
+    given = open_adapter(directory).fields.get("trainable_token_indices") or []
+    lists = given.values() if isinstance(given, dict) else [given]
+    # What is no list of numbers is refused with the rest of the config.
+    return 1 + max((i for ids in lists if isinstance(ids, list) for i in ids if isinstance(i, int)), default=-1)
+
+
 def load_adapters(directory: str | os.PathLike, params: Params) -> PyTree:
     """Unadapted parameters with all adapters of a directory on them, side by side: choose with `route(params, name)`.
 

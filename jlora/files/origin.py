@@ -18,8 +18,8 @@ from jlora.storage.checkpoint_files import CONFIG
 from jlora.storage.stops import GENERATION_CONFIG, generation_config, with_stops
 
 _JAX_NAMES: Mapping[str, str] = dict(zip(FLOATS, ("float64", "float32", "float16", "bfloat16"), strict=True))
-_MAY_DIFFER = ("tie_word_embeddings", "eos_token_id")
-"""Fields that a model does not share with its base: `untie` changes one, `load` puts all stops into the other."""
+_MAY_DIFFER = ("tie_word_embeddings", "vocab_size", "eos_token_id")
+"""Fields that a model does not share with its base: `untie` and `grow` change two, `load` puts all stops into the third."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Origin:
                 f"{', '.join(foreign) or 'model_type'}. Pass that directory, or leave `base` out."
             )
         fields = dict(self.fields)
-        if "tie_word_embeddings" in changed:
-            fields["tie_word_embeddings"] = changed["tie_word_embeddings"]
+        fields |= {key: changed[key] for key in ("tie_word_embeddings", "vocab_size") if key in changed}
         if dtype != str(self.dtype):
             spelled = [key for key in ("dtype", "torch_dtype") if key in fields]
             fields |= dict.fromkeys(spelled or ["dtype", "torch_dtype"], dtype)

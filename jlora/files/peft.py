@@ -203,6 +203,8 @@ def to_peft(config: LoraConfig) -> dict[str, Any]:
     fields = {
         peft: _to_json(name, getattr(config, name)) for name, (peft, _) in {**form.fields, **_OF_EVERY_KIND}.items()
     }
+    if not config.tokens:
+        fields.pop(_TOKENS, None)  # most adapters have none, and their files are as they were before there were any
     return {"peft_type": form.type} | fields | dict(form.written)
 
 
@@ -245,6 +247,8 @@ def _from_json(name: str, value: Any) -> Any:
         return _names(value or ())
     if name == "init":
         return value if isinstance(value, str) else "kaiming"
+    if name == _TOKENS:
+        return value or ()
     if name == "layers_to_transform":
         return None if value == [] else value  # PEFT reads an empty list as all layers
     neutral = {"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
@@ -258,6 +262,9 @@ def _to_json(name: str, value: Any) -> Any:
         return _as_json(value)
     if name in ("exclude", "modules_to_save"):
         return _as_json(value) or None
+    if name == _TOKENS:
+        plain = {k: list(v) for k, v in value.items()} if isinstance(value, Mapping) else list(value)
+        return plain or None
     if name == "layers_to_transform":
         return None if value is None else list(value)
     return dict(value) if isinstance(value, Mapping) else value
@@ -276,10 +283,12 @@ _FIELDS = {
     "targets": NAMES,
     "exclude": optional(NAMES),
     "modules_to_save": optional(NAMES),
+    "trainable_token_indices": optional(either(list_of(integer(0)), mapping_of(list_of(integer(0))))),
     "layers_to_transform": optional(either(integer(0), list_of(integer(0)))),
 }
 """What PEFT's files may hold of each field here, under whatever name a kind writes it."""
 
+_TOKENS = "trainable_token_indices"
 _OF_EVERY_KIND = {
     "targets": ("target_modules", None),
     "exclude": ("exclude_modules", None),

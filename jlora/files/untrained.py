@@ -65,7 +65,8 @@ def untrained_tokens(
     more = f" and {len(said) - 8} more" if len(said) > 8 else ""
     return (
         f"the base has no trained row of its own for {len(said)} special token{'s' if len(said) > 1 else ''} of the data: "
-        f"{listed}{more}. An adapter of other modules cannot teach it what they mean or when to say them: add --modules-to-save "
+        f"{listed}{more}. An adapter of other modules cannot teach it what they mean or when to say them: list them in a "
+        "file for --new-tokens, which trains their rows alone, or add --modules-to-save "
         f"{' '.join(modules)}{aside}, or take a base that knows them, or a template that does without."
     )
 

@@ -8,6 +8,7 @@ from jlora.lora.kinds import LoraWeight as LoraWeight
 from jlora.lora.kinds import LowRankWeight as LowRankWeight
 from jlora.lora.kinds import MissWeight as MissWeight
 from jlora.lora.kinds import RoutedWeight as RoutedWeight
+from jlora.lora.kinds import TokensWeight as TokensWeight
 from jlora.lora.routing import Choice as Choice
 from jlora.lora.routing import adapter_names as adapter_names
 from jlora.lora.routing import route as route

@@ -87,6 +87,9 @@ class LoraConfig:
     modules_to_save: Sequence[str] = ()
     """Modules to train whole, such as "lm_head" or "embed_tokens" (an embedding that is also the output head is trained as
     embedding only, as in PEFT). PEFT's rule: every module whose path ends with a name, "norm" thus "input_layernorm" too."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    """Tokens whose rows of the embedding are trained, of all others nothing; a head that is tied to it has the same rows. Or
+    for each module by name, {"embed_tokens": ids, "lm_head": ids}."""
     layers_to_transform: int | Sequence[int] | None = None
     """Adapt these layers only (not with a regular expression in `targets`: put the layer numbers into it). A target
     that is a whole module path is adapted whatever its layer, as in PEFT."""
@@ -97,6 +100,9 @@ class LoraConfig:
         plain["modules_to_save"] = (saved,) if isinstance(saved, str) else _tuple(saved)
         plain |= {n: _dict(getattr(self, n)) for n in ("rank_pattern", "alpha_pattern")}
         plain["layers_to_transform"] = self.layers()
+        tokens = self.trainable_token_indices
+        named = isinstance(tokens, Mapping)
+        plain["trainable_token_indices"] = {k: _tuple(v) for k, v in tokens.items()} if named else _tuple(tokens)
         plain["kind"] = self.kind if isinstance(self.kind, str) else self.kind.NAME
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -142,6 +148,10 @@ class LoraConfig:
                     re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:
                 yield f"`{name}` must be a regular expression; got {shown(expression)} ({error})."
+        for name, tokens in self.tokens.items():
+            if not tokens or len(set(tokens)) < len(tokens) or not all(is_integer(i) and i >= 0 for i in tokens):
+                where = f"[{name!r}]" if name else ""
+                yield f"`trainable_token_indices{where}` must hold token ids from 0, each once; got {shown(tokens)}."
         layers = self.layers()
         if layers is not None:
             if not layers or not all(is_integer(i) and i >= 0 for i in layers):
@@ -167,6 +177,12 @@ class LoraConfig:
         """`layers_to_transform` as numbers; None: all layers."""
         given = self.layers_to_transform
         return None if given is None else _tuple(given) if isinstance(given, Iterable) else (given,)  # pyright: ignore
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """Module name -> `trainable_token_indices`; "" for the input embedding, whatever it is called."""
+        given: Any = self.trainable_token_indices
+        return dict(given) if isinstance(given, Mapping) else {"": given} if given else {}
 
     @property
     def weight(self) -> type[AdaptedWeight]:
@@ -250,6 +266,7 @@ _CONTAINERS = {
     "modules_to_save": NAMES,
     "rank_pattern": mapping_of(anything()),
     "alpha_pattern": mapping_of(anything()),
+    "trainable_token_indices": either(list_of(anything()), mapping_of(list_of(anything()))),
 }
 """Of `LoraConfig`; what is in them, `_problems` says more of."""
 

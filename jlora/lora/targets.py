@@ -63,7 +63,8 @@ def meant(there: Modules, config: LoraConfig) -> tuple[set[str], set[str]]:
     """(Modules to adapt, per-layer paths of the leaves to train whole) that a config means, whose other names are passed over."""
     modules = set(_named(config, _adaptable(there, config)).chosen)
     saved = {row.path for rows in _saved(there, config).values() for row in rows}
-    return modules, select_biases(there, config, modules) | saved
+    tokens = {row.path for name in config.tokens for row in _tables(there, name)}
+    return modules, select_biases(there, config, modules) | saved | tokens
 
 
 def _named(config: LoraConfig, modules: Iterable[str]) -> Named:
@@ -196,6 +197,50 @@ def select_whole(there: Modules, config: LoraConfig, modules: Iterable[str]) -> 
     if problems:
         raise ValueError("The LoRA config does not fit these parameters:\n  " + "\n  ".join(problems))
     return select_biases(there, config, modules) | {row.path for rows in saved.values() for row in rows}
+
+
+INPUT_EMBEDDINGS = ("embed_tokens", "wte")
+
+
+def select_tokens(there: Modules, config: LoraConfig, others: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Path of an embedding or a head -> the tokens whose rows are trained.
+
+    Args:
+        others: paths of the leaves that are adapted otherwise.
+
+    Raises:
+        ValueError: when a name matches no embedding or head, or one that is packed, adapted otherwise or has no such row.
+    """
+    found, problems = {}, []
+    for name, tokens in config.tokens.items():
+        said = f"`trainable_token_indices`{f' {name!r}' if name else ''}"
+        tables = _tables(there, name)
+        if not tables:
+            problems.append(f"{said} matches no embedding and no head.{nearest(name, there.names) if name else ''}")
+        for row in tables:
+            rows = row.leaf.shape[row.kind == "kernel"]
+            if row.path in others:
+                problems.append(
+                    f"{said} trains rows of {row.module!r}, which is adapted as a whole too. Take it out of one."
+                )
+            elif is_weight(row.leaf):
+                problems.append(f"{said} trains rows of {row.module!r}, which is packed. Load it dense.")
+            elif max(tokens) >= rows:
+                problems.append(
+                    f"{said} has the token {max(tokens)}; {row.module!r} has rows for 0..{rows - 1}. Make them first: `model, "
+                    f"params = jlora.grow(model, params, {max(tokens) + 1})`."
+                )
+            found[row.path] = tokens
+    if problems:
+        raise ValueError("The LoRA config does not fit these parameters:\n  " + "\n  ".join(problems))
+    return found
+
+
+def _tables(there: Modules, name: str) -> list[Row]:
+    """The embedding or head of this name, "": the input embedding."""
+    names = (name,) if name else INPUT_EMBEDDINGS
+    tables = [row for row in there.rows if row.kind == "embedding" or row.module.rpartition(".")[2] in HEADS]
+    return [row for row in tables if any(row.module == n or row.module.endswith(f".{n}") for n in names)]
 
 
 def _saved(there: Modules, config: LoraConfig) -> dict[str, list[Row]]:

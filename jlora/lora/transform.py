@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jlora._typing import Params, PRNGKeyArray, PyTree
 from jlora.lora.config import LoraConfig
-from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site
-from jlora.lora.targets import select, select_biases, select_whole
+from jlora.lora.kinds import AdaptedWeight, FullWeight, Misfit, Site, TokensWeight
+from jlora.lora.kinds.tokens import EMBEDDING, HEAD
+from jlora.lora.targets import select, select_biases, select_tokens, select_whole
 from jlora.tree.modules import is_embedding, modules_of
 from jlora.tree.paths import Row, flatten, map_with_path, module_path, path_string, rows, rows_of
 from jlora.weight import is_adapted, is_weight, materialize
@@ -69,12 +70,15 @@ def add_lora(
             "Use bias='none'."
         )
     updated = set(targets.values())
+    tokens = select_tokens(there, config, {*updated, *whole})
 
     def adapt(path, leaf):
         layers = rows_of(path, leaf)
         if path in updated:
             taken = [row for row in layers if row.module in targets]
             return _updated(layers, taken, config, key, there.roles.get(path, LINEAR))
+        if path in tokens:
+            return TokensWeight.of(leaf, tokens[path], EMBEDDING if is_embedding(path) else HEAD)
         taken = [row for row in layers if row.path in whole]
         return _trained_whole(layers, taken) if taken else leaf
 

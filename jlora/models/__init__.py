@@ -16,6 +16,7 @@ from jlora.models.families import GGUF_ARCHITECTURES as GGUF_ARCHITECTURES
 from jlora.models.family import Family as Family
 from jlora.models.gpt2 import GPT2 as GPT2
 from jlora.models.gpt2 import GPT2Config as GPT2Config
+from jlora.models.grow import grow as grow
 from jlora.models.layers import Remat as Remat
 from jlora.models.llama import Llama as Llama
 from jlora.models.llama import LlamaConfig as LlamaConfig

@@ -10,7 +10,7 @@ from jlora.lora import linear
 from jlora.models.config import ModelConfig
 from jlora.models.context import KVCache, make_context
 from jlora.models.layers import Head, Remat
-from jlora.weight import origin
+from jlora.weight import is_weight
 
 
 class CausalLM(nn.Module):
@@ -57,7 +57,7 @@ class CausalLM(nn.Module):
         table: Any = params
         for name in self.config.embedding_path.split("/"):
             table = table[name]
-        return origin(table), True  # its base where it is adapted, as in PEFT
+        return (table.as_head() if is_weight(table) else table), True
 
     @nn.nowrap
     def logits(self, params: Params, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:

@@ -5,7 +5,7 @@ import dataclasses
 from jlora._typing import Params, PyTree
 from jlora.models.causal import CausalLM
 from jlora.tree.paths import flatten
-from jlora.weight import as_dense, is_adapted, origin
+from jlora.weight import as_dense, is_adapted, is_weight
 
 
 def has_adapted_tie(model: CausalLM, params: Params) -> bool:
@@ -13,7 +13,8 @@ def has_adapted_tie(model: CausalLM, params: Params) -> bool:
 
     The head goes on using the original, as in PEFT, so merging makes two tensors of one: see `untie`.
     """
-    return model.config.tie_word_embeddings and is_adapted(_embedding(model, params))
+    table = _embedding(model, params)
+    return model.config.tie_word_embeddings and is_adapted(table) and table.as_head() is not table
 
 
 def refuse_adapted_tie(model: CausalLM, params: Params) -> None:
@@ -55,7 +56,8 @@ def untie(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     """
     if not model.config.tie_word_embeddings:
         return model, params
-    head = origin(_embedding(model, params))
+    table = _embedding(model, params)
+    head = table.as_head() if is_weight(table) else table
     if head is None:
         raise ValueError(
             f"`untie` makes a head of the embedding {model.config.embedding_path!r}, which these parameters lack. Pass "

@@ -28,11 +28,13 @@ class FinetuneConfig(Compute, Saving, Teaching, Optimization, AdapterFlags, Reco
             yield f"`init` 'pissa' needs dense kernels; got quantize={self.quantize!r}. Use init='kaiming', or no `quantize`."
         if self.full and self.quantize is not None:
             yield f"`full` trains dense parameters; got quantize={self.quantize!r}. Leave one of them out."
-        for name in ("lora_plus_ratio", "init_adapter") if self.full else ():
+        for name in ("lora_plus_ratio", "init_adapter", "new_tokens") if self.full else ():
             if (value := getattr(self, name)) is not None:
                 yield f"`{name}` is of an adapter, and `full` trains none; got {value!r}. Leave one of them out."
         if self.init_adapter is not None and self.init != "kaiming":
             yield f"`init` has no effect with `init_adapter`, whose weights are taken; got {self.init!r}. Leave one of them out."
+        if self.new_tokens is not None and self.kind != "lora":
+            yield f"`new_tokens` go with kind 'lora', which PEFT's files hold them with; got kind={self.kind!r}."
         if self.lora_plus_ratio is not None and self.kind != "lora":
             yield f"`lora_plus_ratio` is for the factors of kind 'lora'; got kind={self.kind!r}. Leave it out."
         if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:

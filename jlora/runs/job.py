@@ -18,7 +18,7 @@ from jlora.files import find, load, load_tokenizer, read_config, untrained_token
 from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import OF_RECORDS, RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, combine
-from jlora.models import Model, model_from_config, remat_without_effect, replace
+from jlora.models import Model, grow, model_from_config, remat_without_effect, replace
 from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
@@ -109,6 +109,9 @@ class Job:
         tokenizer = load_tokenizer(directory)
         if config.template in data_lib.CHAT_TEMPLATES and (said := data_lib.put_template(tokenizer, config.template)):
             display.warn(said)
+        ids, new = (), ()
+        if config.new_tokens is not None:
+            ids, new = data_lib.add_tokens(tokenizer, data_lib.read_new_tokens(config.new_tokens))
         with TemporaryDirectory() as place:  # one that cannot be saved is found before the training
             tokenizer.save_pretrained(place)
         lora = None if config.full else config.lora()
@@ -124,6 +127,9 @@ class Job:
             stack=stack,
             remat=config.remat,
         )
+        if ids:
+            model, params = grow(model, params, len(tokenizer), new=new)
+            lora = lora and dataclasses.replace(lora, trainable_token_indices=_rows_of(model, ids))
         max_length = data_lib.row_length(config.max_length, model.config.max_length)
         if lora is None:
             model, (adapter, base) = replace(model, dtype=jnp.dtype(dtype)), Halves(params, None)
@@ -193,7 +199,9 @@ class Job:
             }
         )
         used, learned = train.tokens()
-        trained = flatten(adapter) if base is None else adapted_leaves(adapter)
+        whole = {} if base is None else {path: w for path, w in adapted_leaves(adapter).items() if not w.in_part}
+        trained = flatten(adapter) if base is None else whole
+        used, learned = used - {*ids}, learned - {*ids}  # their rows are trained
         said = untrained_tokens(directory, model, tokenizer, used=used, learned=learned, trained=trained)
         if said is not None:
             display.warn(said)
@@ -210,6 +218,8 @@ class Job:
         }
         if self.teacher is not None:
             origin["teacher"] = self.teacher.fingerprint
+        if self.config.new_tokens is not None:
+            origin["new_tokens"] = data_lib.read_new_tokens(self.config.new_tokens)
         if self.config.init_adapter is not None:
             origin["init_adapter"] = digest(self.config.init_adapter)
         # Without slots the order is that of versions which knew no other, and their runs go on.
@@ -250,6 +260,13 @@ class Job:
                 yield batch
 
         return evaluate(self.model, combine(adapter, self.base), batches()).loss
+
+
+def _rows_of(model: Model, ids: Sequence[int]) -> Sequence[int] | dict[str, Sequence[int]]:
+    """The rows of these tokens, as `trainable_token_indices` names them: the embedding's, and a head's own."""
+    if model.config.tie_word_embeddings:
+        return ids
+    return {model.config.embedding_path.split("/")[-2]: ids, "lm_head": ids}
 
 
 def _form(config: FinetuneConfig, *, widened: bool) -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jlora._typing import Array, Bool, DTypeLike, Float, Int, Params, PRNGKeyArr
 from jlora.lora import embed, linear
 from jlora.models import Model
 from jlora.tree.paths import map_with_path
-from jlora.weight import Weight, as_dense, cast_to, origin
+from jlora.weight import Weight, as_dense, cast_to, is_weight
 from jlora.weight.node import register_node
 
 
@@ -46,8 +47,9 @@ class NoisyEmbedding(Weight):
     def cast(self, dtype):
         return dataclasses.replace(self, base=cast_to(self.base, dtype))
 
-    def origin(self):
-        return origin(self.base)
+    def as_head(self):
+        base: Any = self.base
+        return base.as_head() if is_weight(base) else base
 
 
 register_node(NoisyEmbedding, ("base", "noise"), ())

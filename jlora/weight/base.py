@@ -131,6 +131,10 @@ class Weight(abc.ABC):
         """The weight as it was before it was adapted."""
         return self
 
+    def as_head(self) -> "Array | Weight":
+        """What an output head multiplies by that is tied to this embedding: the original, as in PEFT."""
+        return self.origin()
+
     def parts(self) -> Parts:
         """What it is the sum of.
 

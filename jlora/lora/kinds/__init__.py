@@ -20,3 +20,4 @@ from jlora.lora.kinds.lora import column_norms as column_norms
 from jlora.lora.kinds.low_rank import LowRankWeight as LowRankWeight
 from jlora.lora.kinds.miss import MissWeight as MissWeight
 from jlora.lora.kinds.routed import RoutedWeight as RoutedWeight
+from jlora.lora.kinds.tokens import TokensWeight as TokensWeight

@@ -137,6 +137,9 @@ class AdaptedWeight(Weight):
     WHOLE: ClassVar[bool] = False
     """Whether the leaf is trained as a whole (`bias`, `modules_to_save`), rather than updated (`targets`)."""
 
+    in_part: ClassVar[bool] = False
+    """Whether the rows of some tokens are trained and no others."""
+
     base: Any
     dropout: float = 0.0
     """Probability that something is dropped in training, when there is a key."""

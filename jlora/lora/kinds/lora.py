@@ -22,9 +22,9 @@ _TINY = 1e-30
 _OFF = (None, False, [], {})
 _NEUTRAL: dict[str, tuple[Any, ...]] = dict.fromkeys(
     (
-        *("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"),
+        *("lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens"),
         *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-        "ensure_weight_tying",  # here a tied head keeps the base embedding
+        "ensure_weight_tying",  # here a tied head keeps the base embedding, but for trained tokens
     ),
     _OFF,
 )
@@ -77,6 +77,7 @@ class LoraWeight(LowRankWeight):
             "rank_pattern": ("rank_pattern", {}),
             "alpha_pattern": ("alpha_pattern", {}),
             "bias": ("bias", "none"),
+            "trainable_token_indices": ("trainable_token_indices", None),
         },
         tensors=_TENSORS,
         neutral=_NEUTRAL,

@@ -22,6 +22,8 @@ class Source:
 
     init_adapter: str | None = None
     """Start anew from the weights of this adapter, such as OUTPUT/adapter of another run, with the same adapter flags."""
+    new_tokens: str | None = None
+    """A file of tokens, one a line, that the tokenizer is given; their rows of the embedding are trained too, and of the head."""
     eval_data: str | None = None
     """Evaluate on this file instead of a share of --data."""
     eval_fraction: float | None = None
@@ -35,7 +37,7 @@ class Source:
     """Put several records into a row; they do not see each other."""
 
     def __post_init__(self):
-        for name in ("model", "data", "output", "init_adapter", "eval_data"):
+        for name in ("model", "data", "output", "init_adapter", "new_tokens", "eval_data"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         if not isinstance(self.data, str):
