@@ -1,5 +1,6 @@
 """Chat templates by name and of tokenizers: which characters are learned, by a table written by hand, and by TRL's own masks."""
 
+import functools
 import re
 
 import numpy as np
@@ -48,7 +49,7 @@ def tokenizer_with(*marks, chat=None):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizer_with(*MARKS)
+    return tokenizer_of_all()
 
 
 # What is learned stands between [[ and ]]; Qwen3's, of which the template drops earlier thoughts, in a row for each answer.
@@ -152,14 +153,10 @@ def test_what_is_learned_of_any_conversation(name, turns, system):
     assert np.array_equal(characters, wanted)
 
 
-_MADE = []
-
-
+@functools.cache
 def tokenizer_of_all():
     """`tokenizer`, which hypothesis does not take as a fixture of a wider scope with parameters."""
-    if not _MADE:
-        _MADE.append(tokenizer_with(*MARKS))
-    return _MADE[0]
+    return tokenizer_with(*MARKS)
 
 
 # ---- beside TRL
