@@ -125,15 +125,15 @@ def train_adapter(task: Task, trial: Trial) -> dict[str, Any]:
     """`jlora.finetune`, looked at where it says what a step takes."""
     found: dict[str, Any] = {}
     tokens: list[int] = []
-    loop = jlora.runs.loop
-    planned, predicted_peak = loop.planned, loop.predicted_peak
+    loop, steps = jlora.runs.loop, jlora.runs.steps
+    planned, predicted = steps.planned, loop.predicted
 
     def noted_plan(compiled):
         size = planned(compiled)
         found["step_bytes"] = max(size, found.get("step_bytes", 0))
         return size
 
-    def noted_job(job, state, tx):
+    def noted_job(job, tx):
         order = {"batch_size": job.rows, "seed": job.config.seed, "layout": job.layout}
         tokens.extend(data_lib.batch_tokens(job.train, step, **order) for step in range(job.steps))
         found.update(
@@ -141,9 +141,9 @@ def train_adapter(task: Task, trial: Trial) -> dict[str, Any]:
             passes=job.steps / data_lib.steps_per_epoch(job.train, batch_size=job.rows),
             **_sizes(job.train, job.evaluation),
         )  # fmt: skip
-        return predicted_peak(job, state, tx)
+        return predicted(job, tx)
 
-    loop.planned, loop.predicted_peak = noted_plan, noted_job
+    steps.planned, loop.predicted = noted_plan, noted_job
     shutil.rmtree(task.output, ignore_errors=True)
     try:
         result = jlora.finetune(config_of(task, trial))

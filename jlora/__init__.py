@@ -56,6 +56,8 @@ from jlora.quant import dequantize as dequantize
 from jlora.quant import quantize as quantize
 from jlora.quant import quantize_params as quantize_params
 from jlora.report import compare as compare
+from jlora.runs import Callback as Callback
+from jlora.runs import EarlyStopping as EarlyStopping
 from jlora.runs import FinetuneConfig as FinetuneConfig
 from jlora.runs import FinetuneResult as FinetuneResult
 from jlora.runs import finetune as finetune

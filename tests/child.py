@@ -13,7 +13,7 @@ import time
 import jax
 
 import jlora.cli
-from jlora.runs import loop
+from jlora.runs import steps
 
 WRITES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
@@ -39,13 +39,13 @@ def finetune(flags, stderr, batch_seconds, dies_at=None):
     """Ends the process as the command does."""
     if dies_at is not None:
         die_at(dies_at)
-    batch = loop.data_lib.batch
+    batch = steps.data_lib.batch
 
     def slow(*args, **kwargs):
         time.sleep(batch_seconds)
         return batch(*args, **kwargs)
 
-    loop.data_lib.batch = slow
+    steps.data_lib.batch = slow
     with open(stderr, "w", buffering=1) as file, contextlib.redirect_stderr(file):
         jlora.cli.main(["finetune", *flags])
     sys.exit(0)

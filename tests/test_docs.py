@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jlora.cli import _commands
 
@@ -41,8 +42,15 @@ def test_your_own_model_runs(tmp_path):
     assert "2 leaves, 2 factored uses, 0 materialized" in _run("docs/wrap.md", tmp_path)
 
 
+@pytest.mark.slow
+def test_a_rule_of_ones_own_ends_a_run(tmp_path):
+    last = int(_run("docs/guide.md", tmp_path).rpartition("ended after step ")[2])
+    steps = yaml.safe_load((tmp_path / "out" / "run.json").read_text())["origin"]["steps"]
+    assert 20 <= last < steps
+
+
 def test_no_python_goes_unrun():
-    assert [page for page in PAGES if _code(page, "python")] == ["README.md", "docs/wrap.md"]
+    assert [page for page in PAGES if _code(page, "python")] == ["README.md", "docs/guide.md", "docs/wrap.md"]
 
 
 def _calls():

@@ -20,7 +20,7 @@ import yaml
 
 import jlora
 from jlora.data import eval_batches, load_data
-from jlora.runs import Stopped, TrainingDiverged, job, loop
+from jlora.runs import Stopped, TrainingDiverged, job, steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,7 +108,7 @@ def changed(path: Path, content: bytes):
 @pytest.mark.slow
 def test_run_directory(run):
     names = {p.name for p in run.output.iterdir()}
-    assert names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "data", "adapter"}
+    assert names == {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", "adapter"}
     assert run.result.adapter_dir == run.output / "adapter"
     assert {*ADAPTER_FILES, "tokenizer.json", "tokenizer_config.json"} <= {
         p.name for p in run.result.adapter_dir.iterdir()
@@ -307,7 +307,7 @@ def test_a_signal_does_not_change_the_best(best_run, llama_dir, records_file, tm
     """Stopped between two checkpoints, at the best state of all: the uninterrupted run must have saved it as well."""
     at = best_step(best_run)
     config = best_options(llama_dir, records_file, tmp_path / "out")
-    batch = loop.data_lib.batch
+    batch = steps.data_lib.batch
 
     def batch_and_signal(data, step, **where):
         if step == at:  # counted from 0: the batch of the next step, made while this one runs
@@ -315,7 +315,7 @@ def test_a_signal_does_not_change_the_best(best_run, llama_dir, records_file, tm
         return batch(data, step, **where)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.data_lib, "batch", batch_and_signal)
+        patch.setattr(steps.data_lib, "batch", batch_and_signal)
         with pytest.raises(Stopped, match=f"after step {at} of {STEPS}.*--resume"):
             jlora.finetune(config)
     assert saved_steps(tmp_path / "out")[-1] == at
@@ -433,7 +433,7 @@ def test_every_problem_is_named_at_once():
 
 
 def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
-    make_step, at, output = loop.make_step, 7, tmp_path / "out"
+    make_step, at, output = steps.make_step, 7, tmp_path / "out"
 
     class Broken:
         """A step, lowered, compiled or to be, whose loss is NaN at one step."""
@@ -459,7 +459,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
 
     config = dataclasses.replace(run.config, output=str(output))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_step", broken)
+        patch.setattr(steps, "make_step", broken)
         with pytest.raises(
             TrainingDiverged, match="Step 7 has loss nan.*step 4 is kept.*lower --learning-rate"
         ) as error:

@@ -18,7 +18,7 @@ from rows import Rows, counted
 import jlora
 from jlora.data import IGNORED, Row, batch, batch_tokens, eval_batches, lay_out, steps_per_epoch, widths_of
 from jlora.data.layout import ENOUGH, MOST_WIDTHS, choose_widths, shared
-from jlora.runs import loop
+from jlora.runs import steps
 from jlora.train import causal_lm_loss, init_state, make_step
 
 
@@ -328,7 +328,7 @@ def test_a_run_says_how_records_lie_and_resumes_to_the_byte(
     )
     assert shown in said
     # Stopped in the middle of an epoch, between two checkpoints.
-    make = loop.data_lib.batch
+    make = steps.data_lib.batch
 
     def stopping(data, step, **where):
         if step == 8:
@@ -337,7 +337,7 @@ def test_a_run_says_how_records_lie_and_resumes_to_the_byte(
 
     config = uneven_run(uneven_model, uneven_records, tmp_path / "parts", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.data_lib, "batch", stopping)
+        patch.setattr(steps.data_lib, "batch", stopping)
         with pytest.raises(KeyboardInterrupt, match="after step 8 of 12"):
             jlora.finetune(config)
     # A run that began before records shared rows has no layout in its record: its order was another.

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.files.run_settings import FILE
-from jlora.runs import Stopped, TrainingDiverged, job, loop, outcome
+from jlora.runs import Stopped, TrainingDiverged, job, loop, outcome, steps
 from jlora.runs.run import Run
 from jlora.storage.lock import InUse, only_writer
 from jlora.storage.whole import NoSpace
@@ -68,7 +68,7 @@ def log(config):
 def assert_same(config, finished):
     assert adapter(config) == adapter(finished)
     assert log(config) == log(finished)
-    names = {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "data", "adapter"}
+    names = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", "adapter"}
     assert {p.name for p in Path(config.output).iterdir()} == names
     assert not [p for p in Path(config.output).rglob(".*")]
 
@@ -473,7 +473,7 @@ def test_after_a_run_that_failed_before_its_first_checkpoint_others_settings_are
     config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     larger = dataclasses.replace(config, batch_size=4)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "planned", raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")))
+        patch.setattr(steps, "planned", raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")))
         with pytest.raises(RuntimeError, match="Out of memory"):
             jlora.finetune(larger)
     with pytest.raises(ValueError, match="must not change:\n  batch_size: was 4, is 2\n.*start again without --resume"):
@@ -497,7 +497,7 @@ def test_after_divergence_another_rate_may_be_tried(finished, tmp_path):
 
 def at(patch, name, number, *, call=1):
     """A signal at the n-th call of a name in a module of the run."""
-    module = next(module for module in (loop, job, outcome) if hasattr(module, name))
+    module = next(module for module in (loop, job, outcome, steps) if hasattr(module, name))
     function, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
@@ -666,7 +666,7 @@ def jlora_disk(path):
 def test_a_full_disk_while_the_text_is_prepared(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
-        patch.setattr("jlora.data.text.write_shards", raising(FULL))
+        patch.setattr("jlora.data.shards.write_shards", raising(FULL))
         with pytest.raises(
             NoSpace, match="for '.*/out/data': needs about .* free. Make room; no state is saved yet. Start it"
         ):

@@ -13,7 +13,7 @@ from tiny import options
 from transformers import AutoModelForCausalLM
 
 import jlora
-from jlora.runs import loop
+from jlora.runs import steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture
 def batches(monkeypatch):
     """Step, from 0 -> the batch that a run took for it."""
-    seen, batch = {}, loop.data_lib.batch
+    seen, batch = {}, steps.data_lib.batch
     monkeypatch.setattr(
-        loop.data_lib, "batch", lambda data, step, **where: seen.setdefault(step, batch(data, step, **where))
+        steps.data_lib, "batch", lambda data, step, **where: seen.setdefault(step, batch(data, step, **where))
     )
     return seen
 

@@ -128,8 +128,8 @@ def test_a_study_with_other_settings_or_on_another_machine_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["adapter", "full", "diverged"])
 def test_a_run_finds_what_the_page_needs(how, tmp_path, monkeypatch):
-    for name in ("planned", "predicted_peak"):
-        monkeypatch.setattr(jlora.runs.loop, name, getattr(jlora.runs.loop, name))  # taken back after the test
+    for module, name in ((jlora.runs.steps, "planned"), (jlora.runs.loop, "predicted")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # taken back after the test
     lines = study.TEXT.read_text().splitlines(keepends=True)
     (tmp_path / "data").mkdir()
     for name, text in zip(study_runs.FILES["text-350"], (lines[:2], lines[2:8]), strict=True):

@@ -53,7 +53,8 @@ def _commands() -> Mapping[str, tuple[type, Callable]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted, state saved)."""
+    """Entry point; exits with 0, 1 (failed), 2 (wrong usage), 130 (interrupted, state saved) or 75 (its time limit ended a
+    run, state saved; more is to be done by the same command with --resume)."""
     never_fail_to_encode()
     try:
         try:
@@ -158,6 +159,8 @@ def _advice(error: BaseException) -> str:
     full = no_space(error)
     if full is not None:
         return str(NoSpace(full, getattr(error, "advice", "") or "Run the same command after making room."))
+    if type(error).__module__.startswith("jlora"):
+        return text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         return (
             f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: --quantize nf4, a smaller --batch-size with more "
@@ -166,7 +169,7 @@ def _advice(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)!r}: {error.strerror}."
-    if type(error).__module__.startswith("jlora") or (type(error) in _WRITTEN_FOR_USERS and _is_raised_here(error)):
+    if type(error) in _WRITTEN_FOR_USERS and _is_raised_here(error):
         return text
     line = " ".join(text.split())
     line = line if len(line) <= _FOREIGN_LENGTH else line[:_FOREIGN_LENGTH] + " …"
@@ -194,7 +197,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _interrupted(stop: BaseException) -> NoReturn:
     print(str(stop) or "interrupted", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(getattr(stop, "exit_code", INTERRUPTED))
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -10,7 +10,14 @@ from jlora.data.packing import packed
 from jlora.data.rows import IGNORED, CountedDataset, Dataset
 
 
-def lay_out(dataset: Dataset, *, batch_size: int, accumulate: int = 1, widest: int | None = None) -> Layout:
+def lay_out(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    widest: int | None = None,
+    batches_of: Layout | None = None,
+) -> Layout:
     """How to lay the records of each batch, for `batch` and `eval_batches`, so that few positions are padding.
 
     Where a row for each record, as wide as the longest, is 85 % tokens, it stays at that; so it does for raw text and packed
@@ -34,6 +41,8 @@ def lay_out(dataset: Dataset, *, batch_size: int, accumulate: int = 1, widest: i
         batch_size: records in a batch, all its micro-batches together, as `batch` gets it.
         accumulate: micro-batches in a batch, into which its rows must be cut.
         widest: the most tokens in a row that records share, such as the model's positions; None: `dataset.length`.
+        batches_of: a layout of the same data set and batch size, whose batches are kept: each has the same records, in rows
+            that may be others.
     Raises:
         ValueError: an argument out of range, an empty data set, or a row longer than `dataset.length`.
     """
@@ -51,7 +60,15 @@ def lay_out(dataset: Dataset, *, batch_size: int, accumulate: int = 1, widest: i
     if dataset.row(0).segment_ids is not None or filled >= ENOUGH:
         return plain(n, filled, length=dataset.length, batch_size=batch_size)
     widest = max(dataset.length, widest or 0)
-    return shared(lengths, length=dataset.length, widest=widest, batch_size=batch_size, accumulate=accumulate)
+    kept = None if batches_of is None or batches_of.slots is None else batches_of.slots.batch
+    return shared(
+        lengths,
+        length=dataset.length,
+        widest=widest,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        batches=kept,
+    )
 
 
 def batch(

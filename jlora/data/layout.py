@@ -108,7 +108,15 @@ def plain(records: int, filled: float, *, length: int, batch_size: int) -> Layou
     return Layout(batch_size=batch_size, rows=batch_size, widths=(length,), efficiency=filled * records / rows)
 
 
-def shared(lengths: np.ndarray, *, length: int, widest: int, batch_size: int, accumulate: int = 1) -> Layout:
+def shared(
+    lengths: np.ndarray,
+    *,
+    length: int,
+    widest: int,
+    batch_size: int,
+    accumulate: int = 1,
+    batches: np.ndarray | None = None,
+) -> Layout:
     """The layout with the fewest widths that is `ENOUGH`, of these the most efficient; or the most efficient of all.
 
     Tried are as many rows as records, 3/4, 1/2, 3/8, 1/4, … of that (a multiple of `accumulate`, so that they can be cut
@@ -122,6 +130,7 @@ def shared(lengths: np.ndarray, *, length: int, widest: int, batch_size: int, ac
         widest: tokens in a row that several share, at most.
         batch_size: records in a batch; `accumulate` divides it.
         accumulate: micro-batches in a batch.
+        batches: int [records], the batch of each record, the longest first; None: they are balanced.
     """
     classes = _classes(lengths, length)
     falling = np.sort(classes)[::-1]
@@ -132,7 +141,7 @@ def shared(lengths: np.ndarray, *, length: int, widest: int, batch_size: int, ac
     for rows in sorted({accumulate * math.ceil(part / half) for part, half in halves}, reverse=True):
         full = length * batch_size // rows
         limit = max(length, min(widest, max(math.isqrt(length * full), min(full, _SHORT))))
-        batch, row, needed = _balanced(falling, batch_size=batch_size, rows=rows)
+        batch, row, needed = _balanced(falling, batch_size=batch_size, rows=rows, batches=batches)
         if needed.max() > limit:
             continue
         needed = np.minimum(-(-needed // MULTIPLE) * MULTIPLE, limit)
@@ -187,27 +196,34 @@ def _classes(lengths: np.ndarray, length: int) -> np.ndarray:
     return np.minimum(-(-lengths // unit) * unit, length)
 
 
-def _balanced(falling: np.ndarray, *, batch_size: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _balanced(
+    falling: np.ndarray, *, batch_size: int, rows: int, batches: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Batches of like weight: the longest record first, each into the emptiest row of a batch with fewer than `batch_size`.
 
     The rule of the longest processing time (Graham 1969) under a limit of items.
 
     Args:
         falling: int [records], lengths, the longest first.
+        batches: int [records], of each its batch, if that is given.
     Returns:
         of each record its batch and its row in it; of each batch the tokens in its fullest row.
     """
-    batches = -(-len(falling) // batch_size)
-    emptiest = [(0, place) for place in range(batches * rows)]
-    count = [0] * batches
-    loads = np.zeros(batches * rows, np.int64)
+    n = -(-len(falling) // batch_size)
+    # One heap of the rows of all batches; or, where the batch is given, one of the rows of each.
+    emptiest = [[(0, place) for place in range(n * rows)]]
+    if batches is not None:
+        emptiest = [[(0, place) for place in range(batch * rows, (batch + 1) * rows)] for batch in range(n)]
+    count = [0] * n
+    loads = np.zeros(n * rows, np.int64)
     places = np.empty(len(falling), np.int64)
     for item, size in enumerate(falling.tolist()):
-        load, place = heapq.heappop(emptiest)
+        heap = emptiest[0 if batches is None else batches[item]]
+        load, place = heapq.heappop(heap)
         while count[place // rows] == batch_size:
-            load, place = heapq.heappop(emptiest)
+            load, place = heapq.heappop(heap)
         count[place // rows] += 1
         places[item] = place
         loads[place] = load + size
-        heapq.heappush(emptiest, (load + size, place))
-    return places // rows, places % rows, loads.reshape(batches, rows).max(1)
+        heapq.heappush(heap, (load + size, place))
+    return places // rows, places % rows, loads.reshape(n, rows).max(1)

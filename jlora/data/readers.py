@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from jlora._typing import Json
 from jlora.data.values import cut, kind
+from jlora.storage.history import EXPERIMENTS
 from jlora.storage.lock import LOCK
 from jlora.storage.structured import beyond_bounds, decode_json
 
@@ -264,5 +265,5 @@ def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
             below.clear()
             continue
         below[:] = [name for name in below if not name.startswith(".")]
-        files += [Path(place, name) for name in names if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".") and name != EXPERIMENTS]
     return sorted(files), runs

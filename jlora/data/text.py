@@ -19,6 +19,7 @@ from jlora.data.shards import META, SPLITS, Shards, prepared, read_meta, sha256,
 from jlora.data.stats import Stats
 from jlora.data.tokens import added_bos, encode, fingerprint, largest_id, with_bos
 from jlora.data.vocabulary import beyond
+from jlora.storage.history import EXPERIMENTS
 from jlora.storage.lock import LOCK
 
 _FORMAT = 1  # of the request; a change makes older folders be rebuilt, and runs on them start anew
@@ -232,7 +233,8 @@ def _text_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
         found = _texts(names)
         texts += [Path(place, name) for name in found]
         if not is_hidden:
-            others += [Path(place, name) for name in names if name not in found and not name.startswith(".")]
+            passed = {*found, EXPERIMENTS}
+            others += [Path(place, name) for name in names if name not in passed and not name.startswith(".")]
     return texts, others, runs
 
 

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jlora.runs.flags import AdapterFlags, Compute, Optimization, RecordFlags, Saving, Source, Teaching
+from jlora.runs.flags import AdapterFlags, Compute, Optimization, RecordFlags, Saving, Source, Teaching, Watching
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Compute, Saving, Teaching, Optimization, AdapterFlags, RecordFlags, Source):
+class FinetuneConfig(Compute, Watching, Saving, Teaching, Optimization, AdapterFlags, RecordFlags, Source):
     """Fine-tune a GPT-2, Llama, Qwen, SmolLM3, Mistral or Gemma 3 checkpoint with LoRA on text, instructions or chats."""
 
     def __post_init__(self):
-        for group in (Source, RecordFlags, AdapterFlags, Teaching):
+        for group in (Source, RecordFlags, AdapterFlags, Teaching, Watching):
             group.__post_init__(self)
         problems = list(self._problems())
         if problems:
@@ -19,7 +19,7 @@ class FinetuneConfig(Compute, Saving, Teaching, Optimization, AdapterFlags, Reco
         self.lora()  # raises for adapter options out of their range
 
     def _problems(self) -> Iterator[str]:
-        for group in (Source, RecordFlags, AdapterFlags, Optimization, Teaching, Saving):
+        for group in (Source, RecordFlags, AdapterFlags, Optimization, Teaching, Saving, Watching):
             yield from group.problems(self)
         # What groups must have in common:
         if self.system is not None and self.template == "alpaca":
@@ -39,3 +39,5 @@ class FinetuneConfig(Compute, Saving, Teaching, Optimization, AdapterFlags, Reco
             yield f"`lora_plus_ratio` is for the factors of kind 'lora'; got kind={self.kind!r}. Leave it out."
         if self.save == "best" and self.eval_data is None and self.eval_fraction == 0:
             yield "`save` 'best' needs an evaluation: give `eval_data` or an `eval_fraction` above 0."
+        if self.early_stopping_patience is not None and self.eval_data is None and self.eval_fraction == 0:
+            yield "`early_stopping_patience` needs evaluations: give `eval_data` or an `eval_fraction` above 0."

@@ -22,6 +22,7 @@ from jlora.models import Model, grow, model_from_config, remat_without_effect, r
 from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
+from jlora.runs.endings import Stopped
 from jlora.runs.halves import Halves, adapted, digest
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals
@@ -35,10 +36,6 @@ from jlora.weight import is_weight, origin
 DEFAULT_EPOCHS = 3.0
 _TIMES_A_RUN = 10  # evaluations and checkpoints, where nothing is said
 _APART = 25  # and steps between two checkpoints, at least: those of a short run cost more than the steps that they save
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended the run; its state is saved, or it had none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +57,8 @@ class Job:
     """Of the base's files."""
     train: TextDataset | InstructDataset
     layout: data_lib.Layout
+    began: data_lib.Layout
+    """With which the run began."""
     evaluation: TextDataset | InstructDataset | None
     eval_layout: data_lib.Layout | None
     max_length: int
@@ -158,7 +157,13 @@ class Job:
         rows = config.batch_size * config.accumulate
         per_epoch = data_lib.steps_per_epoch(train, batch_size=rows)
         widest = model.config.max_length
-        layout = data_lib.lay_out(train, batch_size=rows, accumulate=config.accumulate, widest=widest)
+        # A step has the records that it had when the run began, into however many micro-batches it is cut now.
+        began = data_lib.lay_out(train, batch_size=rows, accumulate=run.began["accumulate"], widest=widest)
+        layout = began
+        if config.accumulate != run.began["accumulate"]:
+            layout = data_lib.lay_out(
+                train, batch_size=rows, accumulate=config.accumulate, widest=widest, batches_of=began
+            )
         job = cls(
             config=config,
             lora=lora,
@@ -172,6 +177,7 @@ class Job:
             fingerprint=base_fingerprint(directory),
             train=train,
             layout=layout,
+            began=began,
             evaluation=evaluation,
             eval_layout=None
             if evaluation is None
@@ -223,7 +229,7 @@ class Job:
         if self.config.init_adapter is not None:
             origin["init_adapter"] = digest(self.config.init_adapter)
         # Without slots the order is that of versions which knew no other, and their runs go on.
-        return origin if self.layout.slots is None else origin | {"layout": self.layout.record()}
+        return origin if self.began.slots is None else origin | {"layout": self.began.record()}
 
     def settings(self) -> RunSettings:
         """What stands beside the adapter."""

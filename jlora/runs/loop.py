@@ -3,170 +3,179 @@
 import dataclasses
 import math
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jlora import data as data_lib
-from jlora._typing import Batch, JsonObject
+from jlora._typing import Json, JsonObject
+from jlora.runs.callbacks import Callback, Callbacks, View
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display
-from jlora.runs.job import Job, Stopped
+from jlora.runs.endings import CallbackFailed, OutOfMemory, Stopped, TimeIsUp, TrainingDiverged, diverged, what_stays
+from jlora.runs.experiments import note_experiment
+from jlora.runs.flags.saving import seconds_of
+from jlora.runs.job import Job
 from jlora.runs.log import lowest
-from jlora.runs.outcome import FinetuneResult, finish, memory_said, predicted_peak
+from jlora.runs.memory import less_memory, memory_said, predicted
+from jlora.runs.outcome import FinetuneResult, finish
 from jlora.runs.run import Run
-from jlora.runs.signals import StopSignals
+from jlora.runs.signals import StopSignals, TimeLimit
+from jlora.runs.steps import Steps
+from jlora.runs.watchers import watchers
 from jlora.storage.whole import NoSpace, no_space
-from jlora.train import (
-    Checkpoints,
-    NotFinite,
-    evaluated,
-    init_state,
-    make_step,
-    perplexity,
-    planned,
-)
-from jlora.train.memory import abstract_batch
+from jlora.train import Checkpoints, NotFinite, evaluated, init_state, perplexity
+from jlora.train.memory import is_out_of_memory
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient stopped being finite."""
-
-
-def finetune(config: FinetuneConfig) -> FinetuneResult:
+def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> FinetuneResult:
     """Runs a fine-tuning job, or the rest of one; what `jlora finetune` runs.
 
     Example: `finetune(FinetuneConfig(model="gpt2", data="my.txt", output="runs/mine"))`
+
+    Args:
+        callbacks: called as the run goes on, after those that the config's own flags ask for.
 
     Raises:
         FileExistsError: `output` exists and `resume` is off. (A run that saved nothing is replaced.)
         FileNotFoundError: a model, data file or run that is not there.
         InUse: another process trains in `output`.
         NoSpace: the disk is full; the last checkpoint stays.
+        OutOfMemory: with what takes less; the last checkpoint stays.
         ValueError: options, data or a resumed run that do not fit.
         TrainingDiverged: the loss is not finite; the last good checkpoint stays.
-        Stopped: on SIGINT or SIGTERM, after saving, or after taking back what a run before its first step has written.
+        CallbackFailed: a callback raised an error, after saving.
+        Stopped: on SIGINT or SIGTERM, or as `TimeIsUp` by the time limit, after saving; or after taking back what a run before
+            its first step has written.
     """
     display = Display(quiet=config.quiet)
-    with StopSignals() as stop:
+    limit = None if config.time_limit is None else TimeLimit(seconds_of(config.time_limit))
+    every = Callbacks([*watchers(config, display), *callbacks])
+    with StopSignals(limit) as stop:
         try:
             with Run(config) as run:
                 if run.replaces:
                     display.say("replacing a run that had saved nothing, in ", (str(run.directory), "bold"))
-                return _in_directory(config, run, display, stop)
+                return _in_directory(config, run, display, stop, every)
         finally:
             display.stop()
 
 
-def _in_directory(config: FinetuneConfig, run: Run, display: Display, stop: StopSignals) -> FinetuneResult:
+def _in_directory(
+    config: FinetuneConfig, run: Run, display: Display, stop: StopSignals, callbacks: Callbacks
+) -> FinetuneResult:
     """The run, with every way to its end: what is taken back, what is kept, and what is said of it."""
     training = None
     try:
-        training = _Training(Job.prepare(config, run, display), stop)
+        training = _Training(Job.prepare(config, run, display), stop, callbacks)
         return training.run()
     except BaseException as error:
         began = training is not None and training.began
         # Before the first step libraries make errors of their own of an interrupt; later, an error is one.
-        interrupted = stop.asked and (not began or isinstance(error, KeyboardInterrupt))
+        interrupted = stop.signalled and (not began or isinstance(error, KeyboardInterrupt))
+        starved = not interrupted and is_out_of_memory(error)
         if training is None or (interrupted and not began):
             run.abandon()
         if isinstance(error, Stopped) and error.args:
             raise
         saved = training.checkpoints.latest if training is not None else run.saved
         if interrupted:
-            raise Stopped(f"Stopped; {_what_stays(saved, config)}") from error
+            raise Stopped(f"Stopped; {what_stays(saved, config)}") from error
         if full := no_space(error, run.directory):
-            raise NoSpace(full, f"Make room; {_what_stays(saved, config)}") from error
+            raise NoSpace(full, f"Make room; {what_stays(saved, config)}") from error
+        if starved:
+            prepared = None if training is None else (training.job, training.tx)
+            raise OutOfMemory(less_memory(error, config, saved, run.command(), prepared)) from error
+        if isinstance(error, CallbackFailed):
+            raise CallbackFailed(f"{error}; {what_stays(saved, config)}") from error.__cause__
         raise
-
-
-def _what_stays(saved: int | None, config: FinetuneConfig) -> str:
-    """What there is after a run has ended early, and how to go on."""
-    if saved is not None:
-        return f"the state of step {saved} is saved. Continue with --resume."
-    return "no state is saved yet. " + ("Continue with --resume." if config.resume else "Start it again.")
 
 
 class _Training:
     """The steps of a job, from the last checkpoint to the adapter."""
 
-    def __init__(self, job: Job, stop: StopSignals):
+    def __init__(self, job: Job, stop: StopSignals, callbacks: Callbacks):
         config = job.config
-        self.stop = stop
+        self.stop, self.callbacks = stop, callbacks
         self.checkpoints = Checkpoints(job.run.checkpoints, keep=config.keep)
         self.began = False
         """Whether a step was made or a checkpoint found: there is something to keep."""
+        self.last = job.run.ended or job.steps
+        """The last step: that of the job, or the one after which a callback ended it."""
         self.schedule = config.rates(job.steps)
         self.tx = config.transformation(job.adapter, self.schedule)
         self.state = init_state(job.adapter, self.tx)
         # The state has copies of its own: of a whole model, a second one would stay for nothing.
         self.job = dataclasses.replace(job, adapter=jax.eval_shape(lambda: job.adapter))
-        # Its own stream: the initialization drew from the seed's key itself.
-        self.key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        self.steps = Steps(self.job, self.tx)
         self.history: list[JsonObject] = []
         self.best = math.inf
         """The lowest evaluation loss after the first step."""
+        self.started, self.seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the run up to now, those of the processes before this one among them, as far as their states were saved."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def run(self) -> FinetuneResult:
+        try:
+            planned = self._run()
+        finally:
+            self.callbacks.end(self._view())
+        self.job.run.check_alone()
+        result = finish(self.job, self.checkpoints, self.state, self.history)
+        note_experiment(self.job, result, seconds=self.seconds, planned=planned)
+        return result
+
+    def _run(self) -> int:
+        """Makes the steps; returns the bytes that the compiler plans for one."""
         job, display = self.job, self.job.display
         done, unlogged = self._resume() if job.config.resume else self._start()
         display.start(job.steps, done)
-        batch, tokens = self._batch(done + 1)
-        step_of = self._compiled(done, segments="segment_ids" in batch)
-        compiled, predicted = max(map(planned, step_of.values())), None
+        batch, tokens = self.steps.batch(done + 1)
+        compiled = self.steps.compile(self.state, done, segments="segment_ids" in batch)
+        expected = None
         self.stop.defer()
         self.began = True
         if unlogged is not None:
             self._complete(unlogged)
-        for step in range(done + 1, job.steps + 1):
+        step = done
+        while step < self.last:
+            step += 1
             started = time.perf_counter()
-            step_fn = step_of[batch["input_ids"].shape[1]]
-            self.state, metrics = step_fn(self.state, job.frozen, batch, jax.random.fold_in(self.key, step))
+            self.state, metrics = self.steps.run(self.state, batch, step)
             # While the device works:
-            upcoming = self._batch(step + 1)
-            if predicted is None:
-                predicted = predicted_peak(job, self.state, self.tx)
+            upcoming = self.steps.batch(step + 1)
+            if expected is None:
+                expected = predicted(job, self.tx).peak
                 self.checkpoints.make_ready()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingDiverged(_diverged(step, loss, norm, self.checkpoints.latest, job.config))
+                raise TrainingDiverged(diverged(step, loss, norm, self.checkpoints.latest, job.config))
+            took = time.perf_counter() - started
             entry = {
                 "step": step,
                 "loss": loss,
                 "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
                 "grad_norm": norm,
-                "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+                "tokens_per_second": round(tokens / took, 1),
             }
+            self.stop.note("step", took)
             batch, tokens = upcoming
             self._complete(entry)
         display.stop()
-        if predicted is not None:
-            display.say(memory_said(predicted, compiled))
-        return finish(job, self.checkpoints, self.state, self.history)
-
-    def _compiled(self, done: int, *, segments: bool) -> dict[int, jax.stages.Compiled]:
-        """The step for each width of the batches to come.
-
-        Ahead of their first calls, for the compiler's own account of the memory, and so that a signal need not wait for them.
-        """
-        job = self.job
-        step_fn = make_step(job.loss, self.tx, accumulate=job.config.accumulate)
-        widths = data_lib.widths_of(job.train, range(done, job.steps), **self._order) or job.layout.widths[-1:]
-        batches = {width: abstract_batch(job.layout.rows, width, segments=segments) for width in widths}
-        return {w: step_fn.lower(self.state, job.frozen, batch, self.key).compile() for w, batch in batches.items()}
-
-    @property
-    def _order(self) -> dict[str, Any]:
-        """What decides which records are in which batch, beside the data."""
-        return {"batch_size": self.job.rows, "seed": self.job.config.seed, "layout": self.job.layout}
+        if expected is not None:
+            display.say(memory_said(expected, compiled))
+        return compiled
 
     def _start(self) -> tuple[int, None]:
-        """The log's entry before the first step."""
+        """Before the first step: its evaluation, and the log's entry."""
+        self.callbacks.start(self._view())
         if self.job.evaluation is not None:
-            loss = self.job.evaluate(evaluated(self.state), self.stop)
-            self._log({"step": 0, "eval_loss": loss, "perplexity": perplexity(loss)})
-            self.job.display.evaluated(0, loss)
+            entry: JsonObject = {"step": 0}
+            self._evaluate(entry)
+            self._log(entry)
         return 0, None
 
     def _resume(self) -> tuple[int, JsonObject | None]:
@@ -176,61 +185,98 @@ class _Training:
         state, record, damaged = self.checkpoints.resume(self.state, with_best=with_best)
         for said in damaged:
             job.display.warn(said)
+        if said := job.run.note_changes(record.step if record else 0):
+            job.display.warn(said)
         if state is None or record is None:
             if damaged:
                 job.display.warn("no checkpoint is whole: starting from the beginning, to the same result")
             job.run.log.rewind(-1, first=0)
             return self._start()
-        self.state, self.began = state, True
+        self.state, self.began, self.seconds_before = state, True, record.seconds
         job.display.say(f"resuming after step {record.step} of {job.steps}")
         logged = record.step if record.unlogged is None else record.step - 1
         self.history, wrong = job.run.log.rewind(logged, first=0 if job.evaluation is not None else 1)
         for said in wrong:
             job.display.warn(f"{job.run.log.path}: {said}")
         self.best = min(lowest(self.history), record.best[1] if record.best else math.inf)
+        self.callbacks.start(self._view())
         return record.step, None if record.unlogged is None else dict(record.unlogged)
 
-    def _batch(self, step: int) -> tuple[Batch, int]:
-        """(the batch of a step, its tokens)."""
-        train = self.job.train
-        return data_lib.batch(train, step - 1, **self._order), data_lib.batch_tokens(train, step - 1, **self._order)
-
-    def _complete(self, entry: JsonObject) -> None:
-        """What comes after a step: evaluation, log, checkpoint, and the end if a signal asked for it."""
-        job, config, step = self.job, self.job.config, entry["step"]
-        last = step == job.steps
-        if job.evaluation is not None and (last or step % job.eval_every == 0):
-            try:
-                loss = job.evaluate(evaluated(self.state), self.stop)
-            except Stopped:
-                self.checkpoints.save(self.state, unlogged=entry)
-                raise Stopped(self._stopped(step)) from None
-            except NotFinite as error:
-                said = _diverged(step, error.value, entry["grad_norm"], self.checkpoints.latest, config)
-                raise TrainingDiverged(said) from error
-            entry = entry | {"eval_loss": loss, "perplexity": perplexity(loss)}
-            job.display.evaluated(step, loss)
-        self._log(entry)
+    def _complete(self, made: Mapping[str, Json]) -> None:
+        """What comes after a step, whose entry for the log is `made`: evaluation, callbacks, log, checkpoint; and the end, if a
+        signal, the time or a callback asks for it. What is ended in between is done again when the run is resumed."""
+        job, config, step, entry = self.job, self.job.config, made["step"], dict(made)
+        job.run.check_alone()
+        try:
+            ending = self.callbacks.step(self._view(entry), entry)
+            if job.evaluation is not None and (ending or step == self.last or step % job.eval_every == 0):
+                ending = self._evaluate(entry) or ending
+            self._log(entry)
+        except (Stopped, CallbackFailed) as error:
+            self._save(unlogged=made)
+            raise self._stopped(step) if isinstance(error, Stopped) else error from error.__cause__
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._save(unlogged=made)
+            raise
         job.display.step(entry, job.steps)
+        if ending and step < self.last:
+            job.run.end_after(step, ending)
+            job.display.say(f"ending after step {step} of {job.steps}: {ending}")
+            self.last = step
         # The best is the best of all evaluations: one that a signal happened to save must not be preferred.
         improved = entry.get("eval_loss", math.inf) < self.best
         self.best = min(self.best, entry.get("eval_loss", math.inf))
-        stopping = self.stop.asked and not last
-        if last or stopping or step % job.checkpoint_every == 0 or (improved and config.save == "best"):
-            self.checkpoints.save(self.state, eval_loss=entry["eval_loss"] if improved else None)
+        stopping, saving = self.stop.asked and step != self.last, self.stop.take_save()
+        due = step == self.last or step % job.checkpoint_every == 0 or (improved and config.save == "best")
+        if due or stopping or saving:
+            self._save(eval_loss=entry["eval_loss"] if improved else None)
+        if saving:
+            job.display.say(f"SIGUSR1: the state of step {step} is saved")
         if stopping:
-            raise Stopped(self._stopped(step))
+            raise self._stopped(step)
 
-    def _stopped(self, step: int) -> str:
-        return f"Stopped after step {step} of {self.job.steps}; the state is saved. Continue with --resume."
+    def _evaluate(self, entry: JsonObject) -> str | None:
+        """Puts the evaluation of the state into the entry of its step; returns why the run is to end there, if it is.
+
+        Raises:
+            Stopped: when the run is to stop at once.
+            TrainingDiverged: when the loss is not finite.
+        """
+        job, step = self.job, entry["step"]
+        try:
+            loss = job.evaluate(evaluated(self.state), self.stop)
+        except NotFinite as error:
+            if step == 0:
+                raise
+            said = diverged(step, error.value, entry["grad_norm"], self.checkpoints.latest, job.config)
+            raise TrainingDiverged(said) from error
+        entry |= {"eval_loss": loss, "perplexity": perplexity(loss)}
+        job.display.evaluated(step, loss)
+        return self.callbacks.evaluation(self._view(entry), entry)
+
+    def _save(self, *, eval_loss: float | None = None, unlogged: Mapping[str, Json] | None = None) -> None:
+        started = time.monotonic()
+        self.checkpoints.save(self.state, eval_loss=eval_loss, unlogged=unlogged, seconds=self.seconds)
+        self.stop.note("save", time.monotonic() - started)
 
     def _log(self, entry: JsonObject) -> None:
         self.history.append(self.job.run.log.append(entry))
+        self.callbacks.log(self._view(), self.history[-1])
 
+    def _view(self, entry: Mapping[str, Json] | None = None) -> View:
+        """The run as it stands; with the entry of a step that is not in the log yet."""
+        job = self.job
+        history = self.history if entry is None else [*self.history, entry]
+        return View(
+            config=job.config, directory=job.run.directory, id=job.run.id, step=history[-1]["step"] if history else 0,
+            steps=job.steps, history=history, model=job.model, tokenizer=job.tokenizer, template=job.settings().template,
+            state=self.state, base=job.base,
+        )  # fmt: skip
 
-def _diverged(step: int, loss: float, norm: float, saved: int | None, config: FinetuneConfig) -> str:
-    kept = f"The checkpoint of step {saved} is kept." if saved is not None else "No checkpoint was saved before it."
-    return (
-        f"Step {step} has loss {loss} and gradient norm {norm}: training has diverged, and the run stops here. {kept} Try "
-        f"a lower --learning-rate (it was {config.learning_rate:g}), a longer --warmup-fraction, or --dtype float32."
-    )
+    def _stopped(self, step: int) -> Stopped:
+        said = f"topped after step {step} of {self.job.steps}; the state is saved. Continue with"
+        if self.stop.signalled:
+            return Stopped(f"S{said} --resume.")
+        command = self.job.run.command()
+        return TimeIsUp(f"The time limit of {self.job.config.time_limit} is near: s{said}\n  {command}")

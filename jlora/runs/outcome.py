@@ -8,16 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import jax
-import optax
-
 from jlora._typing import JsonObject, Params
 from jlora.files import find, save_adapter, save_pretrained
 from jlora.lora import combine
 from jlora.runs.job import Job
 from jlora.storage.whole import full_disk_said, whole_directory
-from jlora.train import Checkpoints, TrainState, evaluated, perplexity, predict
-from jlora.tree.paths import nbytes
+from jlora.train import Checkpoints, TrainState, evaluated, perplexity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ def finish(job: Job, checkpoints: Checkpoints, state: TrainState, history: Seque
     """Writes the adapter of the last state, or of the best, and says what came of the run."""
     config, run, display = job.config, job.run, job.display
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    chosen = job.steps
+    chosen = int(state.step)
     if config.save == "best" and checkpoints.best is not None:
         chosen = checkpoints.best
         state = checkpoints.restore(state, chosen)
@@ -94,18 +90,3 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
 
 def _same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
-
-
-def predicted_peak(job: Job, state: TrainState, tx: optax.GradientTransformation) -> int:
-    """Of a step of the job, in bytes."""
-    accumulate = job.config.accumulate
-    rows = {"batch_size": job.layout.rows // accumulate, "length": job.layout.widths[-1], "accumulate": accumulate}
-    teacher = 0 if job.teacher is None else nbytes(job.teacher.params)
-    return predict(job.model, combine(state.adapter, job.base), tx, **rows).peak + teacher
-
-
-def memory_said(predicted: int, compiled: int) -> str:
-    """The predicted and the compiled peak of a step, in words; on a GPU the measured one too, of the process up to now."""
-    text = f"memory of a step: {predicted / 2**20:,.0f} MiB predicted, {compiled / 2**20:,.0f} MiB in the compiled step"
-    measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return text + (f", {measured / 2**20:,.0f} MiB measured" if measured else "")

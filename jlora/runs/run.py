@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import shutil
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import yaml
 
+from jlora._numbers import MAX_COUNT
 from jlora._typing import Json, JsonObject
 from jlora.data.shards import holds_only_shards
+from jlora.runs import changes
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.flags.optimization import resolved
 from jlora.runs.log import Log
-from jlora.storage.lock import LOCK, only_writer
+from jlora.storage.fields import anything, integer, list_of, mapping_of, text, wrong_fields
+from jlora.storage.lock import LOCK, Held, only_writer
 from jlora.storage.structured import read_json, read_yaml
 from jlora.storage.whole import full_disk_said, is_partial, remove_all_partial, whole_file
 from jlora.train.checkpoints import saved_steps
@@ -24,11 +28,18 @@ from jlora.train.checkpoints import saved_steps
 CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER, MODEL, BAD_RECORDS = (
     "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter", "model", "bad_records.jsonl",
 )  # fmt: skip
-_STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, BAD_RECORDS, LOCK}
+WATCHED = ("metrics.csv", "samples.jsonl", "tensorboard", "wandb", "profile")
+"""What is written of a run beside its log."""
+_STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, BAD_RECORDS, LOCK, *WATCHED}
 """What a run may have that has saved no state. config.yaml is written first and taken back last."""
 
-# Where a run is, how it is started and how much it says do not change its result.
-_FREE_TO_CHANGE = ("output", "resume", "quiet")
+_RECORD = {
+    "id": text(),
+    "ended_after": integer(1, MAX_COUNT),
+    "ended_by": text(),
+    "changes": list_of(mapping_of(anything())),
+}
+"""What run.json may have beside `origin` and `versions`."""
 
 
 class Run:
@@ -53,20 +64,22 @@ class Run:
         self.log = Log(self.directory / METRICS)
         self.replaces = False
         """Whether a run that had saved nothing was there."""
+        self.began = changes.plain(dataclasses.asdict(config))
+        """The fields that the run began with, as config.yaml has them."""
         self._config = config
+        self._record: JsonObject = {}
         self._made = False
-        self._held = False
+        self._held: Held | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> "Run":
-        fields = _plain(dataclasses.asdict(self._config))
         try:
             if self._config.resume:
-                self._resume(fields)
+                self._resume()
             else:
-                self._start(fields)
+                self._start()
         except BaseException:
-            if self._held:
+            if self._held is not None:
                 self.abandon()
             self.__exit__()
             raise
@@ -77,7 +90,7 @@ class Run:
         if self._made and self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
 
-    def _resume(self, fields: Mapping[str, Json]) -> None:
+    def _resume(self) -> None:
         path = self.directory / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"There is no run to resume in {str(self.directory)!r}. Start it without --resume.")
@@ -86,11 +99,13 @@ class Run:
             before = read_yaml(path)
         except ValueError as error:
             raise ValueError(f"{error} {self._repair('the settings of the run')}") from error
-        before = resolved(_DEFAULTS | before)
-        _refuse_changes(before, resolved(fields), path, "the configuration", self._instead(), _FREE_TO_CHANGE)
+        now, self.began = self.began, changes.DEFAULTS | before
+        free = (*changes.FREE, *changes.rounded(self.began, now))
+        before = resolved(self.began)
+        _refuse_changes(before, resolved(now), path, "the configuration", self._instead(), free)
         remove_all_partial(self.directory)
 
-    def _start(self, fields: Mapping[str, Json]) -> None:
+    def _start(self) -> None:
         # Twice: a directory that is somebody's gets no lock, and one that is free now may be another's when it is locked.
         if not (self.directory / LOCK).exists():
             self._refuse_what_is_there()
@@ -101,11 +116,10 @@ class Run:
             self._refuse_what_is_there()
             self.replaces = (self.directory / CONFIG).exists()
             self._clear()
-            _write(self.directory / CONFIG, yaml.safe_dump(dict(fields), sort_keys=False))
+            _write(self.directory / CONFIG, yaml.safe_dump(dict(self.began), sort_keys=False))
 
     def _hold(self) -> None:
-        self._exit.enter_context(only_writer(self.directory, "trained"))
-        self._held = True
+        self._held = self._exit.enter_context(only_writer(self.directory, "trained"))
 
     def _refuse_what_is_there(self) -> None:
         if self.directory.exists() and not self._saved_nothing():
@@ -136,11 +150,21 @@ class Run:
 
     def _clear(self) -> None:
         """Takes away what a run has that has saved no state."""
-        for directory in (self.checkpoints, self.data):
-            shutil.rmtree(directory, ignore_errors=True)
-        for name in (METRICS, ORIGIN, BAD_RECORDS, f"{CONFIG}.partial", CONFIG):
-            (self.directory / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, DATA, *WATCHED, METRICS, ORIGIN, BAD_RECORDS, f"{CONFIG}.partial", CONFIG):
+            path = self.directory / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         remove_all_partial(self.directory)
+
+    def check_alone(self) -> None:
+        """
+        Raises:
+            InUse: when another process has taken the directory over, after a long silence of this one.
+        """
+        if self._held is not None:
+            self._held.check()
 
     @property
     def saved(self) -> int | None:
@@ -172,10 +196,53 @@ class Run:
             before = record.get("origin")
             if not isinstance(before, dict):
                 raise ValueError(f"{str(path)!r} must have the object `origin`; got {before!r}. {self._repair(what)}")
-            _refuse_changes(before, _plain(origin), path, "what the run was made from", self._instead())
+            _refuse_changes(before, changes.plain(origin), path, "what the run was made from", self._instead())
+            if wrong := list(wrong_fields(record, _RECORD)):
+                raise ValueError(f"{str(path)!r} is damaged: {' '.join(wrong)} {self._repair(what)}")
+            self._record = record
             return _other_versions(record.get("versions"))
-        _write(path, json.dumps({"origin": origin, "versions": _versions()}, indent=2) + "\n")
+        self._update({"origin": origin, "versions": _versions()})
         return None
+
+    @property
+    def id(self) -> str:
+        """Of this run and no other, in tables and trackers."""
+        if "id" not in self._record:
+            self._update({"id": uuid.uuid4().hex[:8]})
+        return self._record["id"]
+
+    @property
+    def ended(self) -> int | None:
+        """The step after which a callback ended the run."""
+        return self._record.get("ended_after")
+
+    def end_after(self, step: int, why: str) -> None:
+        """Records that the run ends there, which holds for every resumption of it. Before the state of that step is saved: one
+        that is saved without the record would be gone on from."""
+        self._update({"ended_after": step, "ended_by": why})
+
+    def note_changes(self, step: int) -> str | None:
+        """Records how the steps from `step` + 1 on are computed, where that is otherwise than the run began.
+
+        Returns:
+            What is to be said of it.
+        """
+        now = changes.plain(dataclasses.asdict(self._config))
+        names = [n for n in changes.differences(resolved(self.began), resolved(now)) if n not in changes.FREE]
+        noted = [*self._record.get("changes", ())]
+        last = {n: v for n, v in (noted[-1] if noted else {}).items() if n != "after_step"}
+        if last != (new := {name: now[name] for name in names}):
+            self._update({"changes": [*noted, {"after_step": step, **new}]})
+        return changes.said(self.began, now, names) if names else None
+
+    def command(self) -> str:
+        """What continues the run, for a shell."""
+        return changes.command(self._config, self.began)
+
+    def _update(self, fields: Mapping[str, Json]) -> None:
+        """Of run.json."""
+        self._record |= fields
+        _write(self.directory / ORIGIN, json.dumps(self._record, indent=2) + "\n")
 
     def _repair(self, what: str) -> str:
         return f"It is {what}: put a copy of it back, or {self._instead()}."
@@ -201,16 +268,10 @@ def _other_versions(before: Json) -> str | None:
     return f"this run began with {', '.join(changed)}: it may end with other digits than one that was not stopped"
 
 
-def _plain(fields: Mapping[str, Json]) -> JsonObject:
-    """As JSON and YAML give it back: tuples as lists."""
-    return json.loads(json.dumps(fields))
-
-
 def _refuse_changes(
     before: Mapping[str, Json], now: Mapping[str, Json], file: Path, what: str, instead: str, free: tuple[str, ...] = ()
 ) -> None:
-    names = [n for n in {**now, **before} if n not in free and (n in before, before.get(n)) != (n in now, now.get(n))]
-    if names:
+    if names := [name for name in changes.differences(before, now) if name not in free]:
         listed = "\n  ".join(
             f"{n}: was {before[n]!r}, is {now.get(n)!r}"
             if n in before
@@ -221,12 +282,6 @@ def _refuse_changes(
             f"A resumed run ends as if it had not stopped, so {what} must not change:\n  {listed}\n"
             f"Resume with what it was, or {instead}."
         )
-
-
-_DEFAULTS = _plain(
-    {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.default is not dataclasses.MISSING}
-)
-"""What a field counts as that an older version's config.yaml lacks: options come with defaults that change nothing."""
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl, read strictly: what is drawn or published of it is what was measured."""
+"""The files that runs leave: metrics.jsonl, read strictly, since what is drawn or published of it is what was measured."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 from jlora._typing import JsonObject
 from jlora.storage.fields import Kind, integer, is_number, optional, wrong_fields
 from jlora.storage.structured import parse_json, read_text
+
+EXPERIMENTS = "experiments_log.csv"
+"""The table of all runs, beside their directories. No data, in a folder of data."""
 
 _NUMBER = Kind("a finite number", is_number)
 _FIELDS = {

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jlora._typing import Json, JsonObject
 from jlora.storage.structured import read_json
 from jlora.storage.whole import no_space, remove_all_partial, remove_directory, whole_directory
 from jlora.train.step import TrainState
-from jlora.tree.paths import path_string
+from jlora.tree.paths import layer_path, path_string, per_layer_paths, split_layer_path
 
 RECORD, STATE = "checkpoint.json", "state"
 _PLAIN = re.compile(r"[\w/. -]*")
@@ -44,6 +45,8 @@ class Record:
     """Name -> shape, dtype and SHA-256 of the bytes."""
     files: Mapping[str, str]
     """Name -> SHA-256, of the files that Orbax wrote."""
+    seconds: float = 0.0
+    """Of the run up to this state; older versions did not note it."""
 
 
 class Checkpoints:
@@ -91,13 +94,19 @@ class Checkpoints:
         import orbax.checkpoint  # noqa: F401
 
     def save(
-        self, state: TrainState, *, eval_loss: float | None = None, unlogged: Mapping[str, Json] | None = None
+        self,
+        state: TrainState,
+        *,
+        eval_loss: float | None = None,
+        unlogged: Mapping[str, Json] | None = None,
+        seconds: float = 0.0,
     ) -> None:
         """Writes the state as of `state.step`.
 
         Args:
             eval_loss: of this state, if it is the lowest so far.
             unlogged: the log's entry of this step, if it is not in the log yet.
+            seconds: of the run up to this state.
 
         Raises:
             NoSpace: when the disk is full. The checkpoints before stay.
@@ -121,7 +130,7 @@ class Checkpoints:
                     plain / STATE, args=ocp.args.StandardSave(leaves)
                 )
             described = {name: _described(leaf) for name, leaf in leaves.items()}
-            record = Record(step, eval_loss, best, unlogged, described, _file_digests(partial))
+            record = Record(step, eval_loss, best, unlogged, described, _file_digests(partial), seconds)
             (partial / RECORD).write_text(_text(record))
         self._current = record
         self._remove_old(step, best)
@@ -160,33 +169,43 @@ class Checkpoints:
         """The state of a saved step.
 
         Args:
-            like: a state with the structure, shapes and dtypes to restore.
+            like: a state with the structure, shapes and dtypes to restore; or with the layers stacked that were single ones, or
+                single that were stacked.
 
         Raises:
             Damaged: when it is not what was saved, naming the file.
             ValueError: when the saved state is of another adapter or optimizer, with the difference.
         """
+        record, wanted = self.verify(step), _named(like)
+        saved = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record.leaves.items()}
+        if saved == _shapes(wanted):
+            restored = self._arrays(record, wanted)
+        else:
+            on_host = {n: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for n, (shape, dtype) in saved.items()}
+            turned = _other_form({n: np.asarray(x) for n, x in self._arrays(record, on_host).items()})
+            if _shapes(turned) != _shapes(wanted):
+                raise ValueError(_difference(step, saved, _shapes(wanted)))
+            restored = {name: jax.device_put(turned[name], leaf.sharding) for name, leaf in wanted.items()}
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
+
+    def _arrays(self, record: Record, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays of a checkpoint, with the shapes, dtypes and places of `like`.
+
+        Raises:
+            Damaged: when one is not what was saved.
+        """
         import orbax.checkpoint as ocp
 
-        record, wanted = self.verify(step), _named(like)
-        found = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record.leaves.items()}
-        expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
-        if found != expected:
-            names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            listed = "\n  ".join(f"{n}: saved {found.get(n)}, now {expected.get(n)}" for n in names[:8])
-            raise ValueError(
-                f"The checkpoint of step {step} is of another adapter or optimizer:\n  {listed}\n"
-                "Resume with the configuration that wrote it, or start anew with another `--output`."
-            )
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-        with _plain_name(self.directory / str(step)) as plain:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
+        path = self.directory / str(record.step)
+        with _plain_name(path) as plain:
             restored = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
                 plain / STATE, args=ocp.args.StandardRestore(abstract)
             )
         for name, leaf in record.leaves.items():
             if _described(np.asarray(restored[name])) != leaf:
-                raise Damaged(f"{self.directory / str(step)}: {name} is not what was saved")
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
+                raise Damaged(f"{path}: {name} is not what was saved")
+        return restored
 
     def resume(self, like: TrainState, *, with_best: bool) -> tuple[TrainState | None, Record | None, list[str]]:
         """(state, record, what is damaged): the last state that is whole; None and None without one.
@@ -224,6 +243,37 @@ def _named(state: TrainState) -> JsonObject:
     """Leaves by dotted path: files that any version can read, whatever classes the tree is made of."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {path_string(path).replace("/", "."): leaf for path, leaf in leaves}
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
+
+
+def _difference(step: int, saved: Mapping[str, object], now: Mapping[str, object]) -> str:
+    names = sorted(n for n in saved.keys() | now.keys() if saved.get(n) != now.get(n))
+    listed = "\n  ".join(f"{n}: saved {saved.get(n)}, now {now.get(n)}" for n in names[:8])
+    return (
+        f"The checkpoint of step {step} is of another adapter or optimizer:\n  {listed}\n"
+        "Resume with the configuration that wrote it, or start anew with another `--output`."
+    )
+
+
+def _other_form(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stacks of layers as single layers, and single layers as stacks, where they are alike."""
+    turned: dict[str, np.ndarray] = {}
+    layers: dict[str, dict[int, np.ndarray]] = {}
+    for name, leaf in leaves.items():
+        path = name.replace(".", "/")
+        if (place := split_layer_path(path)) is not None:
+            layers.setdefault(place[0], {})[place[1]] = leaf
+        elif layer_path(path, 0) is not None and leaf.ndim:
+            turned |= zip(per_layer_paths(path, len(leaf)), leaf, strict=True)
+        else:
+            turned[path] = leaf
+    for path, rows in layers.items():
+        if len({row.shape for row in rows.values()}) == 1:
+            turned[path] = np.stack([rows[index] for index in sorted(rows)])
+    return {path.replace("/", "."): leaf for path, leaf in turned.items()}
 
 
 def _described(leaf: np.ndarray) -> JsonObject:

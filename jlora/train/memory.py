@@ -175,3 +175,9 @@ def planned(compiled: Any) -> int:
     plan = compiled.memory_analysis()
     assert plan is not None  # every backend that jlora runs on makes one
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one for want of memory: Python's, or XLA's of any backend."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text

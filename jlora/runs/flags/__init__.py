@@ -7,3 +7,4 @@ from jlora.runs.flags.records import RecordFlags as RecordFlags
 from jlora.runs.flags.saving import Saving as Saving
 from jlora.runs.flags.source import Source as Source
 from jlora.runs.flags.teaching import Teaching as Teaching
+from jlora.runs.flags.watching import Watching as Watching
