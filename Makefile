@@ -39,6 +39,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/quantized_matmul.py --output benchmarks/results/quantized_matmul_cpu.json
 	$(BIN)/python benchmarks/large_model.py --output benchmarks/results/large_model_cpu.json
 	$(BIN)/python benchmarks/wrap_overhead.py --output benchmarks/results/wrap_overhead_cpu.json
+	$(BIN)/python benchmarks/memory_options.py --output benchmarks/results/memory_options_cpu.json
 
 # Writes docs/results.md again, and benchmarks/results/study_cpu.json, from which it is made: some 35 minutes on two quiet cores.
 # A study that was stopped goes on; remove the JSON file to begin anew.

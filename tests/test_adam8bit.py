@@ -93,21 +93,6 @@ def test_every_step_is_bitsandbytes():
 
 
 @quick
-def test_large_parameters_take_the_same_step_in_parts(monkeypatch):
-    params, grads = ({"w": draw(scale)["odd"]} for scale in (1.0, 1e-2))
-    found = []
-    for together in (module._TOGETHER, 7):
-        monkeypatch.setattr(module, "_TOGETHER", together)
-        tx = module.scale_by_adam8bit(b1=0.9, b2=0.95, eps=1e-8, min_8bit_size=1)
-        found.append(jax.jit(tx.update)(grads, tx.init(params)))
-    (updates, state), (in_parts, state_in_parts) = found
-    np.testing.assert_allclose(in_parts["w"], updates["w"], rtol=1e-5, atol=1e-6)
-    # The same operations in another program: a code may round to its neighbour.
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_in_parts), strict=True):
-        np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=1e-6, atol=a.dtype == jnp.uint8)
-
-
-@quick
 def test_moments_take_a_quarter():
     params = {"w": jnp.zeros((512, 512)), "norm": jnp.zeros(64)}
     size = jlora.nbytes(adamw8bit(RATE, **SETTINGS).init(params))
@@ -153,6 +138,6 @@ def test_layers_of_a_stack_are_packed_each_by_itself():
         tx = make_optimizer("adamw8bit", RATE, form, weight_decay=0.1)
         updates, state = jax.jit(tx.update)(form, tx.init(form), form)
         packed = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, module.Packed))
-        assert {x.codes.shape[-2:] for x in packed if isinstance(x, module.Packed)} == {(20, 256)}
+        assert sum(len(x.codes) for x in packed if isinstance(x, module.Packed)) == 2 * 2 * 20
         found.append(updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), jlora.stack_layers(found[0]), found[1])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jlora.storage.whole import NoSpace
-from jlora.train import Checkpoints, adamw, checkpoints, init_state
+from jlora.train import Checkpoints, adamw, checkpoints, init_state, offloaded
 
 TX = adamw(1e-3, weight_decay=0.0, max_grad_norm=1.0, b1=0.9, b2=0.999)
 
@@ -56,6 +56,19 @@ def cut(file: Path):
 def edit(**changes):
     """Other values in the record, which stays a JSON object."""
     return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_state_in_the_host_s_memory_goes_back_there(tmp_path):
+    tx = offloaded(TX)
+    state = init_state({"a": jnp.arange(6.0).reshape(3, 2)}, tx)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 and {x.sharding.memory_kind for x in moments} == {"pinned_host"}
+    made = Checkpoints(tmp_path, keep=1)
+    made.save(state._replace(step=jnp.int32(3)))
+    found = made.restore(state, 3)
+    assert same(found, state._replace(step=jnp.int32(3)))
+    kinds = [x.sharding.memory_kind for x in jax.tree.leaves(state)]
+    assert [x.sharding.memory_kind for x in jax.tree.leaves(found)] == kinds
 
 
 # Paths

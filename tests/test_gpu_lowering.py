@@ -17,8 +17,9 @@ from jlora.generation import form
 from jlora.generation.sampling import Draw
 from jlora.models import empty_cache, model_from_config
 from jlora.quant.matmul import quantized_matmul
+from jlora.runs.flags import Compute
 from jlora.train.loss import cross_entropy
-from jlora.train.memory import abstract_batch, abstract_tree, predict
+from jlora.train.memory import abstract_batch, abstract_state, abstract_tree, predict
 from jlora.tree.paths import flatten
 from jlora.weight import as_dense
 
@@ -176,6 +177,37 @@ def test_predicted_memory_is_a_little_above_the_measured_peak(shape, nf4):
     params = abstract_tree(model, gpu_models.LORA, dtype=jnp.bfloat16, quantize=quantize, stack=True)
     predicted = predict(model, params, gpu_models.optimizer(), batch_size=4, length=2048).peak
     assert 1 < predicted / peak < 1.08, (predicted, peak)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_offloaded_state_comes_for_the_update_and_goes_back(dtype):
+    """The moments and nothing else: scalars, the loss scale among them, stay on the device. Donated buffers are used again."""
+    model, compute = gpu_models.model_of("tiny", dtype=dtype), Compute(offload_optimizer=True)
+    params = tree(dtype=dtype, nf4=True)
+    adapter, base = jlora.split(params)
+    plain = jlora.train.make_optimizer("adamw8bit", 1e-3, adapter, max_grad_norm=1.0)
+    tx = compute.around(plain, model.dtype)
+    state = abstract_state(adapter, tx)
+    step = jlora.train.make_step(jlora.train.causal_lm_loss(model), tx)
+    text = lowered(step, state, base, abstract_batch(2, 64), jax.eval_shape(lambda: jax.random.key(0)))
+    kinds = {"float32": "f32", "uint8": "ui8", "int32": "i32"}
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    types = sorted("x".join([*map(str, x.shape), kinds[x.dtype.name]]) for x in moments)
+    assert {x.dtype.name for x in moments} >= {"uint8", "float32"} and len(types) > 4 * 7
+    for place in ("device", "pinned_host"):
+        call = rf'@annotate_device_placement\(.*_xla_buffer_placement = "{place}".*-> tensor<(.*)>'
+        assert sorted(re.findall(call, text)) == types
+    signature = next(line for line in text.splitlines() if "@main" in line)
+    taken, given = signature.split(") -> (")
+    assert taken.count('"pinned_host"') == given.count('"pinned_host"') == len(types)
+    host = [argument for argument in taken.split("%arg") if '"pinned_host"' in argument]
+    assert all("tf.aliasing_output" in argument for argument in host)
+    # As predicted: what is on the host is not on the device.
+    sizes = [predict(model, params, each, batch_size=2, length=64) for each in (plain, tx)]
+    assert sizes[0].host == 0 and sizes[1].host == sum(x.size * x.dtype.itemsize for x in moments)
+    assert sizes[0].peak - sizes[0].optimizer == sizes[1].peak - sizes[1].optimizer
+    assert sizes[1].optimizer < 1024 and not list(compute.without_effect(model, stacked=True, length=64))
 
 
 @pytest.mark.few(1)

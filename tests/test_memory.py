@@ -1,6 +1,8 @@
 """The predicted memory of a step against the compiler's plan."""
 
 import json
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ from jlora.cli import main
 from jlora.models import model_from_config
 from jlora.train import adamw
 from jlora.train.memory import predict
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import memory_options
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,3 +110,29 @@ def test_the_command_reads_config_json_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags[:-4], "--max-length", "4096"])
     assert "512 positions" in capsys.readouterr().err
+
+
+REPORT = json.loads((ROOT / "benchmarks/results/memory_options_cpu.json").read_text())
+
+
+def test_the_table_of_the_docs_is_the_report_s():
+    assert REPORT["cases"].keys() == memory_options.CASES.keys()
+    assert memory_options.table(REPORT) in (ROOT / "docs/performance.md").read_text()
+    assert all(0.9 < row["ratio"] < 1.1 for row in REPORT["cases"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", memory_options.CASES)
+def test_every_option_is_predicted_within_a_tenth_at_the_shape_of_llama_1b(case):
+    row = memory_options.measure(**memory_options.CASES[case])
+    assert 0.9 < row["ratio"] < 1.1, row
+    assert row["flops"] == REPORT["cases"][case]["flops"]
+
+
+def test_operations_are_counted_through_scans_and_choices():
+    def f(x, flag):
+        y, _ = jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)
+        return jax.lax.cond(flag, lambda y: y @ y @ y, lambda y: y @ y, jax.jit(lambda y: y @ y)(y))
+
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 4)), True).jaxpr
+    assert memory_options.products(jaxpr) == (5 + 1 + 2) * 2 * 4**3

@@ -14,6 +14,7 @@ from steps import GPT2, LLAMA, build
 import jlora
 from jlora.models import REMATS, model_from_config, remat_without_effect, replace
 from jlora.models.attention import attention
+from jlora.runs.flags import Compute
 from jlora.train import predict
 
 SEQ = 160
@@ -48,6 +49,7 @@ def test_the_same_gradient_of_less_memory(fields, stack):
     assert all(less < 0.9 * more for more, less in itertools.pairwise(falling)), sizes
 
 
+@pytest.mark.slow
 def test_each_keeps_less_than_the_one_before():
     kept = []
     for remat in REMATS:
@@ -82,11 +84,14 @@ def test_recomputed_attention_weights_are_the_same(dtype):
 @pytest.mark.parametrize("remat", REMATS[2:])
 def test_unrolled_layers_of_a_cpu_keep_everything_and_that_is_said(tmp_path, call, remat):
     (tmp_path / "config.json").write_text(json.dumps(FIELDS["llama"]))
-    flags = ["memory", "--model", str(tmp_path), "--max-length", "32", "--remat", remat]
-    assert f"`remat` '{remat}' has no effect" in " ".join(call(*flags, "--form", "per-layer").out.split())
-    assert "no effect" not in call(*flags).out
-    unrolled = [json.loads(call(*flags[:-1], r, "--form", "per-layer", "--json").out) for r in ("none", remat)]
-    assert unrolled[0] == unrolled[1]
+    flags = ["memory", "--model", str(tmp_path), "--max-length", "32", "--form", "per-layer", "--remat", remat]
+    assert f"`remat` '{remat}' has no effect" in " ".join(call(*flags).out.split())
+    found = []
+    for remat_, stack in (("none", False), (remat, False), (remat, True)):
+        model, params = prepare(FIELDS["llama"], {"stack": stack}, {"remat": remat_})
+        assert (remat_without_effect(model, stacked=stack, length=32) is None) == (remat_ == "none" or stack)
+        found.append(predict(model, params, optax.sgd(1.0), batch_size=2, length=32).activations)
+    assert found[0] == found[1] > found[2]
 
 
 def test_cudnn_keeps_no_weights_and_that_is_said(monkeypatch):
@@ -96,3 +101,11 @@ def test_cudnn_keeps_no_weights_and_that_is_said(monkeypatch):
     assert "cuDNN's attention keeps no weights" in remat_without_effect(model, stacked=True, length=64)
     for changes in ({"dtype": jnp.float32}, {"remat": "dots"}):
         assert remat_without_effect(replace(model, **changes), stacked=True, length=64) is None
+
+
+def test_offloading_on_a_cpu_has_no_effect_and_that_is_said():
+    model, tx = model_from_config(FIELDS["llama"], dtype=jnp.float32), optax.adam(1e-3)
+    compute = Compute(offload_optimizer=True)
+    assert compute.around(tx, model.dtype) is tx
+    (said,) = compute.without_effect(model, stacked=True, length=64)
+    assert "`offload_optimizer` has no effect on a CPU" in said

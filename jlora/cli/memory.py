@@ -14,13 +14,13 @@ from jlora.data import row_length
 from jlora.files import find, read_config
 from jlora.files.gguf_packed import kept_specs
 from jlora.files.opened import open_checkpoint
-from jlora.models import Remat, model_from_config, remat_without_effect
+from jlora.models import Remat, model_from_config
 from jlora.quant import KEEP, FormatName, Kept, spec_named
 from jlora.runs import FinetuneConfig
-from jlora.runs.flags import AdapterFlags
-from jlora.train import causal_lm_loss, init_state, make_optimizer, make_step
+from jlora.runs.flags import AdapterFlags, Compute
+from jlora.train import causal_lm_loss, make_optimizer, make_step
 from jlora.train.memory import Memory as Prediction
-from jlora.train.memory import abstract_batch, abstract_tree, halves, planned, predict
+from jlora.train.memory import abstract_batch, abstract_state, abstract_tree, halves, planned, predict
 from jlora.train.optimizers import OptimizerName
 from jlora.tree.paths import count, nbytes
 
@@ -56,7 +56,9 @@ class Memory(AdapterFlags, Subject):
     """Whose state is kept."""
     remat: Remat = "none"
     """What the backward pass computes again: as `jlora finetune --remat`."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory: as `jlora finetune --offload-optimizer`."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Of the weights that are not packed, and the activations."""
     form: Literal["stacked", "per-layer"] = "stacked"
     """Execution form: as `jlora finetune --form`."""
@@ -82,7 +84,9 @@ def run(options: Memory) -> None:
         quantize=kept_specs(open_checkpoint(directory), model, stack=stack, where=directory) if spec == KEEP else spec,
         stack=stack,
     )
+    compute = Compute(remat=options.remat, offload_optimizer=options.offload_optimizer)
     tx = make_optimizer(options.optimizer, FinetuneConfig.learning_rate, halves(params)[0], max_grad_norm=1.0)
+    tx = compute.around(tx, model.dtype)
     sizes = {"batch_size": options.batch_size, "length": length, "accumulate": options.accumulate}
     predicted = predict(model, params, tx, **sizes)
     compiled = _compiled(model, params, tx, options, length) if options.compile else None
@@ -100,13 +104,13 @@ def run(options: Memory) -> None:
         f"{count(adapter):,} trained; {options.batch_size} x {length} tokens, {options.dtype}, layers {options.form}",
     )
     terminal.print(table(predicted, compiled))
-    if said := remat_without_effect(model, stacked=stack, length=length):
+    for said in compute.without_effect(model, stacked=stack, length=length):
         say(terminal, said)
 
 
 def _compiled(model, params, tx, options: Memory, length: int) -> int:
     adapter, base = halves(params)
-    state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
+    state = abstract_state(adapter, tx)
     batch = abstract_batch(options.batch_size * options.accumulate, length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = make_step(causal_lm_loss(model), tx, accumulate=options.accumulate)
@@ -123,6 +127,8 @@ def table(predicted: Prediction, compiled: int | None) -> Table:
     out.add_row(
         Text("peak", "bold"), Text(_mib(predicted.peak), "bold"), "predicted; the runtime's own memory comes on top"
     )
+    if predicted.host:
+        out.add_row("host", _mib(predicted.host), "the optimizer's state, in the host's memory")
     if compiled is not None:
         plan = f"the compiler's plan for {jax.devices()[0].device_kind}"
         out.add_row(Text("compiled", "bold"), Text(_mib(compiled), "bold"), plan)

@@ -58,8 +58,8 @@ def load(
     Args:
         name: a directory with config.json and safetensors, a hub id such as "gpt2" (downloaded to the hub's cache), or a
             .gguf file, of a split model the first.
-        dtype: of parameters and activations: jnp.bfloat16 or jnp.float32. (Weights of a quantized checkpoint decode to the
-            dtype they were quantized from.)
+        dtype: of parameters and activations: jnp.bfloat16 or jnp.float32; or jnp.float16, which trains under
+            `jlora.train.dynamic_loss_scale`. (Weights of a quantized checkpoint decode to the dtype they were quantized from.)
         quantize: `jlora.NF4()`, `Int8()`, `Int4()`, `Int4G128()`, `MXFP4()` or one of ggml's formats, such as `Q4_1()`: packs
             every linear kernel but the head, as soon as it is read. "keep": those of a GGUF file stay in its own blocks, where
             they are of a type in `jlora.quant.GGML_TYPES`; other types, embeddings and the head are decoded.
@@ -81,9 +81,9 @@ def load(
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
-        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32; got {dtype!r}.") from error
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32 (float16 overflows in training); got {dtype}.")
+        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32, or jnp.float16; got {dtype!r}.") from error
+    if dtype not in (jnp.bfloat16, jnp.float32, jnp.float16):
+        raise ValueError(f"`dtype` must be jnp.bfloat16 or jnp.float32, or jnp.float16; got {dtype}.")
     if isinstance(quantize, str) and quantize != KEEP:
         raise ValueError(f'`quantize` must be a format, such as `jlora.NF4()`, or "keep"; got {quantize!r}.')
     directory = find(name)

@@ -21,7 +21,7 @@ def linear(
     The product runs in `x.dtype` with float32 accumulation, and the gradient with respect to `x` likewise.
 
     Args:
-        x: float32 or bfloat16.
+        x: float32, bfloat16 or float16.
         w: a dense array or any `Weight`; dense kernels are cast to `x.dtype`.
         transpose: multiply by the transpose (an embedding [vocab, d_model] used as output head).
         out_dtype: dtype of the result; default `x.dtype`.

@@ -15,10 +15,16 @@ def attention_kernel(
 ) -> Literal["cudnn", "xla"]:
     """Which attention runs: "cudnn" (flash) for 16-bit attention of a row to itself on a GPU, "xla" otherwise.
 
-    cuDNN takes head_dim a multiple of 8 up to 128, and a mask as an additive bias of rows of even length.
+    cuDNN takes head_dim a multiple of 8 up to 128, and a mask as an additive bias of rows of even length, from Ampere on.
     """
     fits = backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    fits = fits and _compute_capability() >= 8.0
     return "cudnn" if fits and seq == kv_len and not (masked and seq % 2) else "xla"
+
+
+def _compute_capability() -> float:
+    """Of the GPU, such as 7.5 of a T4; infinite of one that does not say."""
+    return float(getattr(jax.devices()[0], "compute_capability", "inf"))
 
 
 def attention(

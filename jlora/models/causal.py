@@ -19,7 +19,7 @@ class CausalLM(nn.Module):
     config: Any
     """The graph's `ModelConfig`."""
     dtype: DTypeLike = jnp.float32
-    """Dtype of the activations: float32 or bfloat16."""
+    """Dtype of the activations: float32, bfloat16 or float16."""
     remat: Remat = "none"
 
     graph: ClassVar[type[nn.Module]]

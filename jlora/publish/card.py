@@ -75,7 +75,7 @@ class RunRecord:
     @property
     def losses(self) -> list[tuple[int, float]]:
         """(step, training loss)."""
-        return [(e["step"], e["loss"]) for e in self.history if "loss" in e]
+        return [(e["step"], e["loss"]) for e in self.history if e.get("loss") is not None]
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:

@@ -61,9 +61,21 @@ def nearest_code(scaled: Array, code: np.ndarray) -> Array:
     """The index, uint8, of the entry of the increasing `code` nearest to each value; a tie goes to the lower one."""
     thresholds = (code[1:] + code[:-1]) / np.float32(2)
     if code.size > 16:
-        return jnp.searchsorted(jnp.asarray(thresholds), scaled, side="left").astype(jnp.uint8)
+        return _search(jnp.asarray(thresholds), scaled)
     # Counting is one fused pass of comparisons; a binary search gathers.
     return sum(((scaled > t).astype(jnp.uint8) for t in thresholds), start=jnp.zeros(scaled.shape, jnp.uint8))
+
+
+def _search(thresholds: Array, x: Array) -> Array:
+    """How many of the increasing 2^n - 1 `thresholds` are below each value, uint8.
+
+    By halving, unrolled: a pass over the elements that is fused with what makes and takes them, where a loop would write them out.
+    """
+    half = (len(thresholds) + 1) // 2
+    below = jnp.where(x > thresholds[half - 1], half, 0)
+    while half := half // 2:
+        below = jnp.where(x > thresholds.at[below + (half - 1)].get(mode="promise_in_bounds"), below + half, below)
+    return below.astype(jnp.uint8)
 
 
 def nearest_e2m1(scaled: Array) -> Array:

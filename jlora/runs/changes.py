@@ -13,7 +13,7 @@ from jlora.runs.flags import Watching
 # Where a run is, how it is started and ended, and what is said of it do not change its result.
 FREE = ("output", "resume", "quiet", "time_limit", *(field.name for field in dataclasses.fields(Watching)))
 
-_COMPUTED = ("remat", "form")
+_COMPUTED = ("remat", "form", "offload_optimizer")
 """Settings of how, not of what, is computed: other values round differently."""
 _MICRO = ("batch_size", "accumulate")
 """Likewise, where their product stays: a step then has the same records."""

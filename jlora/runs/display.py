@@ -78,9 +78,11 @@ class Display:
 
     def step(self, entry: Mapping[str, Json], total: int) -> None:
         text = (
-            f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.1e}  grad {entry['grad_norm']:.2f}  "
+            f"loss {_finite(entry['loss'], '.3f')}  lr {entry['learning_rate']:.1e}  grad {_finite(entry['grad_norm'], '.2f')}  "
             f"{entry['tokens_per_second']:,.0f} tok/s"
         )
+        if entry.get("skipped"):
+            text += f"  {entry['skipped']} skipped"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=entry["step"], text=text)
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or entry["step"] in (1, total):
@@ -105,3 +107,8 @@ class Display:
     def warn(self, text: str) -> None:
         """What a user must hear of: something that was damaged, and what is made of it."""
         self._errors.print(Text.assemble(("warning: ", "bold yellow"), text))
+
+
+def _finite(value: float | None, form: str) -> str:
+    """A number of the log, where None stands for one that is not finite."""
+    return "inf" if value is None else format(value, form)

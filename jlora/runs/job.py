@@ -18,7 +18,7 @@ from jlora.files import find, load, load_tokenizer, read_config, untrained_token
 from jlora.files.gguf_packed import stacks_as_packed
 from jlora.files.run_settings import OF_RECORDS, RunSettings
 from jlora.lora import LoraConfig, adapted_leaves, combine
-from jlora.models import Model, grow, model_from_config, remat_without_effect, replace
+from jlora.models import Model, grow, model_from_config, replace
 from jlora.quant import KEEP, spec_named
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display, device_name
@@ -185,7 +185,7 @@ class Job:
             max_length=max_length,
             steps=config.steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch)),
         )
-        if said := remat_without_effect(model, stacked=stack, length=layout.widths[-1]):
+        for said in config.without_effect(model, stacked=stack, length=layout.widths[-1]):
             display.warn(said)
         if said := run.check_origin(job.origin()):
             display.warn(said)

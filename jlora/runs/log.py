@@ -13,6 +13,11 @@ from jlora.storage.whole import full_disk_said, whole_file
 
 _TRAINED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _EVALUATED = ("eval_loss",)
+_UNBOUNDED = (
+    "perplexity",
+    "loss",
+    "grad_norm",
+)  # may be infinite; the latter two where float16 overflowed and the step was left out
 _SHOWN = 40  # characters of a damaged line
 
 
@@ -101,7 +106,7 @@ def _entry(line: bytes) -> JsonObject:
         if name not in entry:
             raise ValueError(f"it has no `{name}`")
     for name, value in entry.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name == "perplexity")):
+        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in _UNBOUNDED)):
             raise ValueError(f"its `{name}` is no number")
     return entry
 

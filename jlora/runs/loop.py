@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jlora._numbers import json_number
 from jlora._typing import Json, JsonObject
 from jlora.runs.callbacks import Callback, Callbacks, View
 from jlora.runs.config import FinetuneConfig
@@ -18,13 +19,14 @@ from jlora.runs.flags.saving import seconds_of
 from jlora.runs.job import Job
 from jlora.runs.log import lowest
 from jlora.runs.memory import less_memory, memory_said, predicted
-from jlora.runs.outcome import FinetuneResult, finish
+from jlora.runs.outcome import FinetuneResult, finish, skipped_said
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals, TimeLimit
 from jlora.runs.steps import Steps
 from jlora.runs.watchers import watchers
 from jlora.storage.whole import NoSpace, no_space
 from jlora.train import Checkpoints, NotFinite, evaluated, init_state, perplexity
+from jlora.train.loss_scale import LEAST, loss_scale
 from jlora.train.memory import is_out_of_memory
 
 
@@ -103,7 +105,7 @@ class _Training:
         self.last = job.run.ended or job.steps
         """The last step: that of the job, or the one after which a callback ended it."""
         self.schedule = config.rates(job.steps)
-        self.tx = config.transformation(job.adapter, self.schedule)
+        self.tx = config.around(config.transformation(job.adapter, self.schedule), job.model.dtype)
         self.state = init_state(job.adapter, self.tx)
         # The state has copies of its own: of a whole model, a second one would stay for nothing.
         self.job = dataclasses.replace(job, adapter=jax.eval_shape(lambda: job.adapter))
@@ -151,22 +153,29 @@ class _Training:
                 expected = predicted(job, self.tx).peak
                 self.checkpoints.make_ready()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            finite, scaling = math.isfinite(loss) and math.isfinite(norm), loss_scale(self.state.opt_state)
+            if not finite and (scaling is None or float(scaling.scale) < LEAST):
                 raise TrainingDiverged(diverged(step, loss, norm, self.checkpoints.latest, job.config))
+            skipped = 0 if scaling is None else int(scaling.skipped)
+            updates = step - skipped - (1 if finite else 0)  # that were made before this step's
             took = time.perf_counter() - started
             entry = {
                 "step": step,
-                "loss": loss,
-                "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
-                "grad_norm": norm,
+                "loss": json_number(loss),
+                "learning_rate": float(jnp.asarray(self.schedule(updates))),
+                "grad_norm": json_number(norm),
                 "tokens_per_second": round(tokens / took, 1),
             }
+            if scaling is not None:
+                entry |= {"loss_scale": float(scaling.scale), "skipped": skipped}
             self.stop.note("step", took)
             batch, tokens = upcoming
             self._complete(entry)
         display.stop()
         if expected is not None:
             display.say(memory_said(expected, compiled))
+        if (scaling := loss_scale(self.state.opt_state)) is not None and int(scaling.skipped):
+            display.say(skipped_said(int(scaling.skipped), float(scaling.scale)))
         return compiled
 
     def _start(self) -> tuple[int, None]:

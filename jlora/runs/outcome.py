@@ -90,3 +90,9 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
 
 def _same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
+
+
+def skipped_said(skipped: int, scale: float) -> str:
+    """What float16 left out, in words."""
+    steps = "step was" if skipped == 1 else "steps were"
+    return f"{skipped} {steps} left out, whose gradients overflowed float16; the loss is scaled by {scale:g} now"

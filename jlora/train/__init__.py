@@ -8,9 +8,11 @@ from jlora.train.evaluation import evaluate as evaluate
 from jlora.train.evaluation import perplexity as perplexity
 from jlora.train.loss import LossFn as LossFn
 from jlora.train.loss import causal_lm_loss as causal_lm_loss
+from jlora.train.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from jlora.train.memory import Memory as Memory
 from jlora.train.memory import planned as planned
 from jlora.train.memory import predict as predict
+from jlora.train.offload import offloaded as offloaded
 from jlora.train.optimizers import adamw as adamw
 from jlora.train.optimizers import evaluated as evaluated
 from jlora.train.optimizers import make_optimizer as make_optimizer

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora._processor import not_before
 from jlora._typing import Array, Float, Int, PyTree, UInt8
 from jlora.quant.blockwise import absolute_maximum, in_blocks, scale_to_unit
 from jlora.quant.codes import DYNAMIC_CODE, UNSIGNED_DYNAMIC_CODE, look_up, nearest_code
@@ -20,13 +21,11 @@ from jlora.quant.codes import DYNAMIC_CODE, UNSIGNED_DYNAMIC_CODE, look_up, near
 BLOCK = 256  # elements that share a scale, as in bitsandbytes' `Optimizer2State`
 MIN_8BIT_SIZE = 4096
 """Elements of the smallest parameter whose moments are packed, as in bitsandbytes: the codes of small ones would save nothing."""
-_TOGETHER = (
-    1 << 12
-)  # blocks whose moments are float32 at a time, 4 MB each, however large the parameter (times the layers of a stack)
 
 
 class Packed(NamedTuple):
-    """A moment of one parameter in 8 bits: elements in their flattened order, the last block filled up with zeros."""
+    """A moment of one parameter in 8 bits: the elements of each layer in their flattened order, its last block filled up with
+    zeros."""
 
     codes: UInt8[Array, "blocks size"]
     absmax: Float[Array, " blocks"]
@@ -34,7 +33,7 @@ class Packed(NamedTuple):
 
 
 class Adam8bitState(NamedTuple):
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]: optax's name
     """Updates done, int32."""
     mu: PyTree
     """The first moment: `Packed` in the signed map, or float32 of small parameters."""
@@ -50,31 +49,45 @@ def adamw8bit(
     eps: float = 1e-8,
     weight_decay: float,
     mask: Any | Callable[[optax.Params], Any] | None = None,
+    stacked: Callable[[PyTree], PyTree] | None = None,
     min_8bit_size: int = MIN_8BIT_SIZE,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with `scale_by_adam8bit`; arguments as of `optax.adamw`."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with `scale_by_adam8bit`; the others as of `optax.adamw`."""
     return optax.chain(
-        scale_by_adam8bit(b1=b1, b2=b2, eps=eps, min_8bit_size=min_8bit_size),
+        scale_by_adam8bit(b1=b1, b2=b2, eps=eps, stacked=stacked, min_8bit_size=min_8bit_size),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -> optax.GradientTransformation:
+def scale_by_adam8bit(
+    *, b1: float, b2: float, eps: float, stacked: Callable[[PyTree], PyTree] | None, min_8bit_size: int
+) -> optax.GradientTransformation:
     """Adam's update of moments that are unpacked, moved and packed again in blocks: bitsandbytes' arithmetic.
 
-    Of a stack a leaf is all of its layers (`make_optimizer` takes each by itself). `min_8bit_size`: see `MIN_8BIT_SIZE`.
+    Args:
+        stacked: a tree -> which of its arrays are stacks of layers, each of which is a parameter; None: none is.
+        min_8bit_size: see `MIN_8BIT_SIZE`.
     """
 
-    def start(p: Array) -> Packed | Array:
-        if p.size < min_8bit_size:
+    def layers_of(tree: PyTree) -> list[int]:
+        leaves = jax.tree.leaves(tree)
+        stacks = [False] * len(leaves) if stacked is None else jax.tree.leaves(stacked(tree))
+        return [x.shape[0] if stack else 1 for x, stack in zip(leaves, stacks, strict=True)]
+
+    def start(p: Array, layers: int) -> Packed | Array:
+        size = p.size // layers
+        if size < min_8bit_size:
             return jnp.zeros(p.shape, jnp.float32)
-        blocks = -(-p.size // BLOCK)
+        blocks = layers * -(-size // BLOCK)
         return Packed(jnp.zeros((blocks, BLOCK), jnp.uint8), jnp.zeros(blocks, jnp.float32))
 
     def init(params: optax.Params) -> Adam8bitState:
-        # Two trees: a donated state must not have a buffer twice.
-        return Adam8bitState(jnp.zeros((), jnp.int32), jax.tree.map(start, params), jax.tree.map(start, params))
+        leaves, treedef = jax.tree.flatten(params)
+        layers = layers_of(params)
+        # Twice: a donated state must not have a buffer in two places.
+        mu, nu = (treedef.unflatten(map(start, leaves, layers)) for _ in range(2))
+        return Adam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
@@ -83,7 +96,8 @@ def scale_by_adam8bit(*, b1: float, b2: float, eps: float, min_8bit_size: int) -
         moved = functools.partial(_moved, b1=b1, b2=b2, eps=eps, corrections=corrections)
         leaves, treedef = jax.tree.flatten(updates)
         moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
-        found = [_leaf(moved, g.astype(jnp.float32), mu, nu) for g, mu, nu in zip(leaves, *moments, strict=True)]
+        each = zip(leaves, layers_of(updates), *moments, strict=True)
+        found = [_leaf(moved, g.astype(jnp.float32), layers, mu, nu) for g, layers, mu, nu in each]
         update, mu, nu = (treedef.unflatten([parts[i] for parts in found]) for i in range(3))
         return update, Adam8bitState(count, mu, nu)
 
@@ -96,21 +110,17 @@ def _moved(g: Array, mu: Array, nu: Array, *, b1: float, b2: float, eps: float, 
     return (mu / corrections[0]) / (jnp.sqrt(nu) / jnp.sqrt(corrections[1]) + eps), mu, nu
 
 
-def _leaf(moved: Callable, g: Array, mu: Packed | Array, nu: Packed | Array):
-    """(update, first moment, second moment) of one parameter, its moments as they are kept."""
+def _leaf(moved: Callable, g: Array, layers: int, mu: Packed | Array, nu: Packed | Array):
+    """(update, first moment, second moment) of one array, its moments as they are kept."""
     if not isinstance(mu, Packed) or not isinstance(nu, Packed):
         return moved(g, mu, nu)
 
-    def blocks(g, mu, nu):
-        update, mu, nu = moved(g, _unpack(mu, DYNAMIC_CODE), _unpack(nu, UNSIGNED_DYNAMIC_CODE))
-        return update, _pack(mu, DYNAMIC_CODE), _pack(nu, UNSIGNED_DYNAMIC_CODE)
-
-    arguments = in_blocks(g.reshape(-1), BLOCK), mu, nu
-    if len(mu.absmax) <= _TOGETHER:
-        update, mu, nu = blocks(*arguments)
-    else:
-        update, mu, nu = jax.lax.map(lambda block: blocks(*block), arguments, batch_size=_TOGETHER)
-    return update.reshape(-1)[: g.size].reshape(g.shape), mu, nu
+    # Not before there is a gradient: unpacked ahead of time, the moments of all parameters would be float32 at once.
+    mu, nu = (x._replace(codes=not_before(g, x.codes)) for x in (mu, nu))
+    blocks = in_blocks(g.reshape(layers, -1), BLOCK).reshape(-1, BLOCK)
+    update, mu, nu = moved(blocks, _unpack(mu, DYNAMIC_CODE), _unpack(nu, UNSIGNED_DYNAMIC_CODE))
+    update = update.reshape(layers, -1)[:, : g.size // layers].reshape(g.shape)
+    return update, _pack(mu, DYNAMIC_CODE), _pack(nu, UNSIGNED_DYNAMIC_CODE)
 
 
 def _unpack(x: Packed, code: np.ndarray) -> Float[Array, "*blocks size"]:

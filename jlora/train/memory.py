@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from jlora._processor import compiler_options
 from jlora._typing import DTypeLike, Params, PyTree
@@ -17,6 +18,8 @@ from jlora.models.layers import keeping
 from jlora.quant import QuantSpec, from_file, quantize_params
 from jlora.quant.ggml import GGML
 from jlora.train.loss import CHUNK, causal_lm_loss
+from jlora.train.offload import Offloaded, is_moved
+from jlora.train.step import TrainState, init_state
 from jlora.tree.paths import flatten, layer_path, map_with_path, nbytes
 from jlora.weight import is_adapted, is_weight, origin
 
@@ -30,17 +33,21 @@ class Memory:
     adapter: int
     """What is trained, float32: factors, magnitudes, biases, whole modules."""
     optimizer: int
-    """The optimizer's state, two float32 moments of the adapter for AdamW."""
+    """The optimizer's state, two float32 moments of the adapter for AdamW; of one that is offloaded, scalars."""
     gradients: int
     """Of the adapter; twice with accumulation."""
     activations: int
     """What the forward pass keeps for the backward pass."""
     working: int
-    """The larger of what is alive within one layer, unpacked kernels included, and within one chunk of the loss."""
+    """The largest of what is alive within one layer, unpacked kernels included, within one chunk of the loss, and of what comes
+    from the host for the update."""
+    host: int = 0
+    """In the host's memory, not the device's: the optimizer's state where it is offloaded."""
 
     @property
     def peak(self) -> int:
-        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+        """Of the device."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self)) - self.host
 
 
 def abstract_tree(
@@ -81,6 +88,19 @@ def abstract_batch(batch_size: int, length: int, *, segments: bool = True) -> di
     return {name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for name in names}
 
 
+def abstract_state(adapter: PyTree, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step as `jax.ShapeDtypeStruct` leaves, where they are kept."""
+    state = jax.eval_shape(lambda a: init_state(a, tx), adapter)
+    if not isinstance(tx, Offloaded):
+        return state
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+    def placed(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host) if is_moved(x) else x
+
+    return state._replace(opt_state=jax.tree.map(placed, state.opt_state))
+
+
 def predict(
     model: Model,
     params: Params,
@@ -114,22 +134,25 @@ def predict(
     extra = 2 * nbytes(model.output_head(params)[0]) if on_cpu else 0
     if on_cpu and model.dtype == jnp.bfloat16 and not stacked:
         saved += saved // 2  # some products are kept as they were before they were rounded
-    elif on_cpu and model.dtype == jnp.bfloat16:
+    elif on_cpu and model.dtype in (jnp.bfloat16, jnp.float16):
         one_layer *= 2  # its products are float32 until they are rounded
-        if not compiler_options():
+        if model.dtype == jnp.bfloat16 and not compiler_options():
             # XLA:CPU carries what a scan keeps in float32, and takes the conversion of a dense stack out of the loop.
             saved, extra = 2 * saved, extra + 2 * _dense_stacks(base)
     tokens = batch_size * length
     chunk = min(tokens, CHUNK.get(jax.default_backend(), CHUNK["gpu"]))
     # Logits, their exponentials and their gradient, which is cast for the product.
     head = chunk * model.config.vocab_size * (3 * 4)
+    state = jax.eval_shape(tx.init, adapter)
+    host = sum(nbytes(x) for x in jax.tree.leaves(state) if is_moved(x)) if isinstance(tx, Offloaded) else 0
     return Memory(
         weights=nbytes(base),
         adapter=nbytes(adapter),
-        optimizer=nbytes(jax.eval_shape(tx.init, adapter)),
+        optimizer=nbytes(state) - host,
         gradients=nbytes(adapter) * (2 if accumulate > 1 else 1),
         activations=saved,
-        working=max(one_layer + _unpacked(base, model.dtype), head) + extra,
+        working=max(max(one_layer + _unpacked(base, model.dtype), head) + extra, host - saved),
+        host=host,
     )
 
 

@@ -13,6 +13,7 @@ from optax import contrib
 
 from jlora._typing import PyTree
 from jlora.train.adam8bit import adamw8bit
+from jlora.train.offload import to_device
 from jlora.train.parameters import Parameter, Parameters, labels, parameters_of
 from jlora.train.step import TrainState
 
@@ -49,9 +50,14 @@ def _adamw(s: Settings) -> optax.GradientTransformation:
 
 
 def _adamw8bit(s: Settings) -> optax.GradientTransformation:
-    b1, b2 = s.own["beta1"], s.own["beta2"]
-    return _each_layer(
-        adamw8bit(s.rate, b1=b1, b2=b2, eps=EPSILON, weight_decay=s.weight_decay, mask=s.decayed), s.parameters
+    return adamw8bit(
+        s.rate,
+        b1=s.own["beta1"],
+        b2=s.own["beta2"],
+        eps=EPSILON,
+        weight_decay=s.weight_decay,
+        mask=s.decayed,
+        stacked=labels(s.parameters, lambda parameter: parameter.stacked),
     )
 
 
@@ -196,7 +202,10 @@ def evaluated(state: TrainState) -> PyTree:
     """The adapter to evaluate and to save: the state's, or with a schedule-free optimizer the average of what it went through."""
     states = jax.tree.leaves(state.opt_state, is_leaf=_is_schedule_free)
     averaging = next(filter(_is_schedule_free, states), None)
-    return state.adapter if averaging is None else contrib.schedule_free_eval_params(averaging, state.adapter)
+    if averaging is None:
+        return state.adapter
+    averaging = averaging._replace(z=to_device(averaging.z))
+    return contrib.schedule_free_eval_params(averaging, state.adapter)
 
 
 def _is_schedule_free(state: object) -> bool:

@@ -14,6 +14,8 @@ from jlora._processor import compiler_options
 from jlora._typing import Array, Batch, Int, PRNGKeyArray, PyTree
 from jlora.lora import combine
 from jlora.train.loss import LossFn
+from jlora.train.loss_scale import loss_scale
+from jlora.train.offload import Offloaded, to_host
 from jlora.tree.paths import path_string
 
 
@@ -46,7 +48,8 @@ def init_state(adapter: PyTree, tx: Optimizer) -> TrainState:
             f"`tx.init` fails on the adapter: {error}. The parameters are a tree of arrays, with None where nothing is trained; "
             "optimizers of another kind of tree (such as `optax.lookahead`, of `LookaheadParams`) are not for `make_step`."
         ) from error
-    return TrainState(jnp.zeros((), jnp.int32), adapter, _owned(_as_updated(tx, adapter, opt_state)))
+    opt_state = _owned(_as_updated(tx, adapter, opt_state))
+    return TrainState(jnp.zeros((), jnp.int32), adapter, to_host(opt_state) if isinstance(tx, Offloaded) else opt_state)
 
 
 def _owned(tree: PyTree) -> PyTree:
@@ -99,7 +102,8 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
     Args:
         loss_fn: (params, batch, key) -> (summed loss, supervised tokens).
         tx: any optax transformation, clipping included. Those that ask for them get `value` (the mean loss), `grad`, and
-            `value_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, momo, sam, reduce_on_plateau.
+            `value_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, momo, sam, reduce_on_plateau. With
+            `dynamic_loss_scale` outermost the loss is scaled before it is differentiated, for models in float16.
         accumulate: micro-batches in a batch; must divide its rows.
 
     Returns:
@@ -118,33 +122,41 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
     def summed(adapter, base, batch, key):
         return loss_fn(join(adapter, base), batch, key)
 
-    gradient = jax.value_and_grad(summed, has_aux=True)
+    def gradient(adapter, base, batch, key, scale):
+        if scale is None:
+            return jax.value_and_grad(summed, has_aux=True)(adapter, base, batch, key)
+        loss, pull, tokens = jax.vjp(lambda a: summed(a, base, batch, key), adapter, has_aux=True)
+        # What is scaled is the mean, as in torch: a sum's own gradient could overflow.
+        factor = scale / jnp.maximum(tokens, 1)
+        return (loss, tokens), jax.tree.map(lambda g: g / factor, pull(factor)[0])
 
-    def accumulated(adapter, base, batch, key):
+    def accumulated(adapter, base, batch, key, scale):
         if accumulate == 1:
-            return gradient(adapter, base, batch, key)
+            return gradient(adapter, base, batch, key, scale)
         micro = _micro_batches(dict(batch), accumulate)
         start = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(gradient, adapter, base, jax.tree.map(lambda x: x[0], micro), key),
+            jax.eval_shape(gradient, adapter, base, jax.tree.map(lambda x: x[0], micro), key, scale),
         )
 
         def body(total, inputs):
             index, batch = inputs
-            part = gradient(adapter, base, batch, jax.random.fold_in(key, index))
+            part = gradient(adapter, base, batch, jax.random.fold_in(key, index), scale)
             return jax.tree.map(jnp.add, total, part), None
 
         return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
 
-    def mean(adapter, base, batch, key):
-        (loss, tokens), grads = accumulated(adapter, base, batch, key)
+    def mean(adapter, base, batch, key, scale):
+        (loss, tokens), grads = accumulated(adapter, base, batch, key, scale)
         weight = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         return loss * weight, tokens, jax.tree.map(lambda g: g * weight, grads)
 
     def step(state: TrainState, base: PyTree, batch: Batch, key: PRNGKeyArray):
-        loss, tokens, grads = mean(state.adapter, base, batch, key)
+        scaling = loss_scale(state.opt_state)
+        scale = None if scaling is None else scaling.scale
+        loss, tokens, grads = mean(state.adapter, base, batch, key, scale)
         metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.tree.norm(grads)}
-        again = functools.partial(mean, base=base, batch=batch, key=key)
+        again = functools.partial(mean, base=base, batch=batch, key=key, scale=scale)
         extra = {"value": loss, "grad": grads, **_functions(again)}
         updates, opt_state = _updated(tx, grads, state, extra)
         return TrainState(state.step + 1, optax.apply_updates(state.adapter, updates), opt_state), metrics
