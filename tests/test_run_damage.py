@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.files.run_settings import FILE
-from jlora.runs import Stopped, TrainingDiverged, job, loop, outcome, steps
+from jlora.runs import Stopped, TrainingDiverged, halves, job, loop, outcome, steps
 from jlora.runs.run import Run
 from jlora.storage.lock import InUse, only_writer
 from jlora.storage.whole import NoSpace
@@ -497,7 +497,7 @@ def test_after_divergence_another_rate_may_be_tried(finished, tmp_path):
 
 def at(patch, name, number, *, call=1):
     """A signal at the n-th call of a name in a module of the run."""
-    module = next(module for module in (loop, job, outcome, steps) if hasattr(module, name))
+    module = next(module for module in (loop, job, halves, outcome, steps) if hasattr(module, name))
     function, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
