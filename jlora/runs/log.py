@@ -13,11 +13,7 @@ from jlora.storage.whole import full_disk_said, whole_file
 
 _TRAINED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _EVALUATED = ("eval_loss",)
-_UNBOUNDED = (
-    "perplexity",
-    "loss",
-    "grad_norm",
-)  # may be infinite; the latter two where float16 overflowed and the step was left out
+_OVERFLOWED = ("loss", "grad_norm")  # not finite in a step that float16 left out
 _SHOWN = 40  # characters of a damaged line
 
 
@@ -105,8 +101,9 @@ def _entry(line: bytes) -> JsonObject:
     for name in _TRAINED if step else _EVALUATED:
         if name not in entry:
             raise ValueError(f"it has no `{name}`")
+    unbounded = ("perplexity", *(_OVERFLOWED if "skipped" in entry else ()))
     for name, value in entry.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in _UNBOUNDED)):
+        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in unbounded)):
             raise ValueError(f"its `{name}` is no number")
     return entry
 

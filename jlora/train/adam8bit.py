@@ -116,11 +116,11 @@ def _leaf(moved: Callable, g: Array, layers: int, mu: Packed | Array, nu: Packed
         return moved(g, mu, nu)
 
     # Not before there is a gradient: unpacked ahead of time, the moments of all parameters would be float32 at once.
-    mu, nu = (x._replace(codes=not_before(g, x.codes)) for x in (mu, nu))
+    first, second = (x._replace(codes=not_before(g, x.codes)) for x in (mu, nu))
     blocks = in_blocks(g.reshape(layers, -1), BLOCK).reshape(-1, BLOCK)
-    update, mu, nu = moved(blocks, _unpack(mu, DYNAMIC_CODE), _unpack(nu, UNSIGNED_DYNAMIC_CODE))
+    update, m, v = moved(blocks, _unpack(first, DYNAMIC_CODE), _unpack(second, UNSIGNED_DYNAMIC_CODE))
     update = update.reshape(layers, -1)[:, : g.size // layers].reshape(g.shape)
-    return update, _pack(mu, DYNAMIC_CODE), _pack(nu, UNSIGNED_DYNAMIC_CODE)
+    return update, _pack(m, DYNAMIC_CODE), _pack(v, UNSIGNED_DYNAMIC_CODE)
 
 
 def _unpack(x: Packed, code: np.ndarray) -> Float[Array, "*blocks size"]:
