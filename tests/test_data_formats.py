@@ -233,7 +233,7 @@ def test_folders_of_records(tmp_path):
         ("r.jsonl.gz", b"no such thing", r"r\.jsonl\.gz must be a gzip file"),
         (
             "r.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 999)[:-9],
+            gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9],
             r"r\.jsonl\.gz must be a gzip file.*Compress it again",
         ),
     ],

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import tiny
-import trl.chat_template_utils as trl_templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -162,6 +161,13 @@ def tokenizer_of_all():
 # ---- beside TRL
 
 
+@pytest.fixture(scope="module")
+def trl_templates():
+    import trl.chat_template_utils  # ten seconds of imports, for these tests alone
+
+    return trl.chat_template_utils
+
+
 def trl_marked(messages, tokenizer, training):
     found = tokenizer.apply_chat_template(
         messages, chat_template=training, return_assistant_tokens_mask=True, return_dict=True
@@ -174,7 +180,7 @@ def trl_marked(messages, tokenizer, training):
     ("ours", "theirs"),
     [("qwen2.5", "qwen2_5"), ("qwen3", "qwen3"), ("gemma", "gemma3"), ("llama3", "llama3")],
 )
-def test_templates_are_those_of_the_checkpoints(ours, theirs):
+def test_templates_are_those_of_the_checkpoints(ours, theirs, trl_templates):
     """As TRL keeps them, of the same name; Llama 3's is written shorter and says the same."""
     original = getattr(trl_templates, f"{theirs}_chat_template")
     if ours != "llama3":
@@ -191,7 +197,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_beside_the_masks_of_trl(name):
+def test_beside_the_masks_of_trl(name, trl_templates):
     """Equal on Llama 3's. On Qwen2.5's and Gemma 3's TRL also trains the line break behind the end of a turn, which the template
     writes and the model, that has stopped, is never to say; on Qwen2.5's the one behind "assistant" too, which the generation
     prompt has.
@@ -204,7 +210,7 @@ def test_beside_the_masks_of_trl(name):
     assert trl_marked(CHAT, made, trl_templates.get_training_chat_template(made)) == expected
 
 
-def test_trl_trains_qwen3_behind_thoughts_that_it_is_never_given():
+def test_trl_trains_qwen3_behind_thoughts_that_it_is_never_given(trl_templates):
     """TRL's template for training writes a think block into every turn. What Qwen3 is given when it answers again has none of
     earlier turns: so of TRL's one row, the second answer stands behind another text than at inference. Our rows are each the
     prompt of inference and the answer.
@@ -361,7 +367,7 @@ def test_another_template_of_the_tokenizers_own_is_said():
     assert made.chat_template == template_text("llama3")
 
 
-def test_a_template_with_no_place_for_a_system_prompt_refuses_it(tokenizer):
+def test_a_template_with_no_place_for_a_system_prompt_refuses_it(trl_templates, tokenizer):
     gemma = tokenizer_with(*MARKS, chat=trl_templates.gemma_chat_template)
     with pytest.raises(ValueError, match="r:1: .*System role not supported"):
         rows_of(CHAT, gemma, "chat")
