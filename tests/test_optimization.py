@@ -179,6 +179,7 @@ def test_nothing_but_matrices_is_decayed(llama_dir):
 
 def test_lora_plus_is_peft_s():
     """B and a bias faster than A, each decayed by its own rate."""
+    torch.manual_seed(0)
     ratio, steps = 16.0, 3
     linear = torch.nn.Sequential(torch.nn.Linear(6, 4))
     theirs = peft.get_peft_model(linear, peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
@@ -201,7 +202,9 @@ def test_lora_plus_is_peft_s():
         updates, state = update(nest(gradient), state, params)
         params = optax.apply_updates(params, updates)
     for path, x in flatten(params).items():
-        np.testing.assert_allclose(x, trained[paths[path]].detach().numpy().T, rtol=1e-5, atol=1e-6, err_msg=path)
+        # optax's correction of the first second moment, 1 - 0.999 in float32, is 3e-5 off; torch's is in float64.
+        atol = 3e-5 * RATE * ratio
+        np.testing.assert_allclose(x, trained[paths[path]].detach().numpy().T, rtol=1e-5, atol=atol, err_msg=path)
 
 
 # Schedules
