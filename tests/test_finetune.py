@@ -452,7 +452,9 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
 
         def __call__(self, state, *rest):
             state, metrics = self.step(state, *rest)
-            return state, metrics | ({"loss": np.float32(np.nan)} if int(state.step) == at else {})
+            if int(state.step) != at:
+                return state, metrics
+            return state, metrics | {"loss": np.float32(np.nan), "grad_norms": metrics["grad_norms"].at[1].set(np.inf)}
 
     def broken(*args, **kwargs):
         return Broken(make_step(*args, **kwargs))
@@ -461,7 +463,8 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(steps, "make_step", broken)
         with pytest.raises(
-            TrainingDiverged, match="Step 7 has loss nan.*step 4 is kept.*lower --learning-rate"
+            TrainingDiverged,
+            match="Step 7 has loss nan.*that of transformer/.*lora_B, of 2.*step 4 is kept.*lower --learning-rate",
         ) as error:
             jlora.finetune(config)
     assert "it was 0.01" in str(error.value)

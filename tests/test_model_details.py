@@ -377,7 +377,7 @@ def test_a_refusal_names_the_field_the_value_and_what_is_accepted(fields, parts)
 
 
 def test_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="`remat` must be 'none' or 'layer'; got 'all'"):
+    with pytest.raises(ValueError, match="`remat` must be one of 'none', 'attention', 'dots', 'layer'; got 'all'"):
         model_from_config(GPT2, dtype=jnp.float32, remat="all")
 
 

@@ -8,7 +8,9 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 import tyro
@@ -17,9 +19,11 @@ import jlora
 import jlora.cli
 from jlora.cli.config_file import with_config_file
 from jlora.runs import OutOfMemory, Stopped, TimeIsUp, changes, job, steps
+from jlora.runs.endings import not_finite
 from jlora.runs.flags.saving import seconds_of
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals, TimeLimit
+from jlora.train import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -290,3 +294,18 @@ def test_a_signal_that_saves_and_goes_on(finished, tmp_path, monkeypatch, capsys
     assert sorted(os.listdir(Path(config.output) / "checkpoints")) == ["2", "3", "4", "6"]
     assert adapter(config) == adapter(finished)
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+# ---- a gradient that is not finite
+
+
+def test_the_parameter_whose_gradient_is_not_finite_is_named():
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["a"]["kernel"]) + jnp.sum(jnp.sqrt(params["b"]["kernel"])), jnp.int32(1)
+
+    adapter, tx = {"a": {"kernel": jnp.ones(3)}, "b": {"kernel": jnp.zeros(2)}}, optax.sgd(1.0)
+    _, metrics = make_step(loss_fn, tx, grad_norms=True)(init_state(adapter, tx), None, {}, jax.random.key(0))
+    norms = metrics["grad_norms"].tolist()
+    assert norms == [np.float32(np.sqrt(3)), np.inf] and np.isfinite(metrics["loss"])
+    assert not_finite(adapter, norms) == "that of b/kernel, of 2"
+    assert not_finite(adapter, [1.0, 1.0]) is None and not_finite(adapter, [np.nan, np.nan]) is None

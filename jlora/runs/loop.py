@@ -13,7 +13,16 @@ from jlora._typing import Json, JsonObject
 from jlora.runs.callbacks import Callback, Callbacks, View
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display
-from jlora.runs.endings import CallbackFailed, OutOfMemory, Stopped, TimeIsUp, TrainingDiverged, diverged, what_stays
+from jlora.runs.endings import (
+    CallbackFailed,
+    OutOfMemory,
+    Stopped,
+    TimeIsUp,
+    TrainingDiverged,
+    diverged,
+    not_finite,
+    what_stays,
+)
 from jlora.runs.experiments import note_experiment
 from jlora.runs.flags.saving import seconds_of
 from jlora.runs.job import Job
@@ -155,7 +164,8 @@ class _Training:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             finite, scaling = math.isfinite(loss) and math.isfinite(norm), loss_scale(self.state.opt_state)
             if not finite and (scaling is None or float(scaling.scale) < LEAST):
-                raise TrainingDiverged(diverged(step, loss, norm, self.checkpoints.latest, job.config))
+                where = not_finite(self.state.adapter, metrics["grad_norms"].tolist())
+                raise TrainingDiverged(diverged(step, loss, norm, self.checkpoints.latest, job.config, where))
             skipped = 0 if scaling is None else int(scaling.skipped)
             updates = step - skipped - (1 if finite else 0)  # that were made before this step's
             took = time.perf_counter() - started

@@ -36,7 +36,7 @@ class Steps:
         Ahead of their first calls, for the compiler's own account of the memory, and so that a signal need not wait for them.
         """
         job = self._job
-        step_fn = make_step(job.loss, self._tx, accumulate=job.config.accumulate)
+        step_fn = make_step(job.loss, self._tx, accumulate=job.config.accumulate, grad_norms=True)
         widths = data_lib.widths_of(job.train, range(done, job.steps), **self._order) or job.layout.widths[-1:]
         batches = {width: abstract_batch(job.layout.rows, width, segments=segments) for width in widths}
         self._compiled = {w: step_fn.lower(state, job.frozen, b, self._key).compile() for w, b in batches.items()}

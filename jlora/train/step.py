@@ -88,7 +88,7 @@ def _optimizer(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(tx)
 
 
-def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
+def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1, grad_norms: bool = False) -> "Step":
     """`step(state, base, batch, key) -> (state, metrics)`, jitted; donates `state`, never `base`.
 
     The loss is differentiated with respect to `state.adapter`; `base` (the frozen half of `split`, or None for full
@@ -105,9 +105,11 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
             `value_fn` and `grad_fn` of the adapter on this batch: polyak_sgd, lbfgs, momo, sam, reduce_on_plateau. With
             `dynamic_loss_scale` outermost the loss is scaled before it is differentiated, for models in float16.
         accumulate: micro-batches in a batch; must divide its rows.
+        grad_norms: tell the norm of each gradient too.
 
     Returns:
-        metrics, float32 []: "loss" (nats a supervised token), "tokens" (supervised), "grad_norm" (before `tx`).
+        metrics, float32 []: "loss" (nats a supervised token), "tokens" (supervised), "grad_norm" (before `tx`); and, if asked
+        for, "grad_norms", float32 [leaves of the adapter].
         A batch without supervised tokens has loss 0 and a zero gradient.
 
     Raises:
@@ -156,6 +158,8 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1) -> "Step":
         scale = None if scaling is None else scaling.scale
         loss, tokens, grads = mean(state.adapter, base, batch, key, scale)
         metrics = {"loss": loss, "tokens": tokens.astype(jnp.float32), "grad_norm": optax.tree.norm(grads)}
+        if grad_norms:
+            metrics["grad_norms"] = jnp.stack([optax.tree.norm(g) for g in jax.tree.leaves(grads)])
         again = functools.partial(mean, base=base, batch=batch, key=key, scale=scale)
         extra = {"value": loss, "grad": grads, **_functions(again)}
         updates, opt_state = _updated(tx, grads, state, extra)
