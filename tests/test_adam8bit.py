@@ -99,6 +99,7 @@ def test_moments_take_a_quarter():
     assert size == 2 * (512 * 512 * (1 + 4 / 256) + 64 * 4) + 4  # the count
 
 
+@pytest.mark.slow
 @quick
 def test_it_trains_and_its_state_is_saved(tmp_path):
     w = jax.random.normal(jax.random.key(0), (80, 64))
@@ -128,6 +129,7 @@ def test_it_trains_and_its_state_is_saved(tmp_path):
     assert losses["8 bit"][-1] < losses["8 bit"][0] / 10
 
 
+@pytest.mark.slow
 @quick
 def test_layers_of_a_stack_are_packed_each_by_itself():
     """As PyTorch's parameters, so that both forms take the same step: 5000 elements are twenty blocks, the last not full."""

@@ -97,6 +97,7 @@ def losses_agree(directory, records, batch_size):
     return laid.shares
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_same_however_rows_are_laid(llama_dir):
     words = ["the keeper", "é", "lit a lamp and wrote of wind"]
     records = [{"instruction": words[i % 2], "output": words[i % 3]} for i in range(7)]

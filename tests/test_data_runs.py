@@ -44,6 +44,7 @@ def run(tmp_path_factory, gpt2_dir, sources):
     return output, jlora.finetune(config)
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_took_its_records_for(run, sources, capsys):
     output, result = run
     bad = [json.loads(line) for line in (output / "bad_records.jsonl").read_text().splitlines()]

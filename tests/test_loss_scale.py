@@ -107,6 +107,7 @@ def scaled_from(monkeypatch, initial):
     monkeypatch.setattr(compute, "dynamic_loss_scale", functools.partial(dynamic_loss_scale, initial=initial))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_byte_with_its_scale(gpt2_dir, text_file, tmp_path, monkeypatch, capsys):
     scaled_from(monkeypatch, 2.0**21)  # of which two steps overflow
     options = config(gpt2_dir, text_file, tmp_path / "run")

@@ -96,6 +96,7 @@ def test_a_model_grows_by_the_mean_of_its_rows(llama_dir):
         np.testing.assert_allclose(after[size - 1 :], np.tile(before[:-1].mean(0), (3, 1)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_run_with_new_tokens(family, request, text_file, tmp_path, call):

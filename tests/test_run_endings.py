@@ -129,6 +129,7 @@ def test_other_records_in_a_step_are_refused(half, change):
         jlora.finetune(dataclasses.replace(half, **change))
 
 
+@pytest.mark.slow
 def test_a_state_of_another_adapter_is_no_other_form(half):
     path = Path(half.output) / "config.yaml"
     path.write_text(path.read_text().replace("rank: 2", "rank: 3"))
@@ -161,6 +162,7 @@ def test_no_memory_before_the_first_step_is_in_nobodys_way(finished, tmp_path, m
         assert {p.name for p in Path(config.output).iterdir()} == {"config.yaml", ".lock"}, "the next start begins anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_no_memory_later_keeps_the_state_and_goes_on(finished, tmp_path, monkeypatch, where):
     config = dataclasses.replace(finished, output=str(tmp_path / "out"))

@@ -98,6 +98,7 @@ def test_the_log_stands_in_the_table_and_in_the_events(finished):
     assert_watched(finished)
 
 
+@pytest.mark.slow
 def test_samples_are_greedy_at_every_evaluation(finished):
     assert [(s["step"], s["prompt"]) for s in samples(finished)] == [(n, p) for n in (0, 2, 4, 6) for p in PROMPTS]
     model, base = jlora.load(finished.model, stack=True)
@@ -241,6 +242,7 @@ def test_a_file_that_is_no_table_of_runs_is_left_alone(begun, content, tmp_path,
     assert path.read_bytes() == content and not list(tmp_path.glob(".theirs*"))
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_written_ends_no_run(begun, tmp_path, capsys):
     path = tmp_path / "theirs.csv"
     path.write_text("not a table\n")
