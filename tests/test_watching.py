@@ -23,7 +23,6 @@ from jlora.runs import CallbackFailed, View, watchers
 from jlora.runs.display import Display
 from jlora.runs.experiments import put_row
 from jlora.runs.watchers import early_stopping
-from jlora.runs.watchers.table import read_table
 from jlora.runs.watchers.tensorboard import read_events
 from jlora.train import init_state
 
@@ -66,6 +65,12 @@ def begun(finished, tmp_path):
 
 def log(config):
     return tiny.read_log(config.output)
+
+
+def read_table(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.csv, None where nothing is."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(text) if text else None for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def scalars(config):

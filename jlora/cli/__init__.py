@@ -161,7 +161,9 @@ def _advice(error: BaseException) -> str:
         return str(NoSpace(full, getattr(error, "advice", "") or "Run the same command after making room."))
     if type(error).__module__.startswith("jlora"):
         return text
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+    from jlora.train.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return (
             f"out of memory ({text.splitlines()[0][:200]}). Try, in this order: --quantize nf4, a smaller --batch-size with more "
             "--accumulate (same result), a smaller --max-length, --remat layer, --dtype bfloat16, a smaller --rank "

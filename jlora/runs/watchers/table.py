@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jlora._typing import Json
 from jlora.runs.callbacks import Callback, View
@@ -43,9 +42,3 @@ def _lines(entries: Sequence[Mapping[str, Json]], columns: Sequence[str]) -> str
     text = io.StringIO()
     csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(entries)
     return text.getvalue()
-
-
-def read_table(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, None where nothing is."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(text) if text else None for name, text in row.items()} for row in csv.DictReader(file)]

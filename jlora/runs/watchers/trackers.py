@@ -1,5 +1,6 @@
 """`--log-to wandb` and `--log-to trackio`: the log at a tracker of runs."""
 
+import abc
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ PROJECT = "jlora"
 """Where the tracker's own variable names no other."""
 
 
-class _Tracker(Callback):
+class _Tracker(Callback, abc.ABC):
     """Sends the entries of metrics.jsonl, by their names, from the first on that the tracker does not have: what was lost with a
     process is sent by the next, and nothing twice."""
 
@@ -24,9 +25,9 @@ class _Tracker(Callback):
         self._run: Any = None
         self._next = 0
 
+    @abc.abstractmethod
     def begin(self, view: View, config: dict[str, Json]) -> tuple[Any, int]:
         """(the run at the tracker, the first step that it does not have)."""
-        raise NotImplementedError
 
     def on_start(self, view: View) -> None:
         self._run, self._next = self.begin(view, dataclasses.asdict(view.config))
