@@ -52,6 +52,7 @@ def test_a_living_process_of_another_host_is_named(tmp_path):
     before = (tmp_path / LOCK).read_bytes()
     with (
         beating(tmp_path / LOCK),
+        pytest.warns(UserWarning, match=r"is held by process 4711 on node7: waiting up to 1 s for a sign of its life"),
         pytest.raises(InUse, match=r"being trained by process 4711 on node7\. Wait until it"),
     ):
         with only_writer(tmp_path, "trained"):
@@ -61,8 +62,11 @@ def test_a_living_process_of_another_host_is_named(tmp_path):
 
 def test_a_dead_process_of_another_host_is_waited_for_and_succeeded(tmp_path):
     other_host(tmp_path)
-    with only_writer(tmp_path, "trained"):
+    with pytest.warns(UserWarning) as said, only_writer(tmp_path, "trained"):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    waits, takes = (str(warning.message) for warning in said)
+    assert "is held by process 4711 on node7: waiting" in waits
+    assert f"{str(tmp_path)!r} is taken over from process 4711 on node7, which has given no sign of life" in takes
     assert not list(tmp_path.iterdir())
 
 
@@ -72,7 +76,7 @@ def test_nobody_waits_for_a_process_that_was_silent_for_long(tmp_path, monkeypat
     os.utime(tmp_path / LOCK, (long_ago, long_ago))
     monkeypatch.setattr(lock, "SILENT", 600.0)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
-    with only_writer(tmp_path, "trained"):
+    with pytest.warns(UserWarning, match="is taken over from process 4711 on node7"), only_writer(tmp_path, "trained"):
         pass
 
 

@@ -102,6 +102,7 @@ def adapter(config):
         {"batch_size": 2, "accumulate": 2},
         {"form": "per-layer"},
         {"remat": "layer"},
+        {"offload_optimizer": True},
         {"batch_size": 1, "accumulate": 4, "form": "per-layer", "remat": "layer"},
     ],
     ids=str,

@@ -280,7 +280,7 @@ def _refuse_changes(
         )
         raise ValueError(
             f"A resumed run ends as if it had not stopped, so {what} must not change:\n  {listed}\n"
-            f"Resume with what it was, or {instead}."
+            f"Resume with what it was, which is in {str(file)!r}, or {instead}."
         )
 
 

@@ -7,12 +7,14 @@ record waits until it has seen whether that one still lives.
 
 import errno
 import json
+import math
 import os
 import platform
 import socket
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -158,11 +160,21 @@ def _refuse_living(path: Path, doing: str, *, locks: bool) -> None:
         if not locks and _started(found["pid"]) == found["started"] is not None:
             raise _in_use(path, doing, found)
         return
-    seen, until = _sign(path), time.monotonic() + SILENT - _age(path)
+    seen, wait = _sign(path), SILENT - _age(path)
+    if wait > 0:
+        warnings.warn(
+            f"{str(path.parent)!r} is held by {_who(found)}: waiting up to {math.ceil(wait)} s for a sign of its life",
+            stacklevel=2,
+        )
+    until = time.monotonic() + wait
     while time.monotonic() < until:
         time.sleep(min(0.5, BEAT / 4))
         if _sign(path) != seen:
             raise _in_use(path, doing, found)
+    warnings.warn(
+        f"{str(path.parent)!r} is taken over from {_who(found)}, which has given no sign of life for {SILENT:.0f} s",
+        stacklevel=2,
+    )
 
 
 def _in_use(path: Path, doing: str, found: JsonObject | None) -> InUse:
