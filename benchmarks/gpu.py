@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                # writes benchmarks/results/gpu_<device>.json, after every row
     python benchmarks/gpu.py --smoke        # the same code on tiny shapes, on the CPU, in about two minutes
 
-What it measures, what it needs and how to read it: benchmarks/gpu.md. Every measurement is a process of its own, so that a
+What it measures, what it needs and how to read it: docs/gpu.md. Every measurement is a process of its own, so that a
 peak of memory is its own and a crash ends nothing else; while one works, the next imports its libraries and waits. Once the
 budget is spent nothing new starts, and what was left out is listed.
 """

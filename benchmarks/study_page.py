@@ -134,7 +134,8 @@ def introduction(report: dict[str, Any]) -> list[str]:
         f"Everything here is written by `benchmarks/study.py` from `benchmarks/results/study_cpu.json`; no figure or outcome is "
         f"written by hand. Again, in about {round(minutes)} minutes:",
         "",
-        "```",
+        "<!-- not run: half an hour -->",
+        "```sh",
         "make study",
         "```",
         "",

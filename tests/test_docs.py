@@ -1,89 +1,49 @@
-"""README.md and the pages of docs/ say nothing that is not so: their Python runs, their commands, flags, files and links exist."""
+"""README.md and the pages of docs/ say nothing that is not so: their commands, flags, files, links, messages and pictures exist.
+(That every line of them runs is in tests/test_docs_run.py; that the site builds, in `make lint`.)"""
 
+import ast
 import dataclasses
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
+from pages import PAGES, ROOT, blocks, calls
 
 from jlora.cli import _commands
 
-ROOT = Path(__file__).parents[1]
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-}
 pages = pytest.mark.parametrize("page", PAGES)
-
-
-def _code(page, language=""):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
-
-
-def _run(page, cwd):
-    (code,) = _code(page, "python")
-    os.symlink(ROOT / "examples", cwd / "examples")
-    return subprocess.run([sys.executable, "-c", code], check=True, cwd=cwd, capture_output=True, text=True).stdout
-
-
-@pytest.mark.slow
-def test_the_ten_lines_run(tmp_path):
-    _run("README.md", tmp_path)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_your_own_model_runs(tmp_path):
-    assert "2 leaves, 2 factored uses, 0 materialized" in _run("docs/wrap.md", tmp_path)
-
-
-@pytest.mark.slow
-def test_a_rule_of_ones_own_ends_a_run(tmp_path):
-    last = int(_run("docs/guide.md", tmp_path).rpartition("ended after step ")[2])
-    steps = yaml.safe_load((tmp_path / "out" / "run.json").read_text())["origin"]["steps"]
-    assert 20 <= last < steps
-
-
-def test_no_python_goes_unrun():
-    assert [page for page in PAGES if _code(page, "python")] == ["README.md", "docs/guide.md", "docs/wrap.md"]
-
-
-def _calls():
-    """(page, line) of every call of the command, in blocks of code or between single backquotes."""
-    for page in PAGES:
-        lines = [line for block in _code(page) for line in block.splitlines()]
-        for line in lines + re.findall(r"`([^`\n]+)`", PAGES[page]):
-            if re.match(r"(\.venv/bin/)?jlora [a-z]", line):
-                yield page, line
-
-
-CALLS = list(_calls())
+CALLS = [
+    (page, part)
+    for page in PAGES
+    for line in calls(page)
+    for part in line.split(" | ")
+    if re.match(r"(\.venv/bin/)?jlora [a-z]", part)
+]
 
 
 def test_commands_are_shown():
-    assert {page for page, _ in CALLS} >= {"README.md", "docs/guide.md"}
-    assert len(CALLS) >= 12
+    assert {page for page, _ in CALLS} >= {
+        "README.md",
+        "docs/guide.md",
+        "docs/howto/export.md",
+        "docs/troubleshooting.md",
+    }
+    assert {shlex.split(line, comments=True)[1] for _, line in CALLS} >= {*_commands()}, "show it in a guide"
 
 
-@pytest.mark.parametrize("line", [line for _, line in CALLS])
+@pytest.mark.parametrize("line", sorted({line for _, line in CALLS} - {"jlora finetun"}))
 def test_commands_and_flags_exist(line):
     _, command, *rest = shlex.split(line, comments=True)
     options, _ = _commands()[command]
     fields = {f.name.replace("_", "-") for f in dataclasses.fields(options)}
     flags = {word.removeprefix("--") for word in rest if word.startswith("--")}
-    assert flags <= fields
+    assert flags <= {*fields, "help"}
 
 
 @pages
 def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
-    lines = [line for block in _code(page) for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", PAGES[page])
-    for line in lines:
+    for line in calls(page):
         if match := re.match(r"make (?:PYTHON=\S+ )?(\w+)", line):
             assert re.search(rf"^{match[1]}:", makefile, re.MULTILINE), line
 
@@ -92,7 +52,8 @@ def test_make_targets_exist(page):
 def test_files_and_links_exist(page):
     text = PAGES[page]
     named = re.findall(
-        r"(?:examples|benchmarks|tools|tests|docs|jlora)/[\w/.-]*\w", re.sub(r"\]\([^)]*\)|runs/\S+", "", text)
+        r"(?<![\w/])(?:examples|benchmarks|tools|tests|docs|jlora)/[\w/.-]*\w",
+        re.sub(r"\]\([^)]*\)|runs/\S+", "", text),
     )
     for name in named:
         assert (ROOT / name).exists(), name
@@ -107,6 +68,57 @@ def test_every_number_has_its_script(page):
         assert re.search(rf"`benchmarks/\w+\.py`[^`]*`benchmarks/results/{result}\.json`", PAGES[page]), result
 
 
-def test_every_page_is_reached_from_the_readme():
-    reached = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
-    assert reached == {page for page in PAGES if page.startswith("docs/")}
+def test_every_public_name_has_its_place_in_the_api_reference():
+    public = set()
+    for node in ast.parse((ROOT / "jlora" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            public |= {alias.asname for alias in node.names} - {"_start", "train"}
+    public |= {
+        f"train.{name}" for name in ("causal_lm_loss", "make_step", "init_state", "TrainState", "make_optimizer")
+    }
+    text = "".join(PAGES[page] for page in PAGES if page.startswith("docs/api/"))
+    placed = re.findall(r"^\.\. auto\w+:: (?:jlora\.)?([\w.]+)$", text, re.MULTILINE)
+    assert public - {*placed} == set(), "give them a line in docs/api"
+    assert len(placed) == len({*placed})
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def _messages():
+    """What the package can print: its texts, with … for what is put into them."""
+    said = set()
+    for file in (ROOT / "jlora").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = ("…" if isinstance(part, ast.FormattedValue) else part.value for part in node.values)
+                said.add(re.sub("…+", "…", "".join(parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    return said
+
+
+def test_messages_that_are_quoted_are_those_of_the_code():
+    """Of the page of symptoms, those that no command there provokes."""
+    said = _messages()
+    quoted = [line for block in blocks("docs/troubleshooting.md", "text") for line in block.code.splitlines()]
+    assert len(quoted) > 5
+    for line in quoted:
+        wanted = line.removeprefix("error: ").strip("… ")
+        assert not wanted or any(wanted in text for text in said), line
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_house_is_drawn_as_it_stands():
+    """Its rooms; which stairs there are, tests/test_pictures.py compares."""
+    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text())
+    (floors,) = (ast.literal_eval(node.value) for node in tree.body if _assigns(node, "FLOORS"))
+    rooms = {room for floor in floors for room in floor if not room.startswith("_")}
+    drawn = re.findall(r">([a-z]\w+)</text>", (ROOT / "docs" / "pictures" / "house.svg").read_text())
+    assert {*drawn} == rooms, "draw it again: python tools/pictures.py house"
+
+
+def _assigns(node, name):
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name
