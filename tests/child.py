@@ -8,12 +8,14 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import jax
 
 import jlora.cli
 from jlora.runs import steps
+from jlora.train import checkpoints
 
 WRITES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
@@ -26,7 +28,7 @@ def die_at(number):
         def call(*args, **kwargs):
             calls.append(function)
             if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return function(*args, **kwargs)
 
         return call
@@ -35,10 +37,33 @@ def die_at(number):
         setattr(os, name, counted(getattr(os, name)))
 
 
-def finetune(flags, stderr, batch_seconds, dies_at=None):
+def die_in_save(save, *, write=None, share=None):
+    """Kills this process in the n-th save of its run: before the n-th write, or after a share of what the save before took."""
+    inner, took = checkpoints.Checkpoints.save, []
+
+    def saved(*args, **kwargs):
+        if len(took) == save - 1:
+            if write is not None:
+                die_at(write)
+            else:
+                threading.Timer(share * took[-1], die).start()
+        started = time.monotonic()
+        inner(*args, **kwargs)
+        took.append(time.monotonic() - started)
+        if len(took) == save:
+            die()
+
+    checkpoints.Checkpoints.save = saved
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finetune(flags, stderr, batch_seconds, dies):
     """Ends the process as the command does."""
-    if dies_at is not None:
-        die_at(dies_at)
+    for how, arguments in dies.items():
+        globals()[how](**arguments)
     batch = steps.data_lib.batch
 
     def slow(*args, **kwargs):

@@ -1,7 +1,6 @@
 """Compiled programs are kept between commands: shared, mended, and done without where they cannot be."""
 
 import json
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -9,12 +8,9 @@ from pathlib import Path
 import child
 import jax
 import pytest
+from processes import DEADLINE, FORKS
 
 from jlora.cli import compilation
-
-DEADLINE = 120
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["jlora.cli", "orbax.checkpoint", "transformers.models.auto.tokenization_auto"])
 
 
 @pytest.fixture

@@ -1,25 +1,19 @@
 """Runs that are killed or stopped, in processes of their own, and resumed: to the byte what they would have become."""
 
-import contextlib
 import dataclasses
-import json
-import multiprocessing
-import os
 import random
 import signal
 import time
 from pathlib import Path
 
-import child
 import pytest
 import tiny
-import yaml
+from processes import Child, assert_same, saved
 
 import jlora
 from jlora.cli import INTERRUPTED
 
 STEPS, EVERY = 30, 5
-DEADLINE = 120  # seconds until a child that says nothing has failed
 
 
 def options(model, data, output):
@@ -45,41 +39,6 @@ def uninterrupted(home, text_file):
     return config
 
 
-# Children are forked from a process that has imported what is slow to import, and started no backend.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["jlora.cli", "orbax.checkpoint", "transformers.models.auto.tokenization_auto"])
-
-
-class Child:
-    """`jlora finetune` in a process, with a config file."""
-
-    def __init__(self, config, home, *, resume=False, batch_seconds=0.1, dies_at=None):
-        self.output = Path(config.output)
-        path, self._stderr = home / f"{self.output.name}.yaml", home / f"{self.output.name}.stderr"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-        flags = ["--config", str(path), *(["--resume"] if resume else [])]
-        arguments = (flags, str(self._stderr), batch_seconds, dies_at)
-        self.process = FORKS.Process(target=child.finetune, args=arguments, daemon=True)
-        self.process.start()
-
-    def wait_for(self, reached):
-        """Until `reached(output)`; the child must be alive then."""
-        until = time.monotonic() + DEADLINE
-        while not reached(self.output):
-            assert self.process.is_alive(), self.end()
-            assert time.monotonic() < until, "nothing came of the run"
-            time.sleep(0.002)
-        return self
-
-    def end(self, number=None):
-        """(exit code, stderr), after a signal if it has not ended before."""
-        if number is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, number)
-        self.process.join(DEADLINE)
-        return self.process.exitcode, self._stderr.read_text()
-
-
 def logged(output):
     path = output / "metrics.jsonl"
     return path.read_bytes().count(b"\n") - 1 if path.is_file() else -1
@@ -92,22 +51,6 @@ def step_logged(step):
 def checkpoint_begun(step):
     """It is written under a hidden name and renamed; either is seen."""
     return lambda output: any(str(step) in p.name.split(".")[:2] for p in output.glob("checkpoints/*"))
-
-
-def assert_same(config, expected):
-    output, other = Path(config.output), Path(expected.output)
-    files = sorted(p.name for p in (other / "adapter").iterdir())
-    assert sorted(p.name for p in (output / "adapter").iterdir()) == files
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files)
-    for name in files:
-        assert (output / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes(), name
-    assert timeless(output) == timeless(other)
-    assert [entry["step"] for entry in tiny.read_log(output)] == list(range(STEPS + 1))
-
-
-def timeless(output):
-    """The log, without what a clock says."""
-    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in tiny.read_log(output)]
 
 
 @pytest.mark.slow
@@ -140,16 +83,12 @@ def test_interrupted_five_times(uninterrupted, home):
     assert_same(config, uninterrupted)
 
 
-def saved(config):
-    return list(Path(config.output).glob("checkpoints/[0-9]*"))
-
-
 @pytest.mark.parametrize("dies_at", [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (30, range(1, 400, 13)))])
 def test_killed_at_a_write(uninterrupted, home, dies_at):
     """Whatever was to be written, renamed or removed next: what saved nothing starts again, and the rest goes on."""
     for number in [dies_at] if isinstance(dies_at, int) else dies_at:
         config = dataclasses.replace(uninterrupted, output=str(home / f"write-{number}"))
-        code, said = Child(config, home, batch_seconds=0, dies_at=number).end()
+        code, said = Child(config, home, batch_seconds=0, die_at={"number": number}).end()
         if code == 0:
             assert number > 200, "a run has more writes"
             break
@@ -157,7 +96,6 @@ def test_killed_at_a_write(uninterrupted, home, dies_at):
         code, said = Child(config, home, resume=bool(saved(config)), batch_seconds=0).end()
         assert code == 0, (number, said)
         assert_same(config, uninterrupted)
-        assert not [path for path in Path(config.output).rglob(".*")], number
 
 
 @pytest.mark.slow
