@@ -36,27 +36,28 @@ def chats(count=16):
 def config(home, name, output, **changes):
     """One of the jobs, of which each has other things to lose: states of optimizers, keys of noise, places in streams."""
     base = {
-        "steps": STEPS, "rank": 4, "batch_size": 2, "accumulate": 2, "max_length": 16, "learning_rate": 1e-2, "dropout": 0.2,
+        "steps": STEPS, "batch_size": 2, "accumulate": 2, "max_length": 16, "learning_rate": 1e-2,
         "eval_every": 4, "checkpoint_every": EVERY, "save": "best", "quiet": True, "log_to": ("csv",), "seed": 5,
     }  # fmt: skip
     gpt2, llama, text, records, more, conversations, teacher = (
         str(home / n)
         for n in ("gpt2", "llama", "text.txt", "records.jsonl", "more.jsonl", "conversations.jsonl", "teacher")
     )
+    low_rank = {"rank": 4, "dropout": 0.2}
     of_job = {
-        "text": {"model": gpt2, "data": text, "targets": ("c_attn",)},
-        "packed chats, NF4": {
+        "text": low_rank | {"model": gpt2, "data": text, "targets": ("c_attn",)},
+        "packed chats, NF4": low_rank | {
             "model": llama, "data": conversations, "template": "auto", "pack": True, "max_length": 128, "quantize": "nf4",
             "optimizer": "adamw8bit", "neftune_alpha": 5.0, "supervise": "last", "schedule": "wsd", "weight_decay": 0.1,
         },
-        "a stream of two sources": {
+        "a stream of two sources": low_rank | {
             "model": gpt2, "data": (records, more), "data_weights": (1.0, 2.0), "streaming": True, "max_length": 64,
             "label_smoothing": 0.1, "lora_plus_ratio": 8.0, "optimizer": "muon", "template": "plain", "batch_size": 1,
         },
         "every parameter": {
-            "model": gpt2, "data": text, "full": True, "dropout": 0.0, "optimizer": "schedule_free_adamw", "remat": "layer",
+            "model": gpt2, "data": text, "full": True, "optimizer": "schedule_free_adamw", "remat": "layer",
         },
-        "float16, with a teacher": {
+        "float16, with a teacher": low_rank | {
             "model": gpt2, "data": text, "dtype": "float16", "teacher": teacher, "use_dora": True, "optimizer": "adamw",
             "schedule": "inverse_sqrt",
         },
