@@ -12,7 +12,7 @@ import child
 import tiny
 import yaml
 
-DEADLINE = 180  # seconds until a child that says nothing has failed
+DEADLINE = 600  # seconds until a child that says nothing has failed
 
 # Children are forked from a process that has imported what is slow to import, and started no backend.
 FORKS = multiprocessing.get_context("forkserver")
