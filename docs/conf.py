@@ -29,6 +29,25 @@ autodoc_preserve_defaults = True
 
 html_theme = "furo"
 html_title = "jlora"
+html_theme_options = {
+    # The colours of the pages that jlora itself writes (jlora/report/page/style.css).
+    "light_css_variables": {
+        "color-brand-primary": "#9a3b0a",
+        "color-brand-content": "#9a3b0a",
+        "color-brand-visited": "#7a4a9c",
+        "color-background-primary": "#fcfbf8",
+        "color-background-secondary": "#f4f1ea",
+        "color-foreground-primary": "#1d1c1a",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#f2a06b",
+        "color-brand-content": "#f2a06b",
+        "color-brand-visited": "#c7a2e6",
+        "color-background-primary": "#15171a",
+        "color-background-secondary": "#1e2125",
+        "color-foreground-primary": "#e8e5de",
+    },
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

@@ -2,12 +2,13 @@
 (That every line of them runs is in tests/test_docs_run.py; that the site builds, in `make lint`.)"""
 
 import ast
+import collections
 import dataclasses
 import re
 import shlex
 
 import pytest
-from pages import PAGES, ROOT, blocks, calls
+from pages import PAGES, ROOT, WRITTEN, blocks, calls
 
 from jlora.cli import _commands
 
@@ -38,6 +39,27 @@ def test_commands_and_flags_exist(line):
     fields = {f.name.replace("_", "-") for f in dataclasses.fields(options)}
     flags = {word.removeprefix("--") for word in rest if word.startswith("--")}
     assert flags <= {*fields, "help"}
+
+
+NOT_RUN = {
+    "installs packages": 2,
+    "the tests themselves": 2,
+    "needs a GPU on another machine": 1,
+    "half an hour": 1,
+}
+"""Reason in a comment above a block that tests/test_docs_run.py does not run -> how many there are."""
+
+
+def test_what_is_not_run_is_said_and_counted():
+    runnable = [block for page in PAGES if page not in WRITTEN for block in blocks(page, "sh", "console", "python")]
+    assert collections.Counter(block.reason for block in runnable if block.reason) == NOT_RUN
+    endless = [
+        block.code for block in runnable if not block.reason and re.search(r"^jlora (serve|chat)", block.code, re.M)
+    ]
+    assert endless == [], "they wait for somebody: say above the block why it is not run"
+    assert [page for page in PAGES if page not in WRITTEN and blocks(page)] == [], (
+        "a block without a language is neither"
+    )
 
 
 @pages

@@ -1,14 +1,14 @@
 """Every command and every line of Python of the pages is run, in its order, a page in a directory of its own.
 
 What stands in for models that have to be downloaded, and for the reader's own files, is listed here. A block that cannot be run
-has a comment above it that says why, and is counted.
+has a comment above it that says why; tests/test_docs.py counts these.
 """
 
-import collections
 import csv
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,37 +17,21 @@ import jax.numpy as jnp
 import pyarrow
 import pyarrow.parquet
 import pytest
-from pages import PAGES, ROOT, blocks
+from pages import PAGES, ROOT, WRITTEN, blocks
 
 import jlora
 
 pytestmark = pytest.mark.slow
 
-GPT2, LLAMA = "examples/assets/tiny-gpt2", "examples/assets/tiny-llama"
+GPT2, LLAMA, LONG = "examples/assets/tiny-gpt2", "examples/assets/tiny-llama", "tiny-llama-of-long-rows"
 STAND_INS = {
     "gpt2": GPT2,
     "gpt2-large": GPT2,
     "HuggingFaceTB/SmolLM2-135M-Instruct": LLAMA,
-    "meta-llama/Llama-3.2-1B": LLAMA,
+    "meta-llama/Llama-3.2-1B": LONG,
 }
 """Hub id on a page -> the model that is run instead."""
-NOT_RUN = {
-    "installs packages": 2,
-    "the tests themselves": 2,
-    "needs a GPU on another machine": 1,
-    "half an hour": 1,
-}
-"""Reason -> how many blocks."""
-RUN = [page for page in PAGES if blocks(page, "sh", "console", "python")]
-
-
-def test_what_is_not_run_is_said_and_counted():
-    reasons = collections.Counter(
-        b.reason for page in PAGES for b in blocks(page, "sh", "console", "python") if b.reason
-    )
-    assert reasons == NOT_RUN
-    for page in PAGES:  # a block without a language would be neither run nor counted
-        assert blocks(page) == [], page
+RUN = [page for page in PAGES if page not in WRITTEN and blocks(page, "sh", "console", "python")]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +50,9 @@ def reader(tmp_path_factory):
         csv.writer(file).writerows([("query", "reply"), *pairs])
     turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
     pyarrow.parquet.write_table(pyarrow.table({"messages": turns}), place / "chats.parquet")
+    shutil.copytree(ROOT / LLAMA, place / LONG)
+    config = json.loads((place / LONG / "config.json").read_text())
+    (place / LONG / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     model, params = jlora.load(ROOT / LLAMA, dtype=jnp.float32)
     tokenizer = jlora.load_tokenizer(ROOT / LLAMA)
     jlora.save_gguf(place / "model-Q4_K_M.gguf", model, params, tokenizer=tokenizer, dtype="q8_0")
@@ -93,16 +80,15 @@ def with_stand_ins(code):
 
 def execute(program, place):
     """What it printed on both streams, and its exit code."""
-    path = {"PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    cache = {"JLORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
+    changed = {"PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    changed["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of a run on a tiny model
     done = subprocess.run(
         program,
         cwd=place,
-        env=os.environ | path | cache,
+        env=os.environ | changed,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=900,
     )
     return done.stdout, done.returncode
 
