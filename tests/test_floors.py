@@ -13,10 +13,11 @@ FLOORS = [
     {"quant", "storage"},
     {"lora"},
     {"wrapping", "models"},
-    {"files", "data", "train", "generation"},
+    {"files", "data", "train", "generation", "evaluation"},
     {"report"},
     {"runs", "publish"},
     {"cli"},
+    {"lm_eval"},
     {"__init__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

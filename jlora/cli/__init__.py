@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jlora import _start
 from jlora._terminal import console, never_fail_to_encode, say, visible
-from jlora.cli.config_file import with_config_file
+from jlora.cli.config_file import joined, with_config_file
 from jlora.storage.whole import NoSpace, no_space
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, _start.INTERRUPTED
@@ -110,7 +110,7 @@ def _main(arguments: list[str]) -> None:
     config = tyro.cli(
         options,
         prog=f"jlora {name}",
-        args=with_config_file(options, flags),
+        args=with_config_file(options, joined(options, flags)),
         description=(options.__doc__ or "") + _OF_ALL,
     )
     compilation.keep_compiled(wanted)

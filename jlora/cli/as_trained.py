@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jlora._terminal import console, say
 from jlora._typing import Json, JsonObject
+from jlora.cli.adapters import adapter_places
 from jlora.files import find
 from jlora.files.adapters import adapter_directories, open_adapter
 from jlora.files.run_settings import FILE, RunSettings
@@ -20,7 +21,7 @@ class _OfAModel(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def adapter(self) -> str | None: ...
+    def adapter(self) -> str | Sequence[str] | None: ...
     @property
     def model(self) -> str | None: ...
 
@@ -40,12 +41,15 @@ def note(text: str) -> None:
     say(console(stderr=True), f"note: {text}")
 
 
-def settings_of(adapter: str | None, model: str | None = None) -> dict[str, RunSettings]:
-    """Name -> settings of the run, of each adapter in a directory that has them; without an adapter, of a merged checkpoint."""
-    if adapter is None:
+def settings_of(adapter: str | Sequence[str] | None, model: str | None = None) -> dict[str, RunSettings]:
+    """Name -> settings of the run, of each adapter in a directory, or of several, that has them; without an adapter, of a merged
+    checkpoint."""
+    if not adapter:
         found = {} if model is None else {"": find(model)}
-    else:
+    elif isinstance(adapter, str):
         found = adapter_directories(adapter) or {"": Path(adapter)}
+    else:
+        found = adapter_places(adapter)
     read = {name: RunSettings.read(path) for name, path in found.items()}
     return {name: settings for name, settings in read.items() if settings is not None}
 
@@ -119,9 +123,13 @@ def _refuse_differing(options: _OfAModel, settings: Mapping[str, RunSettings], n
         if getattr(options, name) is None and len(set(values.values())) > 1:
             listed = ", ".join(f"{named}: {value}" for named, value in values.items())
             raise ValueError(
-                f"The adapters in {options.adapter!r} were trained with different settings of `{name}` ({listed}). Give the one to "
-                f"use, --{name.replace('_', '-')}, or one of the adapters."
+                f"The adapters in {_quoted(options.adapter)} were trained with different settings of `{name}` ({listed}). Give the "
+                f"one to use, --{name.replace('_', '-')}, or one of the adapters."
             )
+
+
+def _quoted(adapter: str | Sequence[str] | None) -> str:
+    return repr(adapter) if isinstance(adapter, str) else " and ".join(map(repr, adapter or ()))
 
 
 def _listed(settings: Mapping[str, Json]) -> str:

@@ -85,7 +85,7 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
         model, params = grow(model, params, tokens_of(weights.adapter))
         params = load_adapter(weights.adapter, params, model=model)
         note_other_base({"": Path(weights.adapter)}, name)
-    tokenizer, files = _tokenizer(find(name), weights.adapter, model)
+    tokenizer, files = tokenizer_of(find(name), weights.adapter, model)
     return Loaded(add_stops(model, tokenizer), params, tokenizer, files)
 
 
@@ -102,7 +102,7 @@ def written_dtype(weights: Weights) -> str | None:
     return None if weights.dtype == "auto" else weights.dtype
 
 
-def _tokenizer(base: Path, adapter: str | None, model: Model) -> tuple[PretrainedTokenizer, Path]:
+def tokenizer_of(base: Path, adapter: str | None, model: Model) -> tuple[PretrainedTokenizer, Path]:
     """(tokenizer, its directory): the base's, unless the adapter's directory has another, with which it was trained."""
     tokenizer = load_tokenizer(base)
     beside = None if adapter is None else Path(adapter)
@@ -197,7 +197,7 @@ def open_data(
             require_data(options),
             tokenizer,
             eval_data=options.eval_data if options.split == "validation" else None,
-            eval_fraction=_eval_fraction(options),
+            eval_fraction=eval_share(options),
             template=options.template or "alpaca",
             max_length=row_length(options.max_length, model.config.max_length),
             seed=options.seed or 0,
@@ -222,7 +222,8 @@ def open_data(
         yield chosen
 
 
-def _eval_fraction(options: EvaluationData) -> float:
+def eval_share(options: EvaluationData) -> float:
+    """Of --data that is held out."""
     if options.eval_data is not None or options.split == "all":
         return 0.0  # all of --data is for training, or is looked at
     return EVAL_FRACTION if options.eval_fraction is None else options.eval_fraction

@@ -31,6 +31,25 @@ def with_config_file(options: type, flags: list[str]) -> list[str]:
     return flags_of(options, Path(flags[at + 1])) + flags[:at] + flags[at + 2 :]
 
 
+def joined(options: type, flags: Sequence[str]) -> list[str]:
+    """`--adapter A --adapter B` as `--adapter A B`, for the fields that say so (`metadata={"repeats": True}`): tyro would take the
+    last alone."""
+    names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.metadata.get("repeats")}
+    values: dict[str, list[str]] = {}
+    others, into = [], None
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        if flag.startswith("--"):
+            into = values.setdefault(name, []) if name in names else None
+            if into is None:
+                others.append(flag)
+            elif equals:
+                into.append(value)
+        else:
+            (others if into is None else into).append(flag)
+    return others + [part for name, given in values.items() for part in (name, *given)]
+
+
 def flags_of(options: type, path: Path) -> list[str]:
     """The file's fields as they would stand on the command line.
 

@@ -20,6 +20,8 @@ from jlora.data.new_tokens import add_tokens as add_tokens
 from jlora.data.new_tokens import read_new_tokens as read_new_tokens
 from jlora.data.preview import preview as preview
 from jlora.data.preview import summary as summary
+from jlora.data.questions import Question as Question
+from jlora.data.questions import questions_of as questions_of
 from jlora.data.record_data import AUTO as AUTO
 from jlora.data.record_data import holds_rows as holds_rows
 from jlora.data.records import read_records as read_records

@@ -34,6 +34,12 @@ def normalized(value: Json, how: Reading = TOLD) -> Record:
     """
     if not isinstance(value, dict):
         raise ValueError(f"a record must be a JSON object; got {kind(value)}: {cut(repr(value))}")
+    absent = [name for name in how.beside if name not in value]
+    if absent:
+        raise ValueError(
+            f"a record needs the column {absent[0]!r}, which was asked for; got {', '.join(map(repr, value))}"
+        )
+    beside = {name: value[name] for name in how.beside}
     value, displaced = renamed(value, how.columns)
     columns = {name: item for name, item in value.items() if not says_nothing(item)}
     for name, edit in _REFUSED.items():
@@ -63,7 +69,8 @@ def normalized(value: Json, how: Reading = TOLD) -> Record:
         record["tools"] = _tools(columns["tools"])
     if "chat_template_kwargs" in columns:
         record["chat_template_kwargs"] = as_object("chat_template_kwargs", columns["chat_template_kwargs"])
-    used = {*FORMATS[name].columns, *FORMATS[name].optional, *_WEIGHTS, *SIDE_COLUMNS}
+    record.beside = beside
+    used = {*FORMATS[name].columns, *FORMATS[name].optional, *_WEIGHTS, *SIDE_COLUMNS, *beside}
     record.left_out = (*displaced, *(str(name) for name in columns if name not in used))
     for text in _texts(record):
         require_text(text)

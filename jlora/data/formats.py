@@ -84,11 +84,13 @@ class Reading(NamedTuple):
     format: a name of FORMATS; None: told by their columns.
     columns: a column that means something -> what the data set calls it.
     system: the system prompt of those that have none.
+    beside: further columns, by the data set's names, which are kept as they are.
     """
 
     format: FormatName | None = None
     columns: Mapping[str, str] = {}
     system: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 TOLD = Reading()

@@ -38,7 +38,7 @@ def prompts_of(path: str | Path) -> list[Prompt]:
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"A prompts file must be a {', '.join(_SUFFIXES)} file; got {str(path)!r}. Convert the file.")
     if kind_of(path) == "records":
-        return [Prompt(_shown(record), record) for _, record in read_records(path, prepare=unanswered)]
+        return [Prompt(shown(record), record) for _, record in read_records(path, prepare=unanswered)]
     lines = enumerate(_LINE_END.split(_read_text(path)), 1)
     found = [Prompt(check_text(line, f"{path}:{n}"), Record(instruction=line)) for n, line in lines if line.strip()]
     if not found:
@@ -87,7 +87,8 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _shown(record: Mapping[str, Json]) -> str:
+def shown(record: Mapping[str, Json]) -> str:
+    """What a record asks, as people read it."""
     if "text" in record:
         return record["text"]
     if "messages" not in record:

@@ -1,16 +1,18 @@
 """The values of records: what a column or a key says, in words and in its own form."""
 
 import json
+from collections.abc import Mapping
 
 from jlora._typing import Json, JsonObject
 from jlora.storage.structured import decode_json
 
 
 class Record(JsonObject):
-    """A record by its columns; the format it was read as, and the names of the columns that were left out."""
+    """A record by its columns; the format it was read as, the names of the columns that were left out, and what was kept beside."""
 
     format: str = ""
     left_out: tuple[str, ...] = ()
+    beside: Mapping[str, Json] = {}
 
 
 def says_nothing(value: object) -> bool:

@@ -7,6 +7,7 @@ from jlora.generation.decoding import Past as Past
 from jlora.generation.decoding import advance as advance
 from jlora.generation.decoding import begin as begin
 from jlora.generation.form import for_decoding as for_decoding
+from jlora.generation.many import generate_many as generate_many
 from jlora.generation.sampling import SAMPLING as SAMPLING
 from jlora.generation.sampling import Sampling as Sampling
 from jlora.generation.sampling import truncate as truncate

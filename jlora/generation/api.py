@@ -54,7 +54,7 @@ def generate(
         ValueError: for an argument out of its range, an empty prompt, an id outside the vocabulary, or more positions
             than the model has; when logits are not finite, with the weight that is not.
     """
-    job = _prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id)
+    job = prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id)
     state = job.advance(job.begin(None), max_new_tokens)
     if not state.sound:
         raise NotFinite("The logits are", math.nan, params)
@@ -88,7 +88,7 @@ def stream(
         ValueError: as `generate`, and for a `past` with several prompts. Wrong arguments are refused at once, logits that
             are not finite when they come.
     """
-    job = _prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id)
+    job = prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id)
     if past is not None and len(job.prompts) > 1:
         raise ValueError(f"`past` is of one row; got {len(job.prompts)} prompts. Stream them one by one.")
     return _tokens(job, max_new_tokens, past)
@@ -142,7 +142,7 @@ def _tokens(job: _Job, max_new_tokens: int, past: Past | None) -> Iterator[list[
             past.ids, past.cache = [*job.prompts[0], *written], state.cache
 
 
-def _prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id) -> _Job:
+def prepared(model, params, prompt_ids, max_new_tokens, temperature, top_k, top_p, key, eos_token_id) -> _Job:
     """The job of arguments that are as they must be, the parameters in the form for decoding."""
     rows = np.asarray(prompt_ids) if hasattr(prompt_ids, "shape") else list(prompt_ids)
     if any(np.ndim(row) != 1 for row in rows):

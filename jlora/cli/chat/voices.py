@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jlora._typing import Params, PretrainedTokenizer, PyTree
+from jlora.cli.adapters import adapter_places, base_of
 from jlora.cli.as_trained import as_trained, note, note_other_base, settings_of
 from jlora.cli.base import Weights, load_weights
 from jlora.cli.chat.options import Chat
 from jlora.data import CHAT_TEMPLATES
-from jlora.files import base_model_of, load_adapter
-from jlora.files.adapters import adapter_directories
+from jlora.files import load_adapter
 from jlora.generation import for_decoding
 from jlora.lora import remove_lora, route, stack_adapters
 from jlora.models import Model
@@ -66,7 +66,7 @@ class Voices:
 def load_voices(options: Chat) -> tuple[Model, Voices, PretrainedTokenizer, str]:
     """(model, who may answer, tokenizer, name of the base)."""
     places = adapter_places(options.adapter)
-    weights = Weights(model=options.model or _base(places), quantize=options.quantize, dtype=options.dtype)
+    weights = Weights(model=options.model or base_of(places), quantize=options.quantize, dtype=options.dtype)
     weights = dataclasses.replace(weights, quantize=_quantize(weights, places))
     for name, path in places.items():
         _say_template(name, path)
@@ -79,44 +79,6 @@ def load_voices(options: Chat) -> tuple[Model, Voices, PretrainedTokenizer, str]
         note_other_base(places, str(weights.model))
         voices = Voices.of(base, {name: load_adapter(path, base, model=model) for name, path in places.items()})
     return *voices.for_decoding(model), tokenizer, str(weights.model)
-
-
-def adapter_places(given: tuple[str, ...]) -> dict[str, Path]:
-    """Name -> place of each adapter. One that lies in OUTPUT/adapter is called after OUTPUT, others after their directory or file.
-
-    Raises:
-        ValueError: when two have one name.
-    """
-    places: dict[str, Path] = {}
-    for text in given:
-        found = adapter_directories(text) or {"default": Path(text)}
-        for name, path in found.items():
-            name = _name(path) if name == "default" else name
-            if name in places:
-                raise ValueError(
-                    f"Two adapters are called {name!r}: {str(places[name])!r} and {str(path)!r}. Rename one of the directories."
-                )
-            places[name] = path
-    return places
-
-
-def _name(path: Path) -> str:
-    whole = path.expanduser().resolve()
-    return whole.parent.name if whole.name == "adapter" else whole.stem if whole.is_file() else whole.name
-
-
-def _base(places: Mapping[str, Path]) -> str:
-    bases = {name: base_model_of(path) for name, path in places.items()}
-    if not bases or None in bases.values():
-        raise ValueError(
-            "Give --model, or an --adapter whose adapter_config.json names its base model (a GGUF file names none)."
-        )
-    if len(set(bases.values())) > 1:
-        listed = ", ".join(f"{name}: {base}" for name, base in bases.items())
-        raise ValueError(
-            f"The adapters name different base models ({listed}). Give the one they are to share with --model."
-        )
-    return str(next(iter(bases.values())))
 
 
 def _quantize(weights: Weights, places: Mapping[str, Path]):

@@ -1,0 +1,4 @@
+"""`jlora evaluate`."""
+
+from jlora.cli.evaluate.command import run as run
+from jlora.cli.evaluate.options import Evaluate as Evaluate
