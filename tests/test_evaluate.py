@@ -131,7 +131,7 @@ def test_what_has_no_score_is_counted_and_named(both, data):
 
 
 def test_a_table_on_a_terminal(llama_dir, records_file, call, monkeypatch):
-    screen = on_a_terminal(width=120)
+    screen = on_a_terminal()
     monkeypatch.setattr("jlora.cli.evaluate.command.console", lambda: screen)
     assert (
         call("evaluate", "--model", llama_dir, "--data", records_file, *SHORT, "--metrics", "f1", "refusal").out == ""
@@ -159,7 +159,7 @@ def test_the_table_marks_differences_that_are_sure():
     screen = console(file=io.StringIO(), force_terminal=True, color_system="standard", width=140)
     print_evaluation(screen, list(values), {}, found, lines=["a line"])
     said = screen.file.getvalue()
-    green, red = "\x1b[1;32m+0.300 *", "\x1b[1;31m+0.300 *"
+    green, red = "\x1b[1;32m* +0.300", "\x1b[1;31m* +0.300"
     assert said.count(green) == said.count(red) == 1 and said.index(green) < said.index(red)
     assert "+0.133\x1b" not in said and "+0.133" in said
     assert "a line" in said and "* The interval of the difference does not hold 0." in said

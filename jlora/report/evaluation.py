@@ -37,13 +37,10 @@ def print_evaluation(
     for name in others:
         table.add_column(Text(f"{name} - {first}"), justify="right")
     if losses:
-        for what, of in (("loss ↓", lambda e: e.loss), ("perplexity ↓", lambda e: e.perplexity)):
-            values = {name: of(found) for name, found in losses.items()}
-            shown = [_number(value, 4 if what.startswith("loss") else 2) for value in values.values()]
-            apart = [
-                _number(values[name] - values[first], 4 if what.startswith("loss") else 2, sign=True) for name in others
-            ]
-            table.add_row(what, *shown, *apart)
+        for what, digits in (("loss", 4), ("perplexity", 2)):
+            values = {name: getattr(found, what) for name, found in losses.items()}
+            apart = (_number(values[name] - values[first], digits, sign=True) for name in others)
+            table.add_row(f"{what} ↓", *(_number(value, digits) for value in values.values()), *apart)
     marked = False
     for name, metric in results.metrics.items() if results else ():
         assert results is not None
@@ -59,10 +56,10 @@ def print_evaluation(
 
 def _cell(estimate: Estimate, metric: Metric, *, sign: bool = False) -> Text:
     """The value, and the interval below it."""
-    text = Text(_number(estimate.value, metric.digits, sign=sign))
-    if sign and _is_apart(estimate):
+    apart = sign and _is_apart(estimate)
+    text = Text("* " * apart + _number(estimate.value, metric.digits, sign=sign))
+    if apart:
         good = estimate.value * _BETTER[metric.better]
-        text.append(" *")
         text.stylize("bold green" if good > 0 else "bold red" if good < 0 else "bold")
     interval = f"{_number(estimate.low, metric.digits, sign=sign)} … {_number(estimate.high, metric.digits, sign=sign)}"
     return text.append(f"\n{interval}", style="dim not bold")
