@@ -133,9 +133,8 @@ def test_what_has_no_score_is_counted_and_named(both, data):
 def test_a_table_on_a_terminal(llama_dir, records_file, call, monkeypatch):
     screen = on_a_terminal()
     monkeypatch.setattr("jlora.cli.evaluate.command.console", lambda: screen)
-    assert (
-        call("evaluate", "--model", llama_dir, "--data", records_file, *SHORT, "--metrics", "f1", "refusal").out == ""
-    )
+    flags = ["--model", llama_dir, "--data", records_file, "--template", "chat", *SHORT]
+    assert call("evaluate", *flags, "--metrics", "f1", "refusal").out == ""
     head, loss, perplexity, f1, interval, refusal, _, note, *_ = screen.file.getvalue().splitlines()
     assert head.split() == ["base"]
     assert loss.split()[:2] == ["loss", "↓"] and perplexity.split()[:2] == ["perplexity", "↓"]
