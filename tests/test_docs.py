@@ -46,6 +46,7 @@ NOT_RUN = {
     "the tests themselves": 2,
     "needs a GPU on another machine": 1,
     "half an hour": 1,
+    "downloads a task": 1,
 }
 """Reason in a comment above a block that tests/test_docs_run.py does not run -> how many there are."""
 
