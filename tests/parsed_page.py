@@ -24,8 +24,11 @@ class ParsedPage(HTMLParser):
     def handle_starttag(self, tag, attrs):
         element = Element(tag, dict(attrs))
         self.elements.append(element)
-        if tag not in _VOID and not (self.get_starttag_text() or "").endswith("/>"):
+        if tag not in _VOID:
             self._open.append(element)
+
+    def handle_startendtag(self, tag, attrs):  # of an SVG
+        self.elements.append(Element(tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self._open and self._open[-1].tag == tag, f"</{tag}> within {[e.tag for e in self._open]}"

@@ -25,8 +25,13 @@ from jlora.cli.config_file import positional, with_config_file
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-COMMANDS = "finetune evaluate compare generate chat merge export push quantize inspect memory prepare".split()
-PLACES = {"directory": "DIR", "repo": "REPO", "path": "PATH"}  # what is given without a flag, as help calls it
+COMMANDS = "finetune evaluate compare generate chat merge export push quantize inspect memory prepare report".split()
+PLACES = {
+    "directory": "DIR",
+    "repo": "REPO",
+    "path": "PATH",
+    "runs": "RUN",
+}  # what is given without a flag, as help calls it
 # As scripts give them; design.md promises these names.
 FLAGS = (
     "--eval-fraction 0.2 --steps 6 --rank 4 --alpha 8 --dropout 0.1 --targets c_attn c_fc --learning-rate 1e-2 "

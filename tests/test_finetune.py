@@ -108,7 +108,8 @@ def changed(path: Path, content: bytes):
 @pytest.mark.slow
 def test_run_directory(run):
     names = {p.name for p in run.output.iterdir()}
-    assert names == {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", "adapter"}
+    written = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "report.html", "report.md"}
+    assert names == {*written, "checkpoints", "data", "adapter"}
     assert run.result.adapter_dir == run.output / "adapter"
     assert {*ADAPTER_FILES, "tokenizer.json", "tokenizer_config.json"} <= {
         p.name for p in run.result.adapter_dir.iterdir()

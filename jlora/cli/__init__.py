@@ -33,7 +33,20 @@ _OF_ALL = """
 
 def _commands() -> Mapping[str, tuple[type, Callable]]:
     """Name -> (dataclass of its flags, what runs it)."""
-    from jlora.cli import chat, compare, evaluate, export, generate, inspect, memory, merge, prepare, push, quantize
+    from jlora.cli import (
+        chat,
+        compare,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        memory,
+        merge,
+        prepare,
+        push,
+        quantize,
+        report,
+    )
     from jlora.runs import FinetuneConfig, finetune
 
     return {
@@ -49,6 +62,7 @@ def _commands() -> Mapping[str, tuple[type, Callable]]:
         "inspect": (inspect.Inspect, inspect.run),
         "memory": (memory.Memory, memory.run),
         "prepare": (prepare.Prepare, prepare.run),
+        "report": (report.Report, report.run),
     }
 
 

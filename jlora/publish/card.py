@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import math
 import os
-import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +12,17 @@ import yaml
 
 from jlora._terminal import visible
 from jlora._typing import Json
-from jlora.data import holds_rows, hub_id
 from jlora.files import run_settings
 from jlora.files.adapters import CONFIG, open_adapter
 from jlora.files.mlx import MLX
 from jlora.files.peft import PEFT
 from jlora.lora import LoraConfig
+from jlora.report.markdown import code, table
+from jlora.report.record import RunRecord, in_words
 from jlora.storage import Checkpoint
 from jlora.storage.checkpoint_files import TERMS, TOKENIZER
-from jlora.storage.history import read_history
+from jlora.storage.fields import is_number
 from jlora.storage.hub_id import is_hub_id
-from jlora.storage.structured import read_yaml
 
 CARD = "README.md"
 CURVE = "loss.png"
@@ -41,63 +39,6 @@ class Kind(NamedTuple):
     """Of the card."""
     usage: Callable[["Publication", str], Iterator[str]]
     """Lines that say how a repository of this kind is used."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a run directory says about how its adapter came to be."""
-
-    directory: Path
-    config: Mapping[str, Json]
-    """config.yaml."""
-    history: Sequence[Mapping[str, Json]]
-    """metrics.jsonl."""
-
-    @classmethod
-    def read(cls, directory: str | os.PathLike) -> "RunRecord":
-        """Raises a FileNotFoundError for what is not a directory of `jlora finetune`, and a ValueError for a broken one."""
-        directory = Path(directory)
-        for name in ("config.yaml", "metrics.jsonl"):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{str(directory)!r} is no run of `jlora finetune`: there is no {name} in it.")
-        try:
-            config = read_yaml(directory / "config.yaml")
-            for name in ("model", "data"):
-                values = config.get(name)
-                values = values if name == "data" and isinstance(values, list) else [values]
-                if not all(isinstance(value, str | None) for value in values):
-                    raise ValueError(f"`{name}` in config.yaml must be text; got {config[name]!r}")
-            history = read_history(directory / "metrics.jsonl")
-        except ValueError as error:
-            raise ValueError(f"The run in {str(directory)!r} cannot be read: {str(error).rstrip('.')}.") from error
-        return cls(directory, config, history)
-
-    @property
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss)."""
-        return [(e["step"], e["loss"]) for e in self.history if e.get("loss") is not None]
-
-    @property
-    def evaluations(self) -> list[tuple[int, float]]:
-        """(step, evaluation loss)."""
-        return [(e["step"], e["eval_loss"]) for e in self.history if "eval_loss" in e]
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the data were raw text, which leaves its shards in the run; those of records are other ones."""
-        shards = self.directory / "data"
-        return shards.is_dir() and any(shards.iterdir()) and not holds_rows(shards)
-
-    @property
-    def data_sets(self) -> list[str]:
-        """The hub ids of the data, where all of them came from the hub."""
-        named = self.config.get("data", "")
-        ids = [hub_id(str(name)) for name in (named if isinstance(named, list) else [named])]
-        return [] if None in ids or self.is_text else list(dict.fromkeys(filter(None, ids)))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,15 +163,7 @@ def model_card(
 
 
 def _last_name(name: str | None) -> str:
-    return _code(Path(name).name) if name else ""
-
-
-def _code(text: str) -> str:
-    """Text in a line of Markdown that stays text, whatever is in it."""
-    text = visible(" ".join(text.split()))
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    room = " " if len(fence) > 1 else ""
-    return f"{fence}{room}{text}{room}{fence}"
+    return code(Path(name).name) if name else ""
 
 
 def _training(run: RunRecord, curve: bool) -> Iterator[str]:
@@ -238,49 +171,16 @@ def _training(run: RunRecord, curve: bool) -> Iterator[str]:
     named = run.config.get("data")
     shown = ", ".join(links) or ", ".join(filter(None, map(_last_name, named if isinstance(named, list) else [named])))
     yield from ("## Training", "", f"Data: {shown}" if shown else "", "")
-    yield from _table(("", ""), _hyperparameters(run))
+    yield from table(("", ""), ((name, _plain(value)) for name, value in run.hyperparameters))
     if run.losses or run.evaluations:
-        yield from _table(("loss (nats a token)", "step", "loss", "perplexity"), _losses(run))
+        yield from table(("loss (nats a token)", "step", "loss", "perplexity"), run.loss_table)
     if curve:
         yield from (f"![training and evaluation loss by step]({CURVE})", "")
 
 
-_SHOWN = (
-    "kind", "rank", "alpha", "dropout", "targets", "exclude", "layers_to_transform", "bias", "modules_to_save", "use_rslora",
-    "use_dora", "init", "quantize", "template", "max_length", "pack", "optimizer", "learning_rate", "schedule", "warmup_fraction",
-    "warmup_steps", "min_learning_rate", "decay_fraction", "weight_decay", "beta1", "beta2", "momentum", "max_grad_norm",
-    "lora_plus_ratio", "neftune_alpha", "label_smoothing", "batch_size", "accumulate", "epochs", "dtype", "seed",
-)  # fmt: skip
-
-
-def _hyperparameters(run: RunRecord) -> Iterator[tuple[str, str]]:
-    for name in _SHOWN:
-        value = run.config.get(name)
-        if name == "template" and run.is_text:
-            continue
-        if value not in (None, [], False, "none", "auto") or (name in ("dropout", "seed") and value is not None):
-            yield name.replace("_", " "), _plain(value)
-    if run.losses:
-        yield "steps", str(run.losses[-1][0])
-
-
 def _plain(value: object) -> str:
     """A value in a cell of a table."""
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if isinstance(value, bool) or _is_number(value) else _code(text).replace("|", "\\|")
-
-
-def _losses(run: RunRecord) -> Iterator[tuple[str, str, str, str]]:
-    rows = []
-    if run.losses:
-        rows += [("training, first step", *run.losses[0]), ("training, last step", *run.losses[-1])]
-    if run.evaluations:
-        best = min(run.evaluations, key=lambda entry: entry[1])
-        last = best if run.config.get("save") == "best" else run.evaluations[-1]
-        rows += [("evaluation, before training", *run.evaluations[0])] * (run.evaluations[0][0] == 0)
-        rows += [("evaluation, this adapter", *last)] * (last[0] > 0)
-    for name, step, loss in rows:
-        yield name, str(step), f"{loss:.4f}", f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+    return str(value) if isinstance(value, bool) or is_number(value) else code(in_words(value)).replace("|", "\\|")
 
 
 def _settings(publication: Publication) -> Iterator[str]:
@@ -289,13 +189,7 @@ def _settings(publication: Publication) -> Iterator[str]:
         return
     fields = LoraConfig.load(publication.root).as_read()
     rows = ((n.replace("_", " "), _plain(v)) for n, v in fields.items() if v not in (None, (), {}, False, "none", 0.0))
-    yield from ("## Adapter", "", *_table(("", ""), rows))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield from (f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}")
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield ""
+    yield from ("## Adapter", "", *table(("", ""), rows))
 
 
 def _python(*lines: str) -> Iterator[str]:

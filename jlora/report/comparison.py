@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numbers import json_number
-from jlora._terminal import visible
 from jlora._typing import Array, Batch, Float, JsonObject, Params, PRNGKeyArray
 from jlora.data import continuation
 from jlora.generation import SAMPLING, generate
 from jlora.lora import remove_lora
 from jlora.models import Model
+from jlora.report.markdown import cell, one_line
 from jlora.train import Evaluation, evaluate
 
 
@@ -60,23 +60,9 @@ class Comparison:
             ]
             lines.append("")
         for p in self.prompts:
-            lines += [f"## {_one_line(p.prompt)}", "", f"KL {p.kl:.4f} nats, L2 {p.l2:.2f}", ""]
-            lines += ["| base | adapted |", "| --- | --- |", f"| {_cell(p.base)} | {_cell(p.adapted)} |", ""]
+            lines += [f"## {one_line(p.prompt) or '(empty prompt)'}", "", f"KL {p.kl:.4f} nats, L2 {p.l2:.2f}", ""]
+            lines += ["| base | adapted |", "| --- | --- |", f"| {cell(p.base)} | {cell(p.adapted)} |", ""]
         return "\n".join(lines)
-
-
-def _one_line(text: str) -> str:
-    return _plain(" ".join(text.split())) or "(empty prompt)"
-
-
-def _cell(text: str) -> str:
-    lines = text.strip().replace("\\", "\\\\").replace("|", "\\|").splitlines()
-    return "<br>".join(_plain(line) for line in lines)
-
-
-def _plain(text: str) -> str:
-    """What a model wrote, neither tags for whoever renders the page nor commands for a terminal that shows it."""
-    return visible(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def compare(

@@ -212,6 +212,7 @@ class Job:
         if said is not None:
             display.warn(said)
         display.trained(combine(adapter, base), adapter)
+        run.note({"figures": job.figures(dtype)})
         return job
 
     def origin(self) -> JsonObject:
@@ -230,6 +231,33 @@ class Job:
             origin["init_adapter"] = digest(self.config.init_adapter)
         # Without slots the order is that of versions which knew no other, and their runs go on.
         return origin if self.began.slots is None else origin | {"layout": self.began.record()}
+
+    def figures(self, dtype: str) -> JsonObject:
+        """What the run is of, in numbers."""
+        params, stats, evaluation = combine(self.adapter, self.base), self.train.stats, self.evaluation
+        weights, stored = (self.adapter, "float32") if self.base is None else (self.base, dtype)
+        return {
+            "model": {
+                "type": self.model.config.model_type,
+                "layers": self.model.config.depth,
+                "parameters": count(params),
+                "trained": count(self.adapter),
+                "bytes": nbytes(weights),
+                "stored": _stored(weights, stored),
+            },
+            "data": {
+                "records": stats.records,
+                "tokens": stats.tokens,
+                "supervised_tokens": stats.supervised_tokens,
+                "truncated": stats.truncated,
+                "dropped": stats.dropped,
+                "evaluation_tokens": None if evaluation is None else evaluation.stats.supervised_tokens,
+                "template": self.settings().template,
+                "max_length": self.max_length,
+                "efficiency": self.layout.efficiency,
+            },
+            "device": device_name(),
+        }
 
     def settings(self) -> RunSettings:
         """What stands beside the adapter."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jlora._numbers import json_number
 from jlora._typing import Json, JsonObject
+from jlora.report.run_report import write_report
 from jlora.runs.callbacks import Callback, Callbacks, View
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.display import Display
@@ -25,9 +26,10 @@ from jlora.runs.endings import (
 )
 from jlora.runs.experiments import note_experiment
 from jlora.runs.flags.saving import seconds_of
+from jlora.runs.flags.watching import NONE
 from jlora.runs.job import Job
 from jlora.runs.log import lowest
-from jlora.runs.memory import less_memory, memory_said, predicted
+from jlora.runs.memory import less_memory, measured_peak, memory_said, predicted
 from jlora.runs.outcome import FinetuneResult, finish, skipped_said
 from jlora.runs.run import Run
 from jlora.runs.signals import StopSignals, TimeLimit
@@ -137,7 +139,19 @@ class _Training:
         self.job.run.check_alone()
         result = finish(self.job, self.checkpoints, self.state, self.history)
         note_experiment(self.job, result, seconds=self.seconds, planned=planned)
+        self.job.run.note({"seconds": round(self.seconds, 1), "measured_memory": measured_peak()})
+        self._report()
         return result
+
+    def _report(self) -> None:
+        """Writes the report, from the run's files; one that cannot be written is said, and ends no run that has trained."""
+        job = self.job
+        if job.config.report == NONE:
+            return
+        try:
+            write_report([job.run.directory], job.run.directory)
+        except Exception as error:  # whatever it is: the adapter is there
+            job.display.warn(f"there is no report of this run ({error}); `jlora report {job.run.directory}` writes it")
 
     def _run(self) -> int:
         """Makes the steps; returns the bytes that the compiler plans for one."""
@@ -160,6 +174,7 @@ class _Training:
             upcoming = self.steps.batch(step + 1)
             if expected is None:
                 expected = predicted(job, self.tx).peak
+                job.run.note({"memory": {"predicted": expected, "compiled": compiled}})
                 self.checkpoints.make_ready()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             finite, scaling = math.isfinite(loss) and math.isfinite(norm), loss_scale(self.state.opt_state)

@@ -15,6 +15,7 @@ import yaml
 from jlora._numbers import MAX_COUNT
 from jlora._typing import Json, JsonObject
 from jlora.data.shards import holds_only_shards
+from jlora.report.run_files import REPORT
 from jlora.runs import changes
 from jlora.runs.config import FinetuneConfig
 from jlora.runs.flags.optimization import resolved
@@ -28,7 +29,7 @@ from jlora.train.checkpoints import saved_steps
 CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, ADAPTER, MODEL, BAD_RECORDS = (
     "config.yaml", "run.json", "metrics.jsonl", "data", "checkpoints", "adapter", "model", "bad_records.jsonl",
 )  # fmt: skip
-WATCHED = ("metrics.csv", "samples.jsonl", "tensorboard", "wandb", "profile")
+WATCHED = ("metrics.csv", "samples.jsonl", "tensorboard", "wandb", "profile", *REPORT)
 """What is written of a run beside its log."""
 _STARTED = {CONFIG, ORIGIN, METRICS, DATA, CHECKPOINTS, BAD_RECORDS, LOCK, *WATCHED}
 """What a run may have that has saved no state. config.yaml is written first and taken back last."""
@@ -220,6 +221,10 @@ class Run:
         """Records that the run ends there, which holds for every resumption of it. Before the state of that step is saved: one
         that is saved without the record would be gone on from."""
         self._update({"ended_after": step, "ended_by": why})
+
+    def note(self, fields: Mapping[str, Json]) -> None:
+        """Puts what was found out of the run into run.json, for those who read it; a resumed run does not."""
+        self._update(changes.plain(fields))
 
     def note_changes(self, step: int) -> str | None:
         """Records how the steps from `step` + 1 on are computed, where that is otherwise than the run began.

@@ -1,6 +1,7 @@
 """The files that runs leave: metrics.jsonl, read strictly, since what is drawn or published of it is what was measured."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from jlora._typing import JsonObject
@@ -13,9 +14,12 @@ EXPERIMENTS = "experiments_log.csv"
 _NUMBER = Kind("a finite number", is_number)
 _FIELDS = {
     "step": integer(0, (1 << 31) - 1),
-    **dict.fromkeys(("loss", "eval_loss", "learning_rate"), _NUMBER),
+    **dict.fromkeys(("loss", "eval_loss", "learning_rate", "tokens_per_second"), _NUMBER),
+    "grad_norm": optional(_NUMBER),  # as `_OVERFLOWED` has it
     "perplexity": optional(_NUMBER),  # of a loss beyond 709 it is infinite, which JSON does not have
 }
+_OVERFLOWED = _FIELDS | {"loss": optional(_NUMBER)}
+"""Of a step that float16 left out, whose loss or gradient is not finite."""
 
 
 def read_history(path: str | os.PathLike) -> list[JsonObject]:
@@ -25,15 +29,35 @@ def read_history(path: str | os.PathLike) -> list[JsonObject]:
         FileNotFoundError: when there is no such file.
         ValueError: with the file and the line of the first one that is no entry.
     """
+    return [_entry(line, where) for line, where in _lines(path)]
+
+
+def readable_history(path: str | os.PathLike) -> tuple[list[JsonObject], list[str]]:
+    """The entries of a metrics.jsonl that may be damaged, and what is wrong with its other lines, each in words.
+
+    Raises:
+        FileNotFoundError, ValueError: when it cannot be read at all.
+    """
+    entries, wrong = [], []
+    for line, where in _lines(path):
+        try:
+            entries.append(_entry(line, where))
+        except ValueError as error:
+            wrong.append(str(error))
+    return entries, wrong
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """(line, its place in words)."""
     path = Path(path)
-    lines = read_text(path).splitlines()
-    return [_entry(line, f"{path.name} line {number}") for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        yield line, f"{path.name} line {number}"
 
 
 def _entry(line: str, where: str) -> JsonObject:
     entry = parse_json(line, where=where)
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must hold an object; got {line[:40]!r}.")
-    for wrong in wrong_fields(entry, _FIELDS, required=("step",)):
+    for wrong in wrong_fields(entry, _OVERFLOWED if "skipped" in entry else _FIELDS, required=("step",)):
         raise ValueError(f"{where}: {wrong}")
     return entry

@@ -80,10 +80,10 @@ def no_space(error: BaseException, path: str | os.PathLike | None = None, *, nee
     if name is None:
         return f"{_FULL[next(iter(full.values()))]} the device"
     place = Path(name)
-    free = f"{_size(shutil.disk_usage(_there(place)).free)} free"
+    free = f"{size_said(shutil.disk_usage(_there(place)).free)} free"
     shown = Path(*(part for part in place.parts if not is_partial(part)))
     return f"{_FULL[next(iter(full.values()))]} {_disk(place)} for {str(shown)!r}: " + (
-        f"needs about {_size(needed)}, {free}" if needed else free
+        f"needs about {size_said(needed)}, {free}" if needed else free
     )
 
 
@@ -118,7 +118,8 @@ def _disk(path: Path) -> str:
     return next(str(p) for p in (_there(path), *_there(path).parents) if p.is_mount() or p == p.parent)
 
 
-def _size(n_bytes: int) -> str:
+def size_said(n_bytes: int) -> str:
+    """A size in words, such as "9.4 MiB"."""
     for exponent, shown in ((30, ",.1f"), (20, ",.1f"), (10, ",.0f")):
         if n_bytes >= 1 << exponent:
             return f"{n_bytes / (1 << exponent):{shown}} {'KMG'[exponent // 10 - 1]}iB"

@@ -19,6 +19,8 @@ class Watching:
     """Where else the lines of metrics.jsonl go: OUTPUT/metrics.csv, OUTPUT/tensorboard, and the trackers of these names."""
     experiments_log: str | None = None
     """A CSV table with a row for each run that has ended; default: experiments_log.csv beside --output. none: no table."""
+    report: Literal["page", "none"] = "page"
+    """page: write OUTPUT/report.html and OUTPUT/report.md at the end of the run; none: neither. `jlora report` writes them too."""
     sample_prompts: Sequence[str] = ()
     """Continue these prompts at every evaluation, greedily, into OUTPUT/samples.jsonl."""
     sample_prompts_file: str | None = None
