@@ -94,6 +94,20 @@ def records_file(tmp_path_factory):
     return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, without a window."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    assert found, "The pages are tested in Chromium: install it (apt-get install chromium)."
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=flags)
+        yield started
+        started.close()
+
+
 @pytest.fixture
 def quick_compilation():
     """Compiling is most of a run on a tiny model. For tests of what surrounds the numbers; test_resume.py runs as users do."""

@@ -13,6 +13,8 @@ class Element:
     attributes: dict[str, str | None]
     text: str = ""
     """Of all that is in it."""
+    rows: list[list[str]] = dataclasses.field(default_factory=list)
+    """Of a table: the texts of the cells of each row, without white space around."""
 
 
 class ParsedPage(HTMLParser):
@@ -24,6 +26,8 @@ class ParsedPage(HTMLParser):
     def handle_starttag(self, tag, attrs):
         element = Element(tag, dict(attrs))
         self.elements.append(element)
+        if tag == "tr":
+            self._table.rows.append([])
         if tag not in _VOID:
             self._open.append(element)
 
@@ -32,7 +36,13 @@ class ParsedPage(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self._open and self._open[-1].tag == tag, f"</{tag}> within {[e.tag for e in self._open]}"
-        self._open.pop()
+        closed = self._open.pop()
+        if tag in ("td", "th"):
+            self._table.rows[-1].append(" ".join(closed.text.split()))
+
+    @property
+    def _table(self) -> Element:
+        return next(element for element in reversed(self._open) if element.tag == "table")
 
     def handle_data(self, data):
         for element in self._open:

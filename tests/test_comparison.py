@@ -207,6 +207,38 @@ def test_distances_are_taken_after_the_prompt(llama, adapted):
         assert kl > 1e-3
 
 
+@pytest.mark.slow
+def test_divergence_is_measured_along_prompt_and_answer(llama, untrained, adapted):
+    model, params, _ = llama
+    result = compared(model, adapted, temperature=0, name="first", others={"second": untrained})
+    apply = jax.jit(lambda p, ids: model.apply({"params": p}, ids))
+    for compared_prompt, (_, row) in zip(result.prompts, PROMPTS, strict=True):
+        base, first, second = compared_prompt.models
+        assert [m.name for m in compared_prompt.models] == ["base", "first", "second"]
+        assert second.text == base.text and not any(second.changed) and not any((*second.kl, *second.prompt_kl))
+        (new,) = jlora.generate(model, adapted, [row], max_new_tokens=6, temperature=0)
+        assert list(first.tokens) == [f" t{i}" for i in new]
+        both = [apply(tree, jnp.asarray([[*row, *new]]))[0] for tree in (adapted, params)]
+        kls, l2s = zip(*(reference_distance(*pair) for pair in zip(*both, strict=True)), strict=True)
+        assert first.prompt_kl == pytest.approx(kls[: len(row) - 1], rel=1e-3)
+        assert first.kl == pytest.approx(kls[len(row) - 1 : -1], rel=1e-3) and first.l2 == pytest.approx(
+            l2s[len(row) - 1], rel=1e-3
+        )
+        assert (compared_prompt.kl, compared_prompt.l2, compared_prompt.adapted) == (first.kl[0], first.l2, first.text)
+        for found, logits in ((first, both[0]), (base, both[1])):
+            chances = np.exp(np.asarray(logits[len(row) - 1], np.float64))
+            likeliest = np.argsort(-chances)[:10]
+            assert [token for token, _ in found.next_tokens] == [f"t{i}" for i in likeliest]
+            assert [p for _, p in found.next_tokens] == pytest.approx(chances[likeliest] / chances.sum(), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_names_are_ones_own(llama, adapted):
+    for name, others in (("base", {}), ("a", {"a": adapted}), ("a", {"base": adapted})):
+        with pytest.raises(ValueError, match="must be names of their own, none of them 'base'"):
+            compared(llama[0], adapted, name=name, others=others)
+
+
 # As JSON, Markdown and in the terminal
 
 NASTY = "a|b \\| [bold]c[/bold]\nnew [/red] line\r\nthird\rfourth \\[x]"

@@ -33,13 +33,7 @@ def page_of(*runs):
 
 def rows_of(page):
     """The rows of all tables, their cells apart by spaces."""
-    rows = []
-    for element in page.elements:
-        if element.tag == "tr":
-            rows.append([])
-        elif element.tag in ("th", "td"):
-            rows[-1].append(" ".join(element.text.split()))
-    return [" ".join(row) for row in rows]
+    return [" ".join(row) for table in page.all("table") for row in table.rows]
 
 
 def test_the_page_is_one_file_and_whole(letters):

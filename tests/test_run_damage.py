@@ -68,8 +68,8 @@ def log(config):
 def assert_same(config, finished):
     assert adapter(config) == adapter(finished)
     assert log(config) == log(finished)
-    names = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "checkpoints", "data", "adapter"}
-    assert {p.name for p in Path(config.output).iterdir()} == names
+    written = {"config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "report.html", "report.md"}
+    assert {p.name for p in Path(config.output).iterdir()} == {*written, "checkpoints", "data", "adapter"}
     assert not [p for p in Path(config.output).rglob(".*")]
 
 

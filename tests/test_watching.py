@@ -116,7 +116,8 @@ def test_samples_are_greedy_at_every_evaluation(finished):
 
 
 def test_watching_changes_no_byte_and_compiles_nothing_anew(finished, tmp_path, caplog):
-    plain = dataclasses.replace(finished, output=str(tmp_path / "plain"), log_to=("none",), sample_prompts=())
+    none = {"log_to": ("none",), "sample_prompts": (), "report": "none"}
+    plain = dataclasses.replace(finished, output=str(tmp_path / "plain"), **none)
     jlora.finetune(plain)
     names = {p.name for p in Path(plain.output).iterdir()}
     assert names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "data", "adapter"}

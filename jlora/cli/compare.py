@@ -14,6 +14,7 @@ from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import TemplateName, eval_batches, lay_out
 from jlora.files.run_settings import RunSettings
 from jlora.report import compare, print_comparison
+from jlora.report.comparison_page import comparison_html, preference_html
 from jlora.storage.whole import check_writable, whole_files, write_text
 
 
@@ -27,7 +28,8 @@ class Compare(EvaluationData, Prompts, Weights):
     seed: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
     """Of sampling; without a run also of the choice of validation records."""
     output: str | None = None
-    """Write compare.md and compare.json into this directory."""
+    """Write compare.html (every token, how far the predictions are apart), preference.html (a blind test of which answers are
+    better), compare.md and compare.json into this directory."""
 
 
 def run(options: Compare) -> None:
@@ -55,12 +57,15 @@ def run(options: Compare) -> None:
             decode=lambda row: tokenizer.decode(row, skip_special_tokens=True),
             key=jax.random.key(options.seed),
             **sampling(options, resolve_model(options)),
+            spell=tokenizer.decode,
             held_out=None if data is None else lambda: eval_batches(data, batch_size=size, layout=layout),
         )
     print_comparison(result)
     if options.output is not None:
         with whole_files(Path(options.output), last="compare.json", replace=True) as partial:
             write_text(partial / "compare.md", result.to_markdown())
+            write_text(partial / "compare.html", comparison_html(result))
+            write_text(partial / "preference.html", preference_html(result, seed=options.seed))
             write_text(partial / "compare.json", json_text(result.to_json(), indent=2) + "\n")
 
 

@@ -5,10 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array
 from jlora.files.adapters import open_adapter, update_tensors
 from jlora.files.peft import PEFT
 from jlora.lora.kinds import AdaptedWeight, LowRankWeight
@@ -51,19 +49,19 @@ def update_norms(directory: str | os.PathLike) -> list[Update]:
     assert form is not None  # its config was read
     updates = []
     for module, names in update_tensors(found.layout, tensors.shapes, config.weight).items():
-        children = {child: tensors.read(name).astype(np.float32) for child, name in names.items()}
-        children = {child: jnp.asarray(x.T if form.tensors[child][1] else x) for child, x in children.items()}
+        children = {child: tensors.read(name).astype(np.float64) for child, name in names.items()}
+        children = {child: x.T if form.tensors[child][1] else x for child, x in children.items()}
         updates.append(Update(module, config.scaling_of(module) * frobenius(*_factors(config.weight, children))))
     return updates
 
 
-def _factors(kind: type[AdaptedWeight], children: Mapping[str, Array]) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a module, float64."""
+def _factors(kind: type[AdaptedWeight], children: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a module."""
     weight = rebuilt(object.__new__(kind), base=None, **children)  # the half that is trained, as `split` leaves it
     if not isinstance(weight, LowRankWeight):
         raise Inseparable(weight, "is no update of two factors")
-    a, b = weight.factors()
-    return np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = weight.factors()  # NumPy's, as the children are: nothing is compiled
+    return np.asarray(a), np.asarray(b)
 
 
 def frobenius(a: np.ndarray, b: np.ndarray) -> float:

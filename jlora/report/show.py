@@ -13,22 +13,24 @@ from jlora.storage.history import read_history
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Base and adapted samples side by side, with the distance of the next-token distributions."""
+    """Base and adapted samples side by side, with the distances of the next-token distributions."""
     console = console or make_console()
-    if comparison.base is not None and comparison.adapted is not None:
+    if comparison.held_out:
         table = Table(title="held-out", title_justify="left", box=None, pad_edge=False, header_style="dim")
         for column in ("", "loss", "perplexity"):
             table.add_column(column)
-        for name, e in (("base", comparison.base), ("adapted", comparison.adapted)):
-            table.add_row(name, f"{e.loss:.4f}", f"{e.perplexity:.2f}")
+        for name, e in comparison.held_out.items():
+            table.add_row(Text(name), f"{e.loss:.4f}", f"{e.perplexity:.2f}")
         console.print(table)
     for row in comparison.prompts:
         # As `Text`, not strings: the caller's console may read square brackets as markup.
-        prompt, base, adapted = (Text(visible(text.strip())) for text in (row.prompt, row.base, row.adapted))
+        columns = row.columns(comparison.names)
+        prompt, base, *texts = (Text(visible(t.strip())) for t in (row.prompt, row.base, *(t for _, t, *_ in columns)))
         table = Table(title=prompt, title_style="bold", title_justify="left", expand=True, show_lines=False)
         table.add_column("base", ratio=1, style="dim")
-        table.add_column(f"adapted (KL {row.kl:.3f} nats, L2 {row.l2:.1f})", ratio=1)
-        table.add_row(base, adapted)
+        for name, _, kl, l2 in columns:
+            table.add_column(Text(f"{visible(name)} (KL {kl:.3f} nats, L2 {l2:.1f})"), ratio=1)
+        table.add_row(base, *texts)
         console.print(table)
 
 
