@@ -12,6 +12,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   const across = (at) => left + ((at - x_range[0]) / (x_range[1] - x_range[0])) * (right - left);
   const up = (value) => bottom - ((value - y_range[0]) / (y_range[1] - y_range[0])) * (bottom - top);
   const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+  const label = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(3) : digits.format(value));
   const svg = (name, attributes) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -30,7 +31,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
       const value = values[n].get(at);
       dots[n].setAttribute("visibility", value == null ? "hidden" : "visible");
       if (value === undefined) return;
-      words.push(`${series.length > 1 ? `${name} ` : ""}${value === null ? "not finite" : digits.format(value)}`);
+      words.push(`${series.length > 1 ? `${name} ` : ""}${value === null ? "not finite" : label(value)}`);
       if (value === null) return;
       dots[n].setAttribute("cx", across(at));
       dots[n].setAttribute("cy", up(value));
