@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_compare(finetuned, text_file, tmp_path, call):
     assert all(prompt["kl"] > 0 and prompt["l2"] > 0 for prompt in report["prompts"])
     markdown = (tmp_path / "new" / "compare.md").read_text()
     assert "## The keeper" in markdown and "| base | adapted |" in markdown
+    written = {path.name for path in (tmp_path / "new").iterdir()}
+    assert written == {"compare.json", "compare.md", "compare.html", "preference.html"}
+
+
+@pytest.mark.slow
+def test_compare_several_adapters(finetuned, tmp_path, call):
+    shutil.copytree(finetuned / "adapter", tmp_path / "other")
+    flags = ["--prompts", "The keeper", "--max-new-tokens", 4, "--temperature", 0, "--output", tmp_path / "out"]
+    call("compare", "--adapter", finetuned / "adapter", "--adapter", tmp_path / "other", *flags)
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert report["adapters"] == ["run", "other"]
+    base, first, second = report["prompts"][0]["models"]
+    assert (base["name"], first["name"], second["name"]) == ("base", "run", "other")
+    assert {**first, "name": ""} == {**second, "name": ""}, "one is the other's copy"
+    assert first["kl"][0] > 0 and len(first["kl"]) == len(first["tokens"]) == 4
+    assert "| base | run | other |" in (tmp_path / "out" / "compare.md").read_text()
 
 
 def test_generate(finetuned, tmp_path, call):

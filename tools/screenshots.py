@@ -22,10 +22,9 @@ MOST_BYTES = 200_000
 
 def main(run: Path, compared: Path) -> None:
     shots = (
-        (run / "report.html", "report", "light", 1000),
-        (run / "report.html", "report-dark", "dark", 1000),
-        (compared / "compare.html", "compare", "light", 1000),
-        (compared / "preference.html", "preference", "light", 660),
+        (run / "report.html", "report", 1000),
+        (compared / "compare.html", "compare", 1000),
+        (compared / "preference.html", "preference", 660),
     )
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -33,8 +32,8 @@ def main(run: Path, compared: Path) -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for page_file, name, scheme, height in shots:
-            page = browser.new_page(viewport={"width": 1200, "height": height}, color_scheme=scheme)
+        for page_file, name, height in shots:
+            page = browser.new_page(viewport={"width": 1200, "height": height}, color_scheme="light")
             page.goto(page_file.absolute().as_uri())
             image = IMAGES / f"{name}.png"
             page.screenshot(path=image)

@@ -9,19 +9,23 @@ import jax
 
 from jlora._numbers import json_text
 from jlora.cli.as_trained import as_trained
-from jlora.cli.base import OF_DATA, EvaluationData, Weights, load_weights, open_data, resolve_model
+from jlora.cli.base import OF_DATA, EvaluationData, Weights, open_data
+from jlora.cli.models import load_models
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import TemplateName, eval_batches, lay_out
 from jlora.files.run_settings import RunSettings
 from jlora.report import compare, print_comparison
+from jlora.report.comparison import ADAPTED
 from jlora.report.comparison_page import comparison_html, preference_html
 from jlora.storage.whole import check_writable, whole_files, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(EvaluationData, Prompts, Weights):
-    """Base and adapted model side by side: samples, KL divergence, perplexity."""
+    """Base and adapted models side by side: samples, KL divergence, perplexity."""
 
+    adapter: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeats": True})  # pyright: ignore
+    """Directories of adapters, such as OUTPUT/adapter, or of several of them, or GGUF files; beside each other, on the one base."""
     template: Literal["none"] | TemplateName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """none: continue prompts as they are; else take them as instructions; default: as the adapter was trained, otherwise none.
     Records in --data are rendered by the run's template, or alpaca, where this is none."""
@@ -33,7 +37,7 @@ class Compare(EvaluationData, Prompts, Weights):
 
 
 def run(options: Compare) -> None:
-    if options.adapter is None:
+    if not options.adapter:
         raise ValueError("`jlora compare` sets an adapted model beside its base: give --adapter OUTPUT/adapter.")
     if options.output is not None:
         check_writable(options.output)
@@ -41,7 +45,8 @@ def run(options: Compare) -> None:
     chosen = options.template
     of_data = [name for name in OF_DATA if name not in ("data", "seed", "template", "system")] if options.data else ()
     options, trained = as_trained(options, "template", "system", "quantize", *of_data)
-    model, params, tokenizer, _ = load_weights(options)
+    base, model, adapted, tokenizer = load_models(options, options.adapter, with_base=False)
+    (name, params), *others = adapted.items()
     prompts = encode_prompts(found, options, tokenizer)
     with (
         open_data(_held_out(options, chosen, trained), tokenizer, model, trained)
@@ -56,8 +61,10 @@ def run(options: Compare) -> None:
             prompts,
             decode=lambda row: tokenizer.decode(row, skip_special_tokens=True),
             key=jax.random.key(options.seed),
-            **sampling(options, resolve_model(options)),
+            **sampling(options, base),
             spell=tokenizer.decode,
+            name=name if others else ADAPTED,
+            others=dict(others),
             held_out=None if data is None else lambda: eval_batches(data, batch_size=size, layout=layout),
         )
     print_comparison(result)

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jlora._terminal import console
 from jlora._typing import JsonObject, Params
 from jlora.cli.base import eval_share, require_data
-from jlora.cli.evaluate.models import Models
 from jlora.cli.evaluate.options import Evaluate
+from jlora.cli.models import Models
 from jlora.cli.prompts import sampling
 from jlora.data import AUTO, Question, decode_continuation, kind_of, prompt_ids, questions_of
 from jlora.data.records import BadRecords

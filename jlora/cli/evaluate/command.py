@@ -11,8 +11,8 @@ from jlora.cli.base import OF_DATA, Weights, load_weights, open_data, require_da
 from jlora.cli.evaluate.answers import ask, check_records, respond
 from jlora.cli.evaluate.figures import Figures
 from jlora.cli.evaluate.judging import judge_models
-from jlora.cli.evaluate.models import Models, load_models
 from jlora.cli.evaluate.options import Evaluate
+from jlora.cli.models import Models, load_models
 from jlora.data import eval_batches, lay_out
 from jlora.data.prompts import text_ids
 from jlora.evaluation import Embedder, Endpoint, Sandbox, Tools, metrics_named, scored
@@ -36,7 +36,7 @@ def run(options: Evaluate) -> None:
     judge = None
     if options.judge is not None and options.judge_model is not None:
         judge = Endpoint(options.judge, options.judge_model, os.environ.get(KEY))
-    models = load_models(options)
+    models = load_models(options, options.adapter, with_base=options.base)
     losses, of_data, template = _losses(options, models, trained)
     sandbox = Sandbox(options.code_seconds, options.code_megabytes)
     asked, answers, results, verdicts = None, {}, None, []

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from jlora._typing import JsonObject
 from jlora.cli.evaluate.answers import Answered, Asked, with_bar
-from jlora.cli.evaluate.models import BASE
 from jlora.cli.evaluate.options import Evaluate
+from jlora.cli.models import BASE
 from jlora.evaluation import Endpoint, Estimate, Judgement, Pair, estimate, judged, reasons, win_rate
 
 REFERENCE = "reference"

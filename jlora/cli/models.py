@@ -1,7 +1,7 @@
-"""The base and its adapters, to be evaluated one after the other."""
+"""The base and its adapters, over one loaded base."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.adapters import adapter_places, base_of
 from jlora.cli.as_trained import note_other_base
 from jlora.cli.base import Weights, load_weights, tokenizer_of
-from jlora.cli.evaluate.options import Evaluate
 from jlora.data.tokens import fingerprint
 from jlora.files import find, load_adapter
 from jlora.files.adapters import tokens_of
@@ -31,13 +30,13 @@ class Models(NamedTuple):
     tokenizer: PretrainedTokenizer
 
 
-def load_models(options: Evaluate) -> Models:
-    """What `options` name, the base first if it is asked for.
+def load_models(options: Weights, adapters: Sequence[str], *, with_base: bool) -> Models:
+    """The adapters on the base that `options` or they name, the base first if it is asked for.
 
     Raises:
         ValueError: the adapters name no base or several, or were trained with different tokenizers.
     """
-    places = adapter_places(options.adapter)
+    places = adapter_places(adapters)
     if BASE in places:
         raise ValueError(
             f"{BASE!r} is the base without an adapter; {str(places[BASE])!r} is called so too. Rename the directory."
@@ -45,11 +44,11 @@ def load_models(options: Evaluate) -> Models:
     base = options.model or base_of(places)
     weights = Weights(model=base, quantize=options.quantize, dtype=options.dtype)
     if len(places) > 1:
-        return _several(weights, base, places, with_base=options.base)
+        return _several(weights, base, places, with_base=with_base)
     ((name, path),) = places.items() or ((BASE, None),)
     adapter = None if path is None else str(path)
     model, params, tokenizer, _ = load_weights(dataclasses.replace(weights, adapter=adapter))
-    both = {BASE: remove_lora(params)} if options.base else {}
+    both = {BASE: remove_lora(params)} if with_base else {}
     return Models(base, model, both | {name: params}, tokenizer)
 
 
@@ -61,7 +60,7 @@ def _several(weights: Weights, base: str, places: Mapping[str, Path], *, with_ba
         if fingerprint(other) != fingerprint(tokenizer) or other.chat_template != tokenizer.chat_template:
             raise ValueError(
                 f"The adapters {first!r} and {name!r} were trained with different tokenizers or chat templates, so their figures "
-                "are of different tokens. Evaluate them one by one."
+                "are of different tokens. Give them one by one."
             )
     model, params = grow(add_stops(model, tokenizer), params, max(map(tokens_of, places.values())))
     note_other_base(places, base)
