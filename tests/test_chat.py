@@ -19,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
+from jlora.cli.adapters import adapter_places
 from jlora.cli.chat.options import Chat
 from jlora.cli.chat.session import Session
 from jlora.cli.chat.talk import stopped_by_interrupt, talk
 from jlora.cli.chat.voices import Voices, load_voices
+from jlora.cli.config_file import joined
 from jlora.data import Continued, decode_continuation, prompt_ids, read_records
 from jlora.generation import advance, begin
 
@@ -300,3 +302,16 @@ def test_on_a_real_terminal_interrupts_stop_answers_and_then_the_program(chat_di
         child.kill()
         child.wait()
         os.close(leader)
+
+
+def test_adapters_have_the_names_that_they_are_given(voices_dir, tmp_path):
+    """NAME=PLACE; a flag that is given again adds to what was given."""
+    flags = ["--adapter", f"bird={voices_dir / 'gull'}", "--seed", "1", f"--adapter={voices_dir / 'tide'}"]
+    assert joined(Chat, flags) == ["--seed", "1", "--adapter", flags[1], str(voices_dir / "tide")]
+    assert list(adapter_places((flags[1], str(voices_dir / "tide")))) == ["bird", "tide"]
+    (odd := tmp_path / "a=b").mkdir()
+    assert adapter_places((str(odd),)) == {"a=b": odd}
+    with pytest.raises(ValueError, match="gives one name to the adapters gull, tide"):
+        adapter_places((f"x={voices_dir}",))
+    with pytest.raises(ValueError, match="Two adapters are called 'tide'.*NAME=DIR"):
+        adapter_places((str(voices_dir), f"tide={voices_dir / 'gull'}"))

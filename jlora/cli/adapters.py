@@ -1,5 +1,6 @@
 """Several adapters of one base, as `--adapter A B` names them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,22 +9,33 @@ from jlora.files.adapters import adapter_directories
 
 
 def adapter_places(given: Sequence[str]) -> dict[str, Path]:
-    """Name -> place of each adapter. One that lies in OUTPUT/adapter is called after OUTPUT, others after their directory or file.
+    """Name -> place of each adapter. One that lies in OUTPUT/adapter is called after OUTPUT, others after their directory or file;
+    NAME=PLACE says what one is called.
 
     Raises:
-        ValueError: when two have one name.
+        ValueError: when two have one name, or a name is given to several.
     """
     places: dict[str, Path] = {}
     for text in given:
-        found = adapter_directories(text) or {"default": Path(text)}
+        own, place = _named(text)
+        found = adapter_directories(place) or {"default": Path(place)}
+        if own is not None and len(found) > 1:
+            raise ValueError(f"{text!r} gives one name to the adapters {', '.join(found)}. Name them one by one.")
         for name, path in found.items():
-            name = _name(path) if name == "default" else name
+            name = own or (_name(path) if name == "default" else name)
             if name in places:
                 raise ValueError(
-                    f"Two adapters are called {name!r}: {str(places[name])!r} and {str(path)!r}. Rename one of the directories."
+                    f"Two adapters are called {name!r}: {str(places[name])!r} and {str(path)!r}. Give one another name, NAME=DIR."
                 )
             places[name] = path
     return places
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    """(name, place) of NAME=PLACE; a path may hold = too."""
+    name, _, place = text.partition("=")
+    is_name = bool(name and place) and not {"/", os.sep} & set(name) and not Path(text).exists()
+    return (name, place) if is_name else (None, text)
 
 
 def _name(path: Path) -> str:

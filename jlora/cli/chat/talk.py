@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from jlora._terminal import console, say
+from jlora.cli.adapters import adapter_places
 from jlora.cli.chat.commands import obey
 from jlora.cli.chat.options import Chat
 from jlora.cli.chat.session import Session
-from jlora.cli.chat.voices import load_voices, trained_system
+from jlora.cli.chat.voices import load_voices, note_templates, trained_system
 from jlora.cli.prompts import sampling
 from jlora.generation import check_sampling
 
@@ -20,6 +21,7 @@ _PROMPT = "> "
 
 
 def run(options: Chat) -> None:
+    note_templates(adapter_places(options.adapter))
     model, voices, tokenizer, base = load_voices(options)
     if not tokenizer.chat_template:
         raise ValueError(

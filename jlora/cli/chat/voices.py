@@ -8,9 +8,10 @@ from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.cli.adapters import adapter_places, base_of
 from jlora.cli.as_trained import as_trained, note, note_other_base, settings_of
 from jlora.cli.base import Weights, load_weights
-from jlora.cli.chat.options import Chat
+from jlora.cli.chat.options import Chat, Speakers
 from jlora.data import CHAT_TEMPLATES
 from jlora.files import load_adapter
+from jlora.files.run_settings import RunSettings
 from jlora.generation import for_decoding
 from jlora.lora import remove_lora, route, stack_adapters
 from jlora.models import Model
@@ -54,22 +55,20 @@ class Voices:
         )
         return cls(names, None, {None: base, **adapted})
 
-    def for_decoding(self, model: Model) -> tuple[Model, "Voices"]:
+    def for_decoding(self, model: Model, *, batch: int) -> tuple[Model, "Voices"]:
         """With the parameters in the form for decoding."""
         if self.routed is not None:
-            fast, routed = for_decoding(model, self.routed)
+            fast, routed = for_decoding(model, self.routed, batch=batch)
             return fast, dataclasses.replace(self, routed=routed)
-        made = {name: for_decoding(model, tree) for name, tree in self.trees.items()}
+        made = {name: for_decoding(model, tree, batch=batch) for name, tree in self.trees.items()}
         return next(iter(made.values()))[0], dataclasses.replace(self, trees={n: tree for n, (_, tree) in made.items()})
 
 
-def load_voices(options: Chat) -> tuple[Model, Voices, PretrainedTokenizer, str]:
-    """(model, who may answer, tokenizer, name of the base)."""
+def load_voices(options: Speakers, *, batch: int = 1) -> tuple[Model, Voices, PretrainedTokenizer, str]:
+    """(model, who may answer, tokenizer, name of the base), to answer so many at a time."""
     places = adapter_places(options.adapter)
     weights = Weights(model=options.model or base_of(places), quantize=options.quantize, dtype=options.dtype)
     weights = dataclasses.replace(weights, quantize=_quantize(weights, places))
-    for name, path in places.items():
-        _say_template(name, path)
     if len(places) == 1:  # whose tokenizer may differ
         ((name, path),) = places.items()
         model, tree, tokenizer, _ = load_weights(dataclasses.replace(weights, adapter=str(path)))
@@ -78,7 +77,7 @@ def load_voices(options: Chat) -> tuple[Model, Voices, PretrainedTokenizer, str]
         model, base, tokenizer, _ = load_weights(weights)
         note_other_base(places, str(weights.model))
         voices = Voices.of(base, {name: load_adapter(path, base, model=model) for name, path in places.items()})
-    return *voices.for_decoding(model), tokenizer, str(weights.model)
+    return *voices.for_decoding(model, batch=batch), tokenizer, str(weights.model)
 
 
 def _quantize(weights: Weights, places: Mapping[str, Path]):
@@ -101,9 +100,17 @@ def trained_system(options: Chat) -> str | None:
     return system
 
 
-def _say_template(name: str, path: Path) -> None:
-    settings = settings_of(str(path)).get("default") or next(iter(settings_of(str(path)).values()), None)
-    if settings is not None and settings.template not in ("chat", *CHAT_TEMPLATES):
-        note(
-            f"{name!r} was trained on {settings.template or 'raw text'}, not on chats; here it answers in the chat template"
-        )
+def note_templates(places: Mapping[str, Path]) -> None:
+    """Says of which adapters the answers will be in another template than they were trained in."""
+    for name, path in places.items():
+        run = run_of(path)
+        if run is not None and run.template not in ("chat", *CHAT_TEMPLATES):
+            note(
+                f"{name!r} was trained on {run.template or 'raw text'}, not on chats; here it answers in the chat template"
+            )
+
+
+def run_of(place: Path) -> RunSettings | None:
+    """The settings of the run that made an adapter, where it has them."""
+    settings = settings_of(str(place))
+    return settings.get("default") or next(iter(settings.values()), None)
