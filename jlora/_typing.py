@@ -17,6 +17,7 @@ from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
 from jaxtyping import PyTree as PyTree
 from jaxtyping import UInt8 as UInt8
+from jaxtyping import UInt32 as UInt32
 
 AnyArray: TypeAlias = Array | np.ndarray
 """Of JAX (a tracer too) or of NumPy: `Float[AnyArray, "batch d_in"]`."""

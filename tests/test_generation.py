@@ -87,6 +87,17 @@ def test_truncation_is_transformers(loaded):
         )
 
 
+def test_each_row_is_truncated_in_its_own_way():
+    """Of a vocabulary beyond those that are ranked by the few, to the bit as by itself."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 300)).astype(np.float32) * 3)
+    ways = [(5, 1.0), (300, 0.7), (300, 1.0), (200, 0.9), (1, 0.5)]
+    k, p = np.array([[k] for k, _ in ways], np.int32), np.array([[p] for _, p in ways], np.float32)
+    together = truncate(logits, top_k=jnp.asarray(k), top_p=jnp.asarray(p))
+    for i, (k, p) in enumerate(ways):
+        np.testing.assert_array_equal(together[i : i + 1], truncate(logits[i : i + 1], top_k=k, top_p=p))
+        assert 1 <= np.isfinite(together[i]).sum() <= k
+
+
 def compiled():
     return begin._cache_size(), advance._cache_size()
 

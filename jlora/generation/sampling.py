@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._typing import Array, Float, Int, PRNGKeyArray
+from jlora._typing import AnyArray, Array, Float, Int, PRNGKeyArray, UInt32
 
 
 class Sampling(NamedTuple):
@@ -61,19 +61,63 @@ def pick(logits: Float[Array, "batch vocab"], draw: Draw, step: Int[Array, ""] |
     def drawn():
         kept = truncate(logits / draw.temperature, top_k=draw.top_k, top_p=draw.top_p)
         rows = jnp.arange(logits.shape[0])
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(draw.key, row), step))(rows)
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        return jax.vmap(_drawn, (None, 0, None, 0))(draw.key, rows, step, kept)
 
     return jax.lax.cond(draw.temperature == 0, likeliest, drawn)
 
 
+def _drawn(key: PRNGKeyArray, row, step, logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+    """A token of one row: which one depends on the key, the row's index and the step."""
+    key = jax.random.fold_in(jax.random.fold_in(key, row), step)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+class Draws(NamedTuple):
+    """How each row of a batch draws its next token, as values: others compile nothing anew."""
+
+    seeds: UInt32[AnyArray, " batch"]
+    """Row by row the `key` of `generate` is `jax.random.key(seed)`."""
+    rows: Int[AnyArray, " batch"]
+    """The index that the row would have in a call of `generate`."""
+    steps: Int[AnyArray, " batch"]
+    """How many tokens the row has drawn before."""
+    temperatures: Float[AnyArray, " batch"]
+    """0: the likeliest token."""
+    top_k: Int[AnyArray, " batch"]
+    """As many as there are tokens: all."""
+    top_p: Float[AnyArray, " batch"]
+
+
+def pick_each(logits: Float[Array, "batch vocab"], draws: Draws) -> Int[Array, " batch"]:
+    """The next token of each row, drawn in its own way: the one that `generate` draws there with the same settings, whatever the
+    other rows are."""
+    greedy = draws.temperatures == 0
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn():
+        scaled = logits / jnp.where(greedy, 1.0, draws.temperatures)[:, None]
+        kept = truncate(scaled, top_k=draws.top_k[:, None], top_p=draws.top_p[:, None])
+        keys = jax.vmap(jax.random.key)(draws.seeds)
+        return jnp.where(greedy, likeliest, jax.vmap(_drawn)(keys, draws.rows, draws.steps, kept))
+
+    return jax.lax.cond(jnp.all(greedy), lambda: likeliest, drawn)
+
+
 def truncate(
-    logits: Float[Array, "batch vocab"], *, top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+    logits: Float[Array, "batch vocab"],
+    *,
+    top_k: Int[AnyArray, ""] | Int[AnyArray, "batch 1"] | int,
+    top_p: Float[AnyArray, ""] | Float[AnyArray, "batch 1"] | float,
 ) -> Float[Array, "batch vocab"]:
     """Logits with all but the `top_k` likeliest tokens, and of those all beyond probability `top_p`, at -inf.
 
+    Both are of all rows, or one for each; what is kept of a row does not depend on the others.
+
     Reference: nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751; the order of the two is transformers'.
     """
+    few = jnp.asarray(top_k) <= _FEW
+    # Sorting the whole vocabulary takes longer than a small model's step: not where all of it is kept.
+    many = ~few & ((jnp.asarray(top_k) < logits.shape[-1]) | (jnp.asarray(top_p) < 1.0))
 
     def floor(ranked):
         """The least logit that is kept, of the greatest ones in falling order: at least `top_k` of them."""
@@ -90,5 +134,10 @@ def truncate(
     def of_all():
         return floor(-jnp.sort(-logits, axis=-1))
 
-    least = jax.lax.cond(jnp.asarray(top_k) <= _FEW, of_few, of_all)
+    def nothing():
+        return jnp.full((logits.shape[0], 1), -jnp.inf, logits.dtype)
+
+    # Each row by its own way, also where both are gone: they round differently.
+    by_few, by_all = jax.lax.cond(jnp.any(few), of_few, nothing), jax.lax.cond(jnp.any(many), of_all, nothing)
+    least = jnp.where(few, by_few, jnp.where(many, by_all, -jnp.inf))
     return jnp.where(logits >= least, logits, -jnp.inf)
