@@ -15,7 +15,7 @@ FLOORS = [
     {"wrapping", "models"},
     {"files", "data", "train", "generation", "evaluation"},
     {"report"},
-    {"runs", "publish"},
+    {"runs", "publish", "serve"},
     {"cli"},
     {"lm_eval"},
     {"__init__"},

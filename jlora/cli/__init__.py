@@ -46,6 +46,7 @@ def _commands() -> Mapping[str, tuple[type, Callable]]:
         push,
         quantize,
         report,
+        serve,
     )
     from jlora.runs import FinetuneConfig, finetune
 
@@ -55,6 +56,7 @@ def _commands() -> Mapping[str, tuple[type, Callable]]:
         "compare": (compare.Compare, compare.run),
         "generate": (generate.Generate, generate.run),
         "chat": (chat.Chat, chat.run),
+        "serve": (serve.Serve, serve.run),
         "merge": (merge.Merge, merge.run),
         "export": (export.Export, export.run),
         "push": (push.Push, push.run),
