@@ -282,6 +282,17 @@ def test_nothing_to_train_is_an_error():
         jlora.train.make_step(lambda *_: None, optax.adam(1e-3), accumulate=0)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_of_ones_own_may_count_in_python(accumulate):
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["w"] * batch["x"]), batch["x"].shape[0]
+
+    tx, batch = optax.sgd(1.0), {"x": jnp.array([1.0, 2.0, 3.0, 6.0])}
+    step = jlora.train.make_step(loss_fn, tx, accumulate=accumulate)
+    state, metrics = step(jlora.train.init_state({"w": jnp.ones(())}, tx), None, batch, jax.random.key(0))
+    assert (float(metrics["tokens"]), float(metrics["loss"]), float(state.adapter["w"])) == (4.0, 3.0, -2.0)
+
+
 def test_layers_of_a_stack_are_told_apart():
     _, adapter, base = build(LLAMA, stack=True)
     modules = adapted_modules(jlora.combine(adapter, base))

@@ -122,7 +122,8 @@ def make_step(loss_fn: LossFn, tx: Optimizer, *, accumulate: int = 1, grad_norms
     join = getattr(loss_fn, "combine", combine)
 
     def summed(adapter, base, batch, key):
-        return loss_fn(join(adapter, base), batch, key)
+        loss, tokens = loss_fn(join(adapter, base), batch, key)
+        return loss, jnp.asarray(tokens)  # of a loss of one's own, perhaps a number of Python
 
     def gradient(adapter, base, batch, key, scale):
         if scale is None:
