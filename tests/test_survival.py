@@ -184,7 +184,7 @@ def test_full_disks(home, references, record_property):
     """File systems of as many sizes, from one block to nearly enough: each run ends with one line that names the disk and what is
     saved, and goes on when there is room."""
     whole, _ = references("text")
-    options = config(home, "text", home / "unused", keep=4)  # more to write
+    options = config(home, "text", home / "unused", keep=12)  # all of them: more to write
     request = {
         "config": json.loads(json.dumps(dataclasses.asdict(options))),
         "sizes": SIZES,
