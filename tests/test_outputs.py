@@ -305,7 +305,7 @@ def test_an_ollama_directory_of_any_name(adapter_dir, tmp_path, call):
 
 @pytest.mark.parametrize("where", ["file/x.json", "there"])
 def test_an_evaluation_is_not_run_for_nothing(where, llama_dir, text_file, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("jlora.cli.evaluate.load_weights", None)
+    monkeypatch.setattr("jlora.cli.evaluate.command.load_models", None)
     (tmp_path / "file").touch()
     (tmp_path / "there").mkdir()
     said = fails("evaluate", "--model", llama_dir, "--data", text_file, "--output", tmp_path / where)
@@ -318,7 +318,7 @@ def test_an_evaluation_is_printed_also_when_its_file_cannot_be_written(
     def full(path, text):
         raise whole.NoSpace("no space left on x")
 
-    monkeypatch.setattr("jlora.cli.evaluate.write_text", full)
+    monkeypatch.setattr("jlora.cli.evaluate.command.write_text", full)
     flags = ["--data", text_file, "--split", "all", "--max-length", 16, "--output", tmp_path / "e.json"]
     assert run("evaluate", "--model", llama_dir, *flags) == cli.FAILURE
     said = capsys.readouterr()
