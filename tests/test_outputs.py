@@ -326,7 +326,7 @@ def test_an_evaluation_is_printed_also_when_its_file_cannot_be_written(
 
 
 def test_a_comparison_is_not_run_for_nothing(adapter_dir, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("jlora.cli.compare.load_weights", None)
+    monkeypatch.setattr("jlora.cli.compare.load_models", None)
     (tmp_path / "file").touch()
     said = fails("compare", "--adapter", adapter_dir, "--prompts", "x", "--output", tmp_path / "file" / "x")
     assert "Not a directory" in said and "JLORA_TRACEBACK" not in said
