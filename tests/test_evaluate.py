@@ -254,7 +254,7 @@ def test_the_cosine_is_that_of_mean_hidden_states(llama_dir):
         )
 
     vectors = [vector(text) for text in texts]
-    expected = vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1])
+    expected = float(vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1]))
     references = [texts[0], texts[2], texts[0], "w " * 99]
     examples = [Example(f"x:{i}", "", (text,)) for i, text in enumerate(references)]
     (metric,) = metrics_named(["embedding"]).values()
