@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 _MAX_NEW_TOKENS = 256
 """Where a task does not say; the harness's own."""
+_DEFAULT_DEVICE = "cuda:0"
+"""What the harness's command line gives every model where nobody named a device; where we compute is JAX's choice."""
 _SAMPLING = {"temperature", "top_k", "top_p"}
 
 
@@ -114,6 +116,8 @@ class JloraLM(TemplateLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: JsonObject, additional_config: JsonObject | None = None) -> "JloraLM":
         given = dict(arg_dict) | {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if given.get("device") == _DEFAULT_DEVICE:
+            del given["device"]
         for name, instead in (("device", "JAX_PLATFORMS in the environment"), ("max_batch_size", "batch_size")):
             if name in given:
                 raise ValueError(f"`{name}` is not of this model; got {given[name]!r}. Use {instead}.")

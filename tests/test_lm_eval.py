@@ -170,7 +170,7 @@ def test_the_harness_command(checkpoint, tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"device": "cuda:0"}, "`device` is not of this model; got 'cuda:0'. Use JAX_PLATFORMS"),
+        ({"device": "mps"}, "`device` is not of this model; got 'mps'. Use JAX_PLATFORMS"),
         ({"batch_size": "auto"}, "`batch_size` must be a number"),
         ({"max_length": 1000}, "`max_length` in 1..64"),
     ],
