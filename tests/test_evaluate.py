@@ -243,7 +243,7 @@ def test_a_judge_of_adapter_against_base(adapters, data, call, monkeypatch):
 
 @pytest.mark.slow
 def test_the_cosine_is_that_of_mean_hidden_states(llama_dir):
-    model, params = jlora.load(llama_dir)
+    model, params = jlora.load(llama_dir, dtype=jnp.float32)
     tokenizer = jlora.load_tokenizer(llama_dir)
     embedder = Embedder(model, params, lambda text: tokenizer(text)["input_ids"], batch_size=2)
     texts = ["the keeper lit a lamp", "rain", "wind and rain and rope"]
