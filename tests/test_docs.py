@@ -45,7 +45,7 @@ NOT_RUN = {
     "installs packages": 2,
     "the tests themselves": 2,
     "needs a GPU on another machine": 1,
-    "half an hour": 1,
+    "half an hour": 2,
     "downloads a task": 1,
     "serves until it is stopped": 1,
     "asks the server above": 1,

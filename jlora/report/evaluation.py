@@ -30,8 +30,8 @@ def print_evaluation(
         lines: what is to be said below.
     """
     first, *others = models
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
     for name in models:
         table.add_column(Text(name), justify="right")
     for name in others:
@@ -61,8 +61,8 @@ def _cell(estimate: Estimate, metric: Metric, *, sign: bool = False) -> Text:
     if apart:
         good = estimate.value * _BETTER[metric.better]
         text.stylize("bold green" if good > 0 else "bold red" if good < 0 else "bold")
-    interval = f"{_number(estimate.low, metric.digits, sign=sign)} … {_number(estimate.high, metric.digits, sign=sign)}"
-    return text.append(f"\n{interval}", style="dim not bold")
+    low, high = (_number(end, metric.digits - 1, sign=sign) for end in (estimate.low, estimate.high))
+    return text.append(f"\n{low}…{high}", style="dim not bold")
 
 
 def _is_apart(estimate: Estimate) -> bool:
