@@ -308,6 +308,7 @@ def test_repeated_flags_are_one_list():
 # Any number of prompts
 
 
+@pytest.mark.slow
 def test_batches_of_any_prompts_are_generate(llama_dir):
     model, params = jlora.load(llama_dir)
     prompts = [[5, 6, 7], [9], [8, 8], [4] * 20, [3, 4, 5, 6]]
