@@ -59,6 +59,7 @@ def test_a_run_tells_what_it_took_its_records_for(run, sources, capsys):
     assert rendered == "<|im_start|>user\na<|im_end|>\n"
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_split_again(run, call):
     _, result = run
     said = call("evaluate", "--adapter", result.adapter_dir)

@@ -332,7 +332,7 @@ def test_defaults_are_the_optimizer_s_own():
         options(warmup_steps=3).rates(3)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["schedule_free_adamw", "adamw8bit", "muon", "adafactor", "lion", "sgd"])
 def test_every_optimizer_resumes_to_the_byte(name, gpt2_dir, text_file, tmp_path):
     config = options(model=gpt2_dir, data=text_file, output=str(tmp_path / "run"), optimizer=name, learning_rate=1e-2)

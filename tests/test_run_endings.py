@@ -95,7 +95,7 @@ def adapter(config):
 # What may be changed
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     [
