@@ -75,7 +75,7 @@ study: .venv/smollm2
 # on q8_0 files where the CPU has AMX.
 .venv/installed-slow: .venv/installed-test .venv/smollm2
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,docs,llama-cpp,mlx,lm-eval,browser]'
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,docs,llama-cpp,mlx,browser]'
 	@touch $@
 
 clean:
