@@ -23,17 +23,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# isort: off
-import typed  # noqa: F401 (first of all that import jlora: from here on its annotations are checked)
-
-# isort: on
-import jax
+# What the tests are of is imported where it is used: the process that only hands them out to its workers needs nothing of
+# it, and would hold them up by half a minute.
 import pytest
-import tiny
-from command import run
-from oracles import FAMILIES, make_torch_model
-
-from jlora.cli import FAILURE
+import typed  # noqa: F401 (first of all that import jlora: from here on its annotations are checked)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
@@ -50,6 +43,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """family -> (directory, transformers model)."""
+    from oracles import FAMILIES, make_torch_model
+
     made = {}
     for family in FAMILIES:
         model = make_torch_model(family)
@@ -59,9 +54,11 @@ def checkpoints(tmp_path_factory):
     return made
 
 
-@pytest.fixture(params=list(FAMILIES))
-def family(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        from oracles import FAMILIES
+
+        metafunc.parametrize("family", list(FAMILIES))
 
 
 @pytest.fixture
@@ -73,17 +70,23 @@ def checkpoint(checkpoints, family):
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory):
     """A GPT-2 of two layers with a tokenizer, as a directory that `--model` takes."""
+    import tiny
+
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "gpt2", tiny.GPT2)
 
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory):
     """The same of Llama, with a chat template."""
+    import tiny
+
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama", tiny.LLAMA, chat=tiny.CHATML)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
+    import tiny
+
     path = tmp_path_factory.mktemp("data") / "logbook.txt"
     path.write_text(tiny.text())
     return str(path)
@@ -91,6 +94,8 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory):
+    import tiny
+
     return tiny.write_records(tmp_path_factory.mktemp("data") / "tasks.jsonl", tiny.records())
 
 
@@ -120,6 +125,8 @@ def _is_quick(item):
 @pytest.hookimpl(tryfirst=True)  # before the first fixture
 def pytest_runtest_setup(item):
     """What is compiled is kept from test to test and module to module, which saves a fifth of the compilations."""
+    import jax
+
     quick = _is_quick(item)
     if quick != jax.config.read("jax_disable_most_optimizations"):
         # Executables of both kinds round differently, so none may outlive the switch, one for each worker.
@@ -134,6 +141,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def call(capsys):
     """Runs a command that must succeed; gives (standard output, standard error)."""
+    from command import run
 
     def succeed(*flags):
         capsys.readouterr()
@@ -148,6 +156,9 @@ def call(capsys):
 @pytest.fixture
 def fails(capsys):
     """Runs a command that must fail with one error, after notes at most; gives its message."""
+    from command import run
+
+    from jlora.cli import FAILURE
 
     def fail(*flags, code=FAILURE):
         capsys.readouterr()
