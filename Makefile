@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart demo test slow lint docs pictures bench study clean
+.PHONY: quickstart demo cards test slow lint docs pictures bench study clean
 
 quickstart: .venv/smollm2
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,11 @@ demo: .venv/smollm2
 	$(BIN)/python examples/qwen_qlora.py --smol --epochs 1 >runs/demo/qlora.txt
 	$(BIN)/python examples/llama_finetome.py --smol --mode short >runs/demo/finetome.txt
 	$(BIN)/python examples/lora_any_model.py --smol >runs/demo/wrap.txt
+
+# Flash cards of any topic, on a page: examples/study_cards.
+cards: .venv/smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gguf,ui]'
+	$(BIN)/python examples/study_cards/app.py --smol
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
@@ -75,7 +80,7 @@ study: .venv/smollm2
 # on q8_0 files where the CPU has AMX.
 .venv/installed-slow: .venv/installed-test .venv/smollm2
 	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF' \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,docs,llama-cpp,mlx,browser]'
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,docs,llama-cpp,mlx,browser,ui]'
 	@touch $@
 
 clean:
