@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
+
 from jlora._numbers import MAX_COUNT
 from jlora._terminal import console, say
 from jlora._typing import PretrainedTokenizer
@@ -38,8 +40,9 @@ class Serve(Speakers):
     """0: a free one."""
     api_key: str | None = None
     """What clients must send; default: the variable JLORA_API_KEY, which other users of the machine do not see."""
-    slots: int = 8
-    """Answers that are computed at a time. Each step takes the time of so many, also for one."""
+    slots: int | None = None
+    """Answers that are computed at a time; default: 8, on a CPU the 2 that the page asks for. Each step takes the time of so many,
+    also for one."""
     max_length: int | None = None
     """Tokens of a prompt and its answer together; default: 1024, or the model's limit if that is less. The cache of keys and values
     holds --slots times as many."""
@@ -51,6 +54,7 @@ class Serve(Speakers):
     """Seconds that answers may still take after Ctrl-C or SIGTERM; a second one ends them at once."""
 
 
+_SLOTS, _SLOTS_ON_CPU = 8, 2
 _LEAST = {"slots": 1, "queue": 0, "timeout": 1, "grace": 0, "max_length": 2, "port": 0}
 
 
@@ -73,7 +77,8 @@ def run(options: Serve) -> None:
             "(With --host 127.0.0.1 only this machine reaches it.)"
         )
     with listen(options.host, options.port) as bound:  # before a model is loaded for nothing
-        model, loaded, tokenizer, base = load_voices(options, batch=options.slots)
+        slots = options.slots or (_SLOTS_ON_CPU if jax.default_backend() == "cpu" else _SLOTS)
+        model, loaded, tokenizer, base = load_voices(options, batch=slots)
         if loaded.routed is None and loaded.names:
             raise ValueError(
                 f"{loaded.names[0]!r} is more than a plain low-rank update, and rows of base and adapters are computed side by "
@@ -84,7 +89,7 @@ def run(options: Serve) -> None:
         catalogue = Catalogue(by_name=names, max_length=length, vocab_size=model.config.vocab_size)
         settings = Settings(api_key=key, timeout=options.timeout, sampling=Sampling(**sampling(Drawing(), base)))
         params = loaded.trees[None] if loaded.routed is None else loaded.routed
-        engine = Engine(model, params, slots=options.slots, max_length=length, queue=options.queue)
+        engine = Engine(model, params, slots=slots, max_length=length, queue=options.queue)
         aside, url = console(stderr=True), url_of(bound)
 
         def ready() -> None:
