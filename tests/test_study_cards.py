@@ -60,7 +60,7 @@ def test_cards_are_dealt_until_there_are_enough():
     assert told[-1] == ([LAVA, Card("What is ash?", "Dust.")], "")
     assert ([LAVA], "") in told and ([], "What is l") in told
     seeds = [seed for _, seed in asked]
-    assert len({*seeds}) == 5 and seeds[0] == 20
+    assert len({*seeds}) == 5 and min(seeds) == 240  # those of another deck are others
     (first, _), *_, (last, _) = asked
     assert [m["role"] for m in first] == ["system", *["user", "assistant"] * 2, "user"]
     assert last[:-1] == [*first[:-1], first[-1], {"role": "assistant", "content": "Q: What is lava?\nA: Molten rock."}]
@@ -82,7 +82,7 @@ def test_topics():
     assert cards.topic_of("  the French\n Revolution ") == "the French Revolution"
     with pytest.raises(ValueError, match="Type a topic first"):
         cards.topic_of(" \n")
-    with pytest.raises(ValueError, match="at most 80 characters; this one has 90"):
+    with pytest.raises(ValueError, match="at most 80 characters; this one has 89"):
         cards.topic_of("volcanoes " * 9)
 
 
@@ -105,6 +105,8 @@ def test_what_a_model_writes_is_text_on_the_page():
 
 # The page
 
+ITS_OWN_WARNINGS = pytest.mark.filterwarnings("ignore:('future.no_silent|The copy keyword)")  # of Gradio, about pandas
+
 
 class Scripted:
     """Voices that need no model."""
@@ -112,7 +114,7 @@ class Scripted:
     names = ("base", "keeper")
 
     def write(self, name, messages, begins, seed):
-        topic, number = messages[-1]["content"], len(messages) // 2 - 2
+        topic, number = messages[-1]["content"], len(messages) // 2 - 3
         text = f" What does {name} know of it, number {number}?\nA: {topic} <b>&</b> {seed}."
         for end in range(0, len(text), 7):
             time.sleep(0.02)
@@ -125,14 +127,13 @@ def app():
     import app
 
     made = app.page(Scripted(), title="a script")
-    _, url, _ = made.launch(
-        prevent_thread_lock=True, quiet=True, theme=app.THEME, css=app.STYLE, ssr_mode=False, footer_links=[]
-    )  # fmt: skip
+    _, url, _ = made.launch(prevent_thread_lock=True, quiet=True, **app.LOOKS)
     yield types.SimpleNamespace(url=url)
     made.close()
 
 
 @pytest.mark.slow
+@ITS_OWN_WARNINGS
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_the_page_in_a_browser(app, browser, width, scheme, tmp_path):
     from test_pages_in_browser import _CONTRASTS
@@ -178,6 +179,7 @@ def test_the_page_in_a_browser(app, browser, width, scheme, tmp_path):
 
 
 @pytest.mark.slow
+@ITS_OWN_WARNINGS
 def test_a_deck_can_be_stopped(app, browser):
     page = browser.new_page()
     page.goto(app.url)

@@ -6,16 +6,17 @@ r"""Screenshots of our pages for the documentation, docs/images, of a run and a 
         "What does a baker make?" --max-new-tokens 40 --temperature 0 --output runs/compared
     python tools/screenshots.py runs/rank-8 runs/compared
 
-It needs Chromium, and Playwright: pip install 'jlora[browser]'.
+and of examples/study_cards on the same model. It needs Chromium, Playwright and Gradio: pip install 'jlora[browser,ui]'.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
 MOST_BYTES = 200_000
 """Of an image in the repository."""
 
@@ -35,14 +36,38 @@ def main(run: Path, compared: Path) -> None:
         for page_file, name, height in shots:
             page = browser.new_page(viewport={"width": 1200, "height": height}, color_scheme="light")
             page.goto(page_file.absolute().as_uri())
-            image = IMAGES / f"{name}.png"
-            page.screenshot(path=image)
-            if image.stat().st_size > MOST_BYTES:
-                sys.exit(
-                    f"{image} has {image.stat().st_size:,} bytes, more than {MOST_BYTES:,}: take less of the page."
-                )
-            page.close()
+            _keep(page, name)
+        study_cards(browser)
         browser.close()
+
+
+def study_cards(browser: Browser) -> None:
+    """A deck about photosynthesis, by SmolLM2; its second card is turned."""
+    sys.path += [str(ROOT / "examples" / "study_cards")]
+    import app
+    from voices import Jlora, Voices
+
+    source = app.smollm2_file()
+    voices = Voices(Jlora(source, {}, dtype="bfloat16", quantize=None), source, {})
+    made = app.page(voices, title=Path(source).stem)
+    _, url, _ = made.launch(prevent_thread_lock=True, quiet=True, **app.LOOKS)
+    page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
+    page.goto(url)
+    page.get_by_role("textbox", name="Topic").fill("photosynthesis")
+    page.keyboard.press("Enter")
+    page.get_by_text("cards about photosynthesis, by base.").wait_for(timeout=300_000)
+    page.locator(".card").nth(1).click()
+    page.wait_for_timeout(1000)  # it turns
+    _keep(page, "study_cards")
+    made.close()
+
+
+def _keep(page: Page, name: str) -> None:
+    image = IMAGES / f"{name}.png"
+    page.screenshot(path=image)
+    if image.stat().st_size > MOST_BYTES:
+        sys.exit(f"{image} has {image.stat().st_size:,} bytes, more than {MOST_BYTES:,}: take less of the page.")
+    page.close()
 
 
 if __name__ == "__main__":

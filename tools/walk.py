@@ -143,7 +143,10 @@ def _env() -> dict[str, str]:
 
 def _as_seen(said: str, place: Path) -> str:
     """As it stands on a terminal in the end; without what package managers say of their own settings."""
-    lines = [line.rpartition("\r")[2].rstrip() for line in said.replace(f"{place}/", "").replace(str(Path.home()), "~").splitlines()]
+    lines = [
+        line.rpartition("\r")[2].rstrip()
+        for line in said.replace(f"{place}/", "").replace(str(Path.home()), "~").splitlines()
+    ]
     return "\n".join(line for line in lines if not line.startswith(("WARNING: Location", "[notice]"))).strip("\n")
 
 

@@ -31,7 +31,13 @@ STYLE = Path(__file__).with_name("cards.css").read_text()
 THEME = gr.themes.Base(
     primary_hue="orange", neutral_hue="stone", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(  # with the contrast of WCAG AA
+    body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+    button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
 )  # fmt: skip
+LOOKS = {"theme": THEME, "css": STYLE, "ssr_mode": False, "footer_links": []}
+"""What `launch` is told of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ def main(args: Args) -> None:
     else:
         engine = LlamaCpp(source, places)
     app = page(Voices(engine, source, places), title=Path(source).stem)
-    app.launch(server_name=args.host, server_port=args.port, theme=THEME, css=STYLE, ssr_mode=False, footer_links=[])
+    app.launch(server_name=args.host, server_port=args.port, **LOOKS)
 
 
 def smollm2_file() -> str:
@@ -106,7 +112,7 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
             level = gr.Radio(list(get_args(Level)), value="easy", label="Level")
             name = gr.Radio(list(voices.names), value=voices.names[-1], label="Written by")
             seed = gr.Number(
-                0, label="Seed", info="another number, other cards", precision=0, minimum=0, maximum=2**31 - 1
+                0, label="Seed", info="another number, other cards", precision=0, minimum=0, maximum=999_999
             )
         with gr.Row():
             go, stop = gr.Button("Write cards", variant="primary"), gr.Button("Stop")

@@ -117,7 +117,9 @@ def deal(write: Write, topic: str, level: Level, count: int, *, seed: int) -> It
     for number in range(count):
         for attempt in range(_TRIES):
             text, card = "", None
-            for text in write(conversation(topic, level, cards), BEGINS, seed + _TRIES * number + attempt):
+            for text in write(
+                conversation(topic, level, cards), BEGINS, _TRIES * (MAX_COUNT * seed + number) + attempt
+            ):
                 if card := read(text, ended=False):
                     break
                 yield list(cards), text
