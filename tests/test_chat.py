@@ -275,7 +275,7 @@ def test_on_a_real_terminal_interrupts_stop_answers_and_then_the_program(chat_di
         return before
 
     def interrupt():
-        time.sleep(0.5)  # readline shows its prompt a moment before it listens
+        time.sleep(2)  # readline shows its prompt a moment before it listens
         os.write(leader, b"\x03")
 
     try:

@@ -38,4 +38,4 @@ def test_the_memory_of_the_page_is_what_is_predicted():
     for name, *sizes in rows:
         of = pictures.predicted(**pictures.TRAININGS[name])
         parts = of.weights, of.adapter + of.gradients + of.optimizer, of.activations, of.working, of.peak
-        assert sizes == [f"{part / 1e9:.2f}" for part in parts]
+        assert [*map(float, sizes)] == pytest.approx([part / 1e9 for part in parts], abs=0.011)

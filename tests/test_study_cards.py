@@ -9,10 +9,13 @@ import time
 import types
 
 import httpx
+import jax
 import pytest
 from pages import ROOT
 
-sys.path.append(str(ROOT / "examples" / "study_cards"))
+import jlora
+
+sys.path += [str(ROOT / "examples" / "study_cards"), str(ROOT / "examples")]
 import cards
 from cards import Card
 
@@ -194,21 +197,37 @@ def test_a_deck_can_be_stopped(app, browser):
     page.close()
 
 
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Engine -> an adapter of SmolLM2 in the form that it reads, which changes a little what is written."""
+    import smollm2
+
+    place, file = tmp_path_factory.mktemp("adapters"), smollm2.required()
+    model, params = jlora.load(file, dtype="float32")
+    config = jlora.LoraConfig(rank=2, targets=["v_proj"], init="gaussian")
+    adapter, base = jlora.split(jlora.add_lora(params, config, key=jax.random.key(0)))
+    adapter = jax.tree.map(lambda x: x + 0.003 * jax.random.normal(jax.random.key(1), x.shape), adapter)
+    params = jlora.combine(adapter, base)
+    jlora.save_adapter(place / "peft", params, config=config, base_model=str(file))
+    jlora.save_gguf_adapter(place / "keeper.gguf", params, config=config, model=model)
+    return {"jlora": place / "peft", "llama.cpp": place / "keeper.gguf"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["jlora", "llama.cpp"])
-def test_a_real_model_writes_cards(engine, browser):
-    """As its first lines say to run it."""
+def test_a_real_model_writes_cards(engine, adapters, browser):
+    """As its first lines say to run it; base and adapter write others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = ROOT / "examples" / "study_cards" / "app.py"
+    script, adapter = ROOT / "examples" / "study_cards" / "app.py", f"keeper={adapters[engine]}"
     process = subprocess.Popen(
-        [sys.executable, str(script), "--smol", "--engine", engine, "--port", str(port)],
+        [sys.executable, str(script), "--smol", "--engine", engine, "--port", str(port), "--adapter", adapter],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}/"
-        for _ in range(600):
+        for _ in range(1200):
             assert process.poll() is None, process.stdout.read()
             try:
                 if httpx.get(url).status_code == 200:
@@ -217,12 +236,17 @@ def test_a_real_model_writes_cards(engine, browser):
                 time.sleep(0.2)
         page = browser.new_page()
         page.goto(url)
-        page.get_by_role("textbox", name="Topic").fill("volcanoes")
-        page.keyboard.press("Enter")
-        page.get_by_text("cards about volcanoes, by base.").wait_for(timeout=180_000)
-        questions = page.locator(".card .front").all_inner_texts()
-        assert 2 <= len({*questions}) and all(question.endswith("?") for question in questions)
+        decks = []
+        for name in ("keeper", "base"):
+            page.get_by_label(name, exact=True).check()
+            page.get_by_role("textbox", name="Topic").fill("volcanoes")
+            page.keyboard.press("Enter")
+            page.get_by_text(f"cards about volcanoes, by {name}.").wait_for(timeout=300_000)
+            decks.append(page.locator(".card .front").all_inner_texts())
+        assert all(deck and len({*deck}) == len(deck) for deck in decks), decks
+        assert all(question.endswith("?") for deck in decks for question in deck), decks
+        assert decks[0] != decks[1]
         page.close()
     finally:
         process.terminate()
-        process.wait(30)
+        process.communicate(timeout=30)
