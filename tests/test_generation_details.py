@@ -15,6 +15,7 @@ from trees import adapted
 
 import jlora
 from jlora.generation import advance, begin, truncate
+from jlora.models.context import Context, KVCache, attend
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -303,3 +304,19 @@ def test_a_refusal_says_what_and_why(loaded, change, parts):
         jlora.generate(model, params, **kwargs)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_token_is_written_into_its_cache_in_place(rows):
+    """No step copies what is kept."""
+    length = 4096
+    cache = KVCache(*(jnp.zeros((rows, 2, length, 16)) for _ in range(2)))
+    new, positions = jnp.ones((rows, 1, 2, 16)), jnp.full((rows, 1), 7)
+
+    def step(q, k, v, positions, cache):
+        return attend(q, k, v, Context(positions, positions, jnp.arange(length) <= positions[..., None]), cache)
+
+    program = jax.jit(step, donate_argnums=4).lower(new, new, 2 * new, positions, cache).compile()
+    assert program.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 2
+    _, (k, v) = program(new, new, 2 * new, positions, cache)
+    assert k[:, :, 7].min() == 1 and v[:, :, 7].min() == 2 and k.sum() == rows * 2 * 16
