@@ -250,7 +250,13 @@ def test_voices_of_a_base_alone():
     assert Voices.of({"a": np.ones(1)}, {}).params(None) == {"a": np.ones(1)}
 
 
-ON_ITS_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jlora import cli; cli.main()"
+ON_ITS_TERMINAL = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background is started without
+from jlora import cli
+cli.main()
+"""
 
 
 @pytest.mark.slow
