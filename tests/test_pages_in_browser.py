@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from contrasts import CONTRASTS
 from handmade_comparison import LOUD, SOFT, compared
 from handmade_run import LOG, write_run
 from scipy.stats import binomtest
@@ -16,28 +17,6 @@ from jlora.report.run_report import report_on, to_html
 pytestmark = pytest.mark.slow
 
 PAGES = ("report", "reports", "compare", "preference", "result")
-_CONTRASTS = """() => {
-  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const luminance = (rgb) => {
-    const [r, g, b] = rgb.slice(0, 3).map((c) => ((c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    const box = element.getBoundingClientRect();
-    const unseen = !element.checkVisibility() || box.width < 2 || ["SCRIPT", "TITLE", "title", "desc"].includes(element.tagName);
-    if (!own || unseen || element.disabled) continue;
-    const style = getComputedStyle(element);
-    let ground = element;
-    while (ground && (channels(getComputedStyle(ground).backgroundColor)[3] ?? 1) === 0) ground = ground.parentElement;
-    const below = getComputedStyle(ground ?? document.body).backgroundColor;
-    const colours = [element instanceof SVGElement ? style.fill : style.color, below];
-    const [dark, light] = colours.map((c) => luminance(channels(c))).sort((a, b) => a - b);
-    found.push([(light + 0.05) / (dark + 0.05), element.tagName, element.textContent.trim().slice(0, 40), colours.join(" on ")]);
-  }
-  return found;
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +70,12 @@ def opened(browser, files):
 def test_every_text_stands_out_from_its_ground(name, scheme, opened):
     """Also under the mouse."""
     page = opened(name, color_scheme=scheme)
-    assert len(page.evaluate(_CONTRASTS)) > 5
+    assert len(page.evaluate(CONTRASTS)) > 5
     buttons = [button for button in page.get_by_role("button").all() if button.is_visible() and button.is_enabled()]
     for pointed_at in (None, *buttons):
         if pointed_at is not None:
             pointed_at.hover()
-        assert [text for text in page.evaluate(_CONTRASTS) if text[0] < 4.5] == []
+        assert [text for text in page.evaluate(CONTRASTS) if text[0] < 4.5] == []
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from contrasts import CONTRASTS
 from served import ADAPTERS, Loaded, write_model
 
 pytestmark = pytest.mark.slow
@@ -167,6 +168,9 @@ def test_the_page_talks_to_base_and_adapter(command, browser, width):
         wanted = _answer(url, name, [{"role": "user", "content": "Write of <b>wind</b> & rain."}])
         assert place.locator(".text").text_content() == wanted
         assert "16 tokens" in place.locator(".figures").inner_text()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert [text for text in page.evaluate(CONTRASTS) if text[0] < 4.5] == []
     page.keyboard.type("More.")
     page.keyboard.press("Enter")
     page.locator(".answer[aria-busy=false]").nth(3).wait_for(timeout=60_000)

@@ -11,6 +11,7 @@ import types
 import httpx
 import jax
 import pytest
+from contrasts import CONTRASTS
 from pages import ROOT
 
 import jlora
@@ -139,8 +140,6 @@ def app():
 @ITS_OWN_WARNINGS
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_the_page_in_a_browser(app, browser, width, scheme, tmp_path):
-    from test_pages_in_browser import _CONTRASTS
-
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -172,7 +171,7 @@ def test_the_page_in_a_browser(app, browser, width, scheme, tmp_path):
     assert "base" in deck.nth(0).locator(".front").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
     page.screenshot(path=tmp_path / "page.png")
-    faint = [found for found in page.evaluate(_CONTRASTS) if found[0] < 4.5]
+    faint = [found for found in page.evaluate(CONTRASTS) if found[0] < 4.5]
     assert not faint
     page.get_by_role("textbox", name="Topic").fill("  ")
     page.get_by_role("button", name="Write cards").click()
