@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import types
 
 import httpx
@@ -105,6 +107,19 @@ def test_files_give_back_the_cards():
 def test_what_a_model_writes_is_text_on_the_page():
     assert "to &lt;dust&gt;" in cards.as_html([ASH]) and "<dust>" not in cards.as_html([ASH])
     assert cards.as_html([LAVA, ASH]).count('type="checkbox"') == 2
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "README.md", "app.py"])
+def test_what_is_said_of_running_it_exists(name):
+    """Its flags, and the extras that it installs."""
+    said = (ROOT / "examples" / "study_cards" / name).read_text()
+    calls = re.findall(r"""app\.py[",]* ([^\n]*)""", said)
+    flags = {flag for call in calls for flag in re.findall(r"--([a-z]+)", call)}
+    fields = re.findall(r"^    (\w+): ", (ROOT / "examples" / "study_cards" / "app.py").read_text(), re.MULTILINE)
+    assert flags and flags <= {*fields}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for group in re.findall(r"'\.\[([\w,-]+)\]'", said) for extra in group.split(",")}
+    assert named and named <= {*extras}
 
 
 # The page
