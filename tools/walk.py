@@ -10,7 +10,6 @@ Some ten minutes. It needs what the walk needs (git, make, Python, a package ind
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, IMAGE = ROOT / "docs" / "walk.md", ROOT / "docs" / "images" / "walk.png"
+PAGE = ROOT / "docs" / "walk.md"
 PORT = 8000
 READY = f"at http://127.0.0.1:{PORT}/v1"
 QUESTION = "How does a horse sound?"
@@ -152,13 +151,9 @@ def _as_seen(said: str, place: Path) -> str:
 
 def photograph() -> None:
     """The question, asked on the page."""
-    from playwright.sync_api import sync_playwright
+    from screenshots import chromium, keep  # needs Playwright, which is no test's
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("The picture is taken in Chromium: install it (apt-get install chromium).")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1000, "height": 760}, color_scheme="light")
         page.goto(f"http://127.0.0.1:{PORT}/")
         page.get_by_text("Settings", exact=True).click()
@@ -168,8 +163,7 @@ def photograph() -> None:
         page.fill("#question", QUESTION)
         page.get_by_role("button", name="Send").click()
         page.locator(".answer[aria-busy=false]").nth(1).wait_for(timeout=120_000)
-        page.screenshot(path=IMAGE)
-        browser.close()
+        keep(page, "walk")
 
 
 def walk(place: Path) -> list[str]:
