@@ -70,6 +70,12 @@ def mean(table):
     return table.mean(0)
 
 
+def short_mean(table):
+    """As `nearly_mean`, of rows that point in all directions: a fiftieth of them, so that the noise is more of it."""
+    short = 0.02 * np.linalg.norm(table, axis=1).mean() * table[3] / np.linalg.norm(table[3])
+    return short + 3e-5 * table.std() * np.random.default_rng(0).normal(size=(2, table.shape[1]))
+
+
 def nearly_mean(table):
     """As transformers' `resize_token_embeddings` draws new rows."""
     return table.mean(0) + 3e-5 * table.std() * np.random.default_rng(0).normal(size=(2, table.shape[1]))
@@ -82,6 +88,7 @@ NEVER_TRAINED = {
     "decayed": (set_rows(lambda t: 1e-3 * t[[START, END]], START, END), "of the usual norm", 2),
     "equal": (set_rows(mean, START, END), "'<|im_start|>' (as '<|im_end|>'), '<|im_end|>' (as '<|im_start|>')", 2),
     "nearly equal": (set_rows(nearly_mean, START, END), "'<|im_start|>' (as '<|im_end|>')", 2),
+    "short": (set_rows(short_mean, START, END), "'<|im_start|>' (as '<|im_end|>')", 2),
     "as the end of text": (set_rows(lambda t: t[EOT], START), "'<|im_start|>' (as '<|endoftext|>')", 2),
     "end of text": (set_rows(0.0, EOT), "'<|endoftext|>' (zero)", 1),
 }

@@ -20,7 +20,8 @@ HEAD = "lm_head/kernel"
 _TINY = 0.01
 """Of the median norm of the rows. Those of rare tokens have a third of it or more; decay has made these vanish."""
 _SAME = 1e-3
-"""Relative distance: transformers adds noise to the mean, some 3e-5 of a row."""
+"""Of the row's norm or the median one: transformers gives new rows the mean, which may be short, with noise of some 3e-5 of a
+usual row, and 16 bits round the two apart."""
 _SAMPLED = 256  # rows that the median is taken of
 _COMPARED = 4096  # rows of special tokens, which some vocabularies have by the ten thousand
 
@@ -93,8 +94,9 @@ def _untrained_rows(table: np.ndarray, tokenizer: PretrainedTokenizer, ids: Set[
         if norms[place] <= _TINY * typical:
             found[own[token_id]] = "zero" if norms[place] == 0 else f"{norms[place] / typical:.1g} of the usual norm"
             continue
-        near = np.flatnonzero(np.abs(norms - norms[place]) <= _SAME * norms[place])
-        same = near[np.linalg.norm(rows[near] - rows[place], axis=1) <= _SAME * norms[place]]
+        apart = _SAME * max(norms[place], typical)
+        near = np.flatnonzero(np.abs(norms - norms[place]) <= apart)
+        same = near[np.linalg.norm(rows[near] - rows[place], axis=1) <= apart]
         if len(twins := [compared[i] for i in same if i != place]):
             found[own[token_id]] = f"as {own[twins[0]]!r}"
     return found
