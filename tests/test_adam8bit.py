@@ -143,3 +143,13 @@ def test_layers_of_a_stack_are_packed_each_by_itself():
         assert sum(len(x.codes) for x in packed if isinstance(x, module.Packed)) == 2 * 2 * 20
         found.append(updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), jlora.stack_layers(found[0]), found[1])
+
+
+def test_the_moments_of_one_parameter_at_a_time_are_unpacked():
+    def temporary(parameters: int) -> int:
+        params = {f"{i}": jax.ShapeDtypeStruct((256, 1024), jnp.float32) for i in range(parameters)}
+        tx = adamw8bit(RATE, **SETTINGS)
+        compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < 2 * temporary(1)

@@ -96,8 +96,12 @@ def scale_by_adam8bit(
         moved = functools.partial(_moved, b1=b1, b2=b2, eps=eps, corrections=corrections)
         leaves, treedef = jax.tree.flatten(updates)
         moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
-        each = zip(leaves, layers_of(updates), *moments, strict=True)
-        found = [_leaf(moved, g.astype(jnp.float32), layers, mu, nu) for g, layers, mu, nu in each]
+        found, last = [], None
+        for g, layers, mu, nu in zip(leaves, layers_of(updates), *moments, strict=True):
+            g = g.astype(jnp.float32)
+            # One after the other: the unpacked moments of all parameters are more than 8 bits save.
+            found.append(_leaf(moved, g if last is None else not_before(last, g), layers, mu, nu))
+            last = nu.absmax if isinstance(nu := found[-1][2], Packed) else last
         update, mu, nu = (treedef.unflatten([parts[i] for parts in found]) for i in range(3))
         return update, Adam8bitState(count, mu, nu)
 
