@@ -149,7 +149,9 @@ def test_the_moments_of_one_parameter_at_a_time_are_unpacked():
     def temporary(parameters: int) -> int:
         params = {f"{i}": jax.ShapeDtypeStruct((256, 1024), jnp.float32) for i in range(parameters)}
         tx = adamw8bit(RATE, **SETTINGS)
-        compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+        compiled = (
+            jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < 2 * temporary(1)

@@ -22,7 +22,9 @@ from command import run
 
 import jlora
 from jlora import cli
-from jlora.cli.config_file import positional, with_config_file
+from jlora.cli.config_file import joined, positional, with_config_file
+from jlora.cli.evaluate import Evaluate
+from jlora.runs import FinetuneConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,6 +105,32 @@ def test_wrong_usage(flags, says, capsys):
     said = capsys.readouterr()
     shown = " ".join(re.sub("-{5,}", "", said.err).split())
     assert [words for words in says if words not in shown] == [] and said.out == ""
+
+
+def test_repeated_flags_are_one_list():
+    flags = ["--adapter", "a", "b", "--base", "--metrics=f1", "--data", "x", "--adapter", "c", "--metrics", "wer"]
+    expected = ["--base", "--adapter", "a", "b", "c", "--metrics", "f1", "wer", "--data", "x"]
+    assert joined(Evaluate, flags) == expected
+    two = ["--data", "a.jsonl", "--targets=q_proj", "--data", "b.jsonl", "--no-pack", "--targets", "v_proj"]
+    assert joined(FinetuneConfig, two) == ["--no-pack", "--data", "a.jsonl", "b.jsonl", "--targets", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("finetune --rank 8 --output o --rank=16", "--rank is given twice, as 8 and as 16. Leave one of them."),
+        ("finetune --pack --no-pack --output o", "--pack is given twice, as --pack and as --no-pack."),
+        ("finetune --batch-size 2 --batch_size 4", "--batch-size is given twice, as 2 and as 4."),
+        ("generate --adapter a --adapter b", "--adapter is given twice, as a and as b."),
+    ],
+)
+def test_flags_of_one_value_given_two(flags, says, fails):
+    assert says in fails(*flags.split())
+
+
+def test_flags_given_twice_alike():
+    flags = ["--rank", "8", "--pack", "--rank=8", "--pack", "--dtype", "float32"]
+    assert joined(FinetuneConfig, flags) == flags
 
 
 def test_out_of_range_flag(capsys):

@@ -14,8 +14,6 @@ from command import on_a_terminal, run
 import jlora
 from jlora import cli
 from jlora._terminal import console
-from jlora.cli.config_file import joined
-from jlora.cli.evaluate import Evaluate
 from jlora.data import prompt_ids
 from jlora.evaluation import METRICS, Counts, Embedder, Example, Tools, metrics_named, scored
 from jlora.evaluation.example import mean
@@ -298,11 +296,6 @@ def test_adapters_with_the_same_name(adapters, data, fails):
     assert "Two adapters are called 'one'" in fails(
         "evaluate", "--adapter", adapters[0], "--adapter", adapters[0], "--data", data
     )
-
-
-def test_repeated_flags_are_one_list():
-    flags = ["--adapter", "a", "b", "--base", "--metrics=f1", "--data", "x", "--adapter", "c", "--metrics", "wer"]
-    assert joined(Evaluate, flags) == ["--base", "--data", "x", "--adapter", "a", "b", "c", "--metrics", "f1", "wer"]
 
 
 # Any number of prompts

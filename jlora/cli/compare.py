@@ -24,7 +24,7 @@ from jlora.storage.whole import check_writable, whole_files, write_text
 class Compare(EvaluationData, Prompts, Weights):
     """Base and adapted models side by side: samples, KL divergence, perplexity."""
 
-    adapter: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeats": True})  # pyright: ignore
+    adapter: tuple[str, ...] = ()  # pyright: ignore
     """Directories of adapters, such as OUTPUT/adapter, or of several of them, or GGUF files; beside each other, on the one base."""
     template: Literal["none"] | TemplateName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """none: continue prompts as they are; else take them as instructions; default: as the adapter was trained, otherwise none.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -32,22 +33,39 @@ def with_config_file(options: type, flags: list[str]) -> list[str]:
 
 
 def joined(options: type, flags: Sequence[str]) -> list[str]:
-    """`--adapter A --adapter B` as `--adapter A B`, for the fields that say so (`metadata={"repeats": True}`): tyro would take the
-    last alone."""
-    names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if f.metadata.get("repeats")}
+    """`--data A --data B` as `--data A B`, for fields that are lists; tyro would take the last alone, as it would of others.
+
+    Raises:
+        ValueError: when a flag that takes one value is given two.
+    """
+    hints = typing.get_type_hints(options)
+    lists = {_flag_name(name) for name, hint in hints.items() if _is_sequence(hint)}
+    single = {_flag_name(name) for name in hints} - lists
     values: dict[str, list[str]] = {}
-    others, into = [], None
-    for flag in flags:
+    once: dict[str, str] = {}
+    others: list[str] = []
+    into = others
+    for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
+        if not flag.startswith("--"):
+            into.append(flag)
+            continue
         name, equals, value = flag.partition("=")
-        if flag.startswith("--"):
-            into = values.setdefault(name, []) if name in names else None
-            if into is None:
-                others.append(flag)
-            elif equals:
-                into.append(value)
-        else:
-            (others if into is None else into).append(flag)
+        name = name.replace("_", "-")
+        if name in lists:
+            into = values.setdefault(name, [])
+            into += [value] if equals else []
+            continue
+        into = others
+        others.append(flag)
+        known = name if name in single else f"--{name.removeprefix('--no-')}"
+        said = value if equals else name if known != name or following.startswith("--") else following
+        if known in single and once.setdefault(known, said) != said:
+            raise ValueError(f"{known} is given twice, as {once[known]} and as {said}. Leave one of them.")
     return others + [part for name, given in values.items() for part in (name, *given)]
+
+
+def _flag_name(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def flags_of(options: type, path: Path) -> list[str]:
@@ -85,7 +103,7 @@ def _flag(field: dataclasses.Field, hint: object, value: Json) -> Iterator[str]:
     Raises:
         ValueError: with the end of a sentence, when the value is not of the field's type.
     """
-    flag = f"--{field.name.replace('_', '-')}"
+    flag = _flag_name(field.name)
     if value is None:
         if field.default is not None:
             raise ValueError("which is nothing; give a value, or leave the line out for the default.")

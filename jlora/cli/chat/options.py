@@ -13,7 +13,7 @@ class Speakers:
 
     model: str | None = None
     """Hugging Face directory or hub id, or a GGUF file; default: the base that --adapter names."""
-    adapter: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeats": True})
+    adapter: tuple[str, ...] = ()
     """Directories of adapters, such as OUTPUT/adapter, or of several of them, or GGUF files; NAME=DIR calls one by another name."""
     quantize: Literal["none"] | FormatName | None = None
     """Pack the base's linear kernels; default: as the adapter's run did, otherwise none."""

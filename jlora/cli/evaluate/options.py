@@ -15,7 +15,7 @@ class Evaluate(EvaluationData, Drawing, Weights):
     """Loss and perplexity of a model, its adapters or all of them side by side; with --metrics also scores of generated answers.
     A table on a terminal, JSON into a pipe."""
 
-    adapter: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeats": True})  # pyright: ignore
+    adapter: tuple[str, ...] = ()  # pyright: ignore
     """Directories of adapters, such as OUTPUT/adapter, or of several of them, or GGUF files; each evaluated on the one base."""
     seed: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Of the choice of validation records; default: as in the adapter's run, otherwise 0."""
@@ -23,7 +23,7 @@ class Evaluate(EvaluationData, Drawing, Weights):
     """Evaluate the base without an adapter too, and how far each adapter is from it."""
     perplexity: bool = True
     """Without it only answers are scored, and records need none of their own."""
-    metrics: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeats": True})
+    metrics: tuple[str, ...] = ()
     """Scores of the answers that are generated to records: exact_match, f1, accuracy, macro_f1, wer, cer, bleu, chrf,
     rouge (which is rouge1, rouge2 and rougeL), rougeLsum, json_valid, json_fields, refusal, embedding, pass@k."""
     references: str | None = None
