@@ -4,7 +4,7 @@ Dimension words: `batch seq d_in d_out rank vocab d_model heads kv_heads head_di
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike as DTypeLike
@@ -27,6 +27,9 @@ Params: TypeAlias = Mapping[str, Any]
 
 Batch: TypeAlias = Mapping[str, Any]
 """`input_ids` and `labels`, int32 [batch, seq]; optional `positions` and `segment_ids` of the same shape."""
+
+DTypeName: TypeAlias = Literal["auto", "bfloat16", "float32", "float16"]
+"""As a flag has it; float16 is for a GPU without bfloat16."""
 
 Json: TypeAlias = Any
 """A value as JSON or YAML has it; what it holds is checked by those who read it."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 
-from jlora._typing import Json, JsonObject, Params, PretrainedTokenizer
+from jlora._typing import DTypeName, Json, JsonObject, Params, PretrainedTokenizer
 from jlora.cli.as_trained import as_trained
 from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.evaluation.likelihood import likelihoods
@@ -80,7 +80,7 @@ class JloraLM(TemplateLM):
         adapter: str | None = None,
         *,
         quantize: Literal["none"] | FormatName | Kept | None = None,
-        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        dtype: DTypeName = "auto",
         batch_size: int | str = 1,
         max_length: int | None = None,
         add_bos_token: bool | None = None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from jlora.train import loss_scale as module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
+ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 
 
 def test_constants_are_torch_s():
@@ -138,3 +140,29 @@ def test_a_run_that_always_overflows_ends(gpt2_dir, text_file, tmp_path, monkeyp
     save_file(tensors, edit / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainingDiverged, match="--dtype float32"):
         jlora.finetune(config(str(edit), text_file, tmp_path / "run"))
+
+
+def test_a_model_is_measured_and_speaks_in_float16(call):
+    """As it does in float32: what was trained in float16 is used on the same card."""
+    model, text = ASSETS / "tiny-llama", ASSETS / "style.txt"
+    flags = "--max-length", 64, "--eval-fraction", 0.02
+    loss, said = {}, {}
+    for dtype in ("float16", "float32"):
+        report = json.loads(call("evaluate", "--model", model, "--data", text, *flags, "--dtype", dtype).out)
+        loss[dtype] = report["eval_loss"]
+        said[dtype] = call(
+            "generate", "--model", model, "--prompts", "The lamp", "--temperature", 0, "--dtype", dtype
+        ).out
+    assert loss["float16"] == pytest.approx(loss["float32"], rel=1e-3) and loss["float16"] != loss["float32"]
+    assert said["float16"] == said["float32"] and len(said["float16"]) > 40
+
+
+def test_activations_that_float16_cannot_hold(fails, tmp_path):
+    broken = shutil.copytree(ASSETS / "tiny-llama", tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    scale = {name: 3e4 if "down_proj" in name else 1 for name in tensors}
+    save_file(
+        {n: t * t.dtype.type(scale[n]) for n, t in tensors.items()}, broken / "model.safetensors", {"format": "pt"}
+    )
+    flags = "--model", broken, "--data", ASSETS / "style.txt", "--max-length", 64, "--eval-fraction", 0.02
+    assert "Compute in float32 (`--dtype float32`)" in fails("evaluate", *flags, "--dtype", "float16")

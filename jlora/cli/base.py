@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jlora._numbers import check_seed
 from jlora._terminal import say
-from jlora._typing import PretrainedTokenizer, PyTree
+from jlora._typing import DTypeName, PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import note, note_other_base
 from jlora.data import EVAL_FRACTION, InstructDataset, TemplateName, TextDataset, load_data, row_length, trained_too
 from jlora.data.tokens import fingerprint
@@ -41,8 +41,8 @@ class Weights:
     several of them.)"""
     quantize: Literal["none"] | FormatName | Kept | None = None
     """Pack the base's linear kernels; keep: as its GGUF file has them; default: as the adapter's run did, otherwise none."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: float32 on CPU, bfloat16 elsewhere."""
+    dtype: DTypeName = "auto"
+    """auto: float32 on CPU, bfloat16 elsewhere; float16 is for a GPU without bfloat16."""
 
 
 def resolve_model(weights: Weights) -> str:

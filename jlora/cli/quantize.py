@@ -1,11 +1,11 @@
 """`jlora quantize`."""
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 
 from jlora._terminal import console, say
+from jlora._typing import DTypeName
 from jlora.files import load, save_quantized
 from jlora.files.hf_save import refuse_checkpoint
 from jlora.files.origin import Origin
@@ -28,7 +28,7 @@ class Quantize:
     """Elements that share one scale: 32 to 4096."""
     double_quant: bool = NF4.double_quant
     """Quantize the scales themselves to 8 bits (4.127 rather than 4.5 bits a parameter)."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: DTypeName = "auto"
     """Of the weights that stay dense, and to which the others decode; auto: as the model is stored."""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jlora._typing import DTypeName
 from jlora.cli.prompts import Drawing
 from jlora.quant import FormatName
 
@@ -17,8 +18,8 @@ class Speakers:
     """Directories of adapters, such as OUTPUT/adapter, or of several of them, or GGUF files; NAME=DIR calls one by another name."""
     quantize: Literal["none"] | FormatName | None = None
     """Pack the base's linear kernels; default: as the adapter's run did, otherwise none."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: float32 on CPU, bfloat16 elsewhere."""
+    dtype: DTypeName = "auto"
+    """auto: float32 on CPU, bfloat16 elsewhere; float16 is for a GPU without bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._typing import DTypeLike
+from jlora._typing import DTypeLike, DTypeName
 from jlora.models import Model, Remat, remat_without_effect
 from jlora.quant import FormatName, Kept
 from jlora.train import dynamic_loss_scale, offloaded
@@ -21,7 +21,7 @@ class Compute:
     quantize: FormatName | Kept | None = None
     """Pack the frozen linear kernels: nf4 is QLoRA, 4.127 bits a parameter; int4-g128 has 4.125, mxfp4 4.25, int8 8.5;
     q4_0 and the like are ggml's. keep: a GGUF file's own blocks. A bitsandbytes 4-bit checkpoint is used as it is."""
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    dtype: DTypeName = "auto"
     """Of the base and the activations; auto: float32 on CPU, bfloat16 elsewhere. float16, for a GPU without bfloat16: the loss is
     scaled, and steps that overflow are left out. Adapters are trained in float32."""
     form: Literal["auto", "per-layer", "stacked"] = "auto"
