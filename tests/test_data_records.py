@@ -1,12 +1,13 @@
 """Reading records: three kinds of source, three kinds of columns, and every bad line named."""
 
+import contextlib
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from jlora.data import read_records
+from jlora.data import kind_of, read_records
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -128,6 +129,15 @@ def test_missing_and_empty_files(tmp_path):
         read_records(tmp_path / "gone.jsonl")
     with pytest.raises(ValueError, match="needs at least one record"):
         read_records(write(tmp_path / "a.jsonl", "", ""))
+
+
+def test_a_file_has_no_splits(tmp_path):
+    (tmp_path / "here.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with (
+        contextlib.chdir(tmp_path),
+        pytest.raises(ValueError, match="'here.jsonl' is a file, of which there is no ':train'"),
+    ):
+        kind_of("here.jsonl:train")
 
 
 def test_hub_data_set(monkeypatch):

@@ -148,7 +148,7 @@ def test_types_without_a_packed_form_are_decoded_and_said(dense_files, tmp_path)
 
 
 @pytest.mark.slow
-def test_refusals(dense_files, llama_dir, tmp_path, fails):
+def test_refusals(dense_files, llama_dir, text_file, tmp_path, fails):
     cases = {
         "leaves the blocks of a GGUF file as they are, and .* is none": llama_dir,
         "those of .* are F32; packed forms there are of Q8_0, Q4_0": dense_files["llama"],
@@ -160,7 +160,14 @@ def test_refusals(dense_files, llama_dir, tmp_path, fails):
         load = getattr(jlora.load, "__wrapped__", jlora.load)
         with pytest.raises(Exception, match="nf4"):
             load(llama_dir, quantize="nf4")
-    assert "is none" in fails("generate", "--model", str(llama_dir), "--quantize", "keep", "--prompts", "a")
+    for command in (
+        ["generate", "--prompts", "a"],
+        ["finetune", "--data", text_file, "--output", tmp_path / "run"],
+        ["finetune", "--data", text_file, "--output", tmp_path / "run", "--form", "per-layer"],
+    ):
+        assert "leaves the blocks of a GGUF file as they are" in fails(
+            *command, "--model", llama_dir, "--quantize", "keep"
+        )
 
 
 @pytest.mark.slow

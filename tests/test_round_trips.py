@@ -227,7 +227,8 @@ def test_what_peft_writes_is_read(row, column, family, loaded, tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
     read_here = jlora.load_adapter(tmp_path, params)
-    np.testing.assert_allclose(our_logits(model, read_here, IDS), torch_logits(theirs, IDS), atol=ATOL, rtol=ATOL)
+    near = 3 * ATOL if row == "PiSSA" else ATOL  # each side decomposes the base anew
+    np.testing.assert_allclose(our_logits(model, read_here, IDS), torch_logits(theirs, IDS), atol=near, rtol=near)
     assert LoraConfig.load(tmp_path).rank == config.rank
 
 

@@ -192,7 +192,12 @@ def kind_of(source: Source) -> str:
                 f"got {str(source)!r}. Convert the file."
             )
         return kind
-    if kind is not None or HubName.of(str(source)) is None:
+    hub = HubName.of(str(source))
+    if hub is not None and Path(hub.id).is_file():
+        raise ValueError(
+            f"{hub.id!r} is a file, of which there is no {str(source)[len(hub.id) :]!r}; give its name alone."
+        )
+    if kind is not None or hub is None:
         raise FileNotFoundError(f"no such data file: {source}. Check the path.")
     return "records"
 

@@ -12,6 +12,7 @@ from jlora.files.packing import DenseWeight, TensorTypes
 from jlora.models import Model, abstract_params
 from jlora.quant import GGML_TYPES, QuantizedTensor, from_file, quantizable
 from jlora.quant.ggml import GGML
+from jlora.storage.gguf import is_gguf
 from jlora.storage.tensors import Tensors
 from jlora.tree.modules import modules_of
 from jlora.tree.paths import flatten, split_layer_path
@@ -49,10 +50,7 @@ def kept_specs(checkpoint: Tensors, model: Model, *, stack: bool, where: Path) -
     """
     rows = ", ".join(GGML_TYPES)
     if not isinstance(checkpoint, GGUFCheckpoint):
-        raise ValueError(
-            f'`quantize` "keep" leaves the blocks of a GGUF file as they are, and {str(where)!r} is none. Leave `quantize` out: '
-            "kernels that bitsandbytes packed are used as they are anyway, and dense ones are packed by naming a format."
-        )
+        raise _no_blocks(where)
     types = {
         path: checkpoint.file.tensors[checkpoint.paths[path]].type
         for path in quantizable(modules_of(abstract_params(model)))
@@ -82,6 +80,13 @@ def kept_specs(checkpoint: Tensors, model: Model, *, stack: bool, where: Path) -
     return specs
 
 
+def _no_blocks(where: Path) -> ValueError:
+    return ValueError(
+        f'`quantize` "keep" leaves the blocks of a GGUF file as they are, and {str(where)!r} is none. Leave `quantize` out: '
+        "kernels that bitsandbytes packed are used as they are anyway, and dense ones are packed by naming a format."
+    )
+
+
 def _unlike(specs: Mapping[str, GGML], model: Model) -> str | None:
     """The kernel, as its stacked path, that layers have in several formats, so that they cannot be stacked; None: there is none."""
     found: dict[str, GGML | None] = {}
@@ -93,6 +98,12 @@ def _unlike(specs: Mapping[str, GGML], model: Model) -> str | None:
 
 
 def stacks_as_packed(path: Path) -> bool:
-    """Whether all layers of a GGUF file pack their kernels alike."""
+    """Whether all layers of a GGUF file pack their kernels alike.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    if not is_gguf(path):
+        raise _no_blocks(path)
     checkpoint = GGUFCheckpoint(path)
     return _unlike(kept_specs(checkpoint, checkpoint.model, stack=False, where=path), checkpoint.model) is None
