@@ -1,5 +1,7 @@
 """Several adapters of one base: files, the choice of each row, and what a choice costs; against PEFT's mixed batches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,28 @@ def test_stacked_layers(checkpoints, family):
     apart = jlora.unstack_layers(jlora.route(tree, rows))
     np.testing.assert_allclose(ours(model, apart, batch()), expected, atol=1e-4)
     assert same_bits(jlora.stack_layers(apart), jlora.route(tree, rows))
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (2,)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_each_row_has_the_product_of_its_own_adapter(tokens, transpose):
+    """One token a row or several, and no row anything of another's adapter."""
+    rng = np.random.default_rng(0)
+    base = {"proj": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}}
+    trees = {
+        n: perturbed(jlora.add_lora(base, LoraConfig(rank=r, targets=["proj"]), key=jax.random.key(r)), r)
+        for n, r in (("a", 2), ("b", 3), ("c", 1))
+    }
+    tree = jlora.stack_adapters(trees)
+    rows = ["b", None, "a", "b", "a"]
+    x = jnp.asarray(rng.normal(size=(5, *tokens, 5 if transpose else 6)), jnp.float32)
+    whole = jlora.route(tree, rows)["proj"]["kernel"]
+    found = jlora.linear(x, whole, transpose=transpose)
+    for row, y, name in zip(x, found, rows, strict=True):
+        expected = jlora.linear(row, trees.get(name, base)["proj"]["kernel"], transpose=transpose)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    damaged = dataclasses.replace(whole, lora_A=whole.lora_A.at[2].set(jnp.nan), lora_B=whole.lora_B.at[2].set(jnp.inf))
+    np.testing.assert_array_equal(jlora.linear(x, damaged, transpose=transpose), found)
 
 
 @pytest.mark.slow
