@@ -77,20 +77,26 @@ def smollm2_file() -> str:
 
 def page(voices: Voices, *, title: str) -> gr.Blocks:
     folder = Path(tempfile.mkdtemp(prefix="study-cards-"))
+    stopped: set[str | None] = set()  # sessions
 
-    def write(typed: str, count: int, level: Level, name: str, seed: int) -> Iterator[tuple]:
-        """(the deck, what is going on, the two files) again and again."""
+    def write(typed: str, count: int, level: Level, name: str, seed: int, request: gr.Request) -> Iterator[tuple]:
+        """(what is on each place of the deck, what is going on, the two files) again and again."""
         try:
             topic = topic_of(typed)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        stopped.discard(request.session_hash)
         nothing = gr.DownloadButton(interactive=False)
-        yield as_html([]), "Reading the question…", nothing, nothing
+        yield *[gr.HTML("", visible=False)] * MAX_COUNT, "Reading the question…", nothing, nothing
         shown, cards = 0, []
         for cards, draft in deal(lambda *asked: voices.write(name, *asked), topic, level, count, seed=seed):
-            deck = as_html(cards) if len(cards) > shown else gr.skip()  # a deck that is drawn again lies face up
+            places = [gr.skip()] * MAX_COUNT
+            for place in range(shown, len(cards)):
+                places[place] = gr.HTML(as_html(cards[place]), visible=True)
             shown = len(cards)
-            yield deck, _progress(shown, count, draft), gr.skip(), gr.skip()
+            yield *places, _progress(shown, count, draft), gr.skip(), gr.skip()
+            if request.session_hash in stopped:
+                break
         file = re.sub(r"\W+", "-", topic.lower()).strip("-") or "cards"
         files = {
             f"{file}.csv": as_csv(cards, topic=topic, level=level),
@@ -99,9 +105,15 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
         place = Path(tempfile.mkdtemp(dir=folder))
         for filename, text in files.items():
             (place / filename).write_text(text, encoding="utf-8", newline="")
-        said = f"{len(cards)} cards about {topic}, by {name}." + " The model gave no more." * (len(cards) < count)
+        early = "Stopped" if request.session_hash in stopped else "The model gave no more"
+        said = f"{len(cards)} card{'s' * (len(cards) != 1)} about {topic}, by {name}." + f" {early}." * (
+            len(cards) < count
+        )
         ready = [gr.DownloadButton(value=place / filename, interactive=bool(cards)) for filename in files]
-        yield gr.skip(), said, *ready
+        yield *[gr.skip()] * MAX_COUNT, said, *ready
+
+    def stop_writing(request: gr.Request) -> None:
+        stopped.add(request.session_hash)
 
     with gr.Blocks(title="Study cards") as app:
         gr.Markdown(f"# Study cards\nWritten by {title}. A language model makes mistakes: check what you learn.")
@@ -117,17 +129,18 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
         with gr.Row():
             go, stop = gr.Button("Write cards", variant="primary"), gr.Button("Stop")
         said = gr.Markdown(elem_id="said")
-        deck = gr.HTML(elem_id="deck")
+        with gr.Row(elem_id="deck"):  # a place for each card: what is drawn again lies face up
+            deck = [gr.HTML(visible=False, padding=False) for _ in range(MAX_COUNT)]
         with gr.Row():
             files = [
                 gr.DownloadButton("Save as CSV", interactive=False),
                 gr.DownloadButton("Save for Anki", interactive=False),
             ]
-        writing = gr.on(
-            [go.click, topic.submit], write, [topic, count, level, name, seed], [deck, said, *files], show_progress="hidden",
+        gr.on(
+            [go.click, topic.submit], write, [topic, count, level, name, seed], [*deck, said, *files], show_progress="hidden",
             concurrency_limit=1,
         )  # fmt: skip
-        stop.click(lambda: "Stopped.", None, said, cancels=[writing])
+        stop.click(stop_writing, queue=False)
     return app
 
 

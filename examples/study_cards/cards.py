@@ -159,12 +159,8 @@ def as_anki(cards: Sequence[Card], *, topic: str, level: Level) -> str:
     return "\n".join(head) + "\n" + file.getvalue()
 
 
-def as_html(cards: Sequence[Card]) -> str:
-    """Cards that are turned by a click, or by the space bar: check boxes, which need no script."""
-    return '<div class="deck">' + "".join(map(_card_html, cards)) + "</div>"
-
-
-def _card_html(card: Card) -> str:
+def as_html(card: Card) -> str:
+    """A card that is turned by a click, or by the space bar: a check box, which needs no script."""
     question, answer = html.escape(card.question), html.escape(card.answer)
     return (
         f'<label class="card"><input type="checkbox" aria-label="Turn: {question}"><span class="sheet">'
