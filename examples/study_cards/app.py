@@ -130,7 +130,7 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
             go, stop = gr.Button("Write cards", variant="primary"), gr.Button("Stop")
         said = gr.Markdown(elem_id="said")
         with gr.Row(elem_id="deck"):  # a place for each card: what is drawn again lies face up
-            deck = [gr.HTML(visible=False, padding=False) for _ in range(MAX_COUNT)]
+            deck = [gr.HTML(visible=False) for _ in range(MAX_COUNT)]
         with gr.Row():
             files = [
                 gr.DownloadButton("Save as CSV", interactive=False),
