@@ -99,7 +99,7 @@ def test_a_model_grows_by_the_mean_of_its_rows(llama_dir):
 @pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_run_with_new_tokens(family, request, text_file, tmp_path, call):
+def test_a_run_with_new_tokens(family, request, text_file, tmp_path, call, fails):
     """They are trained, generated with and merged; PEFT on the resized base gives the same logits."""
     base = request.getfixturevalue(f"{family}_dir")
     (tmp_path / "tokens.txt").write_text("<keeper>\nlamp\n")
@@ -125,20 +125,19 @@ def test_a_run_with_new_tokens(family, request, text_file, tmp_path, call):
     name = model.config.embedding_path.split("/")[-2]
     trained, before = (tree[model.config.trunk][name]["embedding"] for tree in (ours, params))
     assert np.abs(np.asarray(trained.rows[0] - before[token])).max() > 1e-3
-    call(
-        "generate",
-        "--adapter",
-        str(adapter),
-        "--prompts",
-        "the <keeper>",
-        "--max-new-tokens",
-        "2",
-        "--temperature",
-        "0",
-    )
-    call("merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged"))
+    place = "--adapter", str(adapter)
+    call("generate", *place, "--prompts", "the <keeper>", "--max-new-tokens", "2", "--temperature", "0")
+    call("merge", *place, "--output", str(tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     np.testing.assert_allclose(merged(torch.tensor(ids)).logits.detach().numpy(), theirs, atol=1e-3)
+    file = tmp_path / "merged.gguf"
+    call("export", *place, "--to", "gguf", "--gguf-dtype", "f32", "--output", file)
+    again = jlora.load(file, dtype=jnp.float32)
+    np.testing.assert_allclose(logits(*again, ids), theirs, atol=1e-3)
+    assert jlora.load_tokenizer(file)("the <keeper> and a lamp")["input_ids"] == ids[0].tolist()
+    for kind in ("gguf-adapter", "mlx"):  # which are written for the base as it is
+        assert "embedding" in fails("export", *place, "--to", kind, "--output", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
