@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.quant.tensor import QuantizedTensor
 from jlora.tree.paths import flatten
+from jlora.wrapping.liveness import scan_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.random.default_rng(3).integers(0, VOCAB, (2, 9))
@@ -390,7 +391,7 @@ def test_a_scan_that_is_differentiated_has_no_arrays_of_constants(spec):
     scans = [e for e in walk(jaxpr.jaxpr) if e.primitive.name == "scan"]
     assert len(scans) == 2
     for eqn in scans:
-        assert all(v.aval.size in (1, 256) for v in eqn.invars[: eqn.params["num_consts"]])  # 256: the dynamic map
+        assert all(v.aval.size in (1, 256) for v in eqn.invars[: scan_counts(eqn)[0]])  # 256: the dynamic map
 
 
 @pytest.mark.slow
