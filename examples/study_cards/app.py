@@ -105,10 +105,9 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
         place = Path(tempfile.mkdtemp(dir=folder))
         for filename, text in files.items():
             (place / filename).write_text(text, encoding="utf-8", newline="")
-        early = "Stopped" if request.session_hash in stopped else "The model gave no more"
-        said = f"{len(cards)} card{'s' * (len(cards) != 1)} about {topic}, by {name}." + f" {early}." * (
-            len(cards) < count
-        )
+        said = f"{len(cards)} card{'s' * (len(cards) != 1)} about {topic}, by {name}."
+        if len(cards) < count:
+            said += " Stopped." if request.session_hash in stopped else " The model gave no more."
         ready = [gr.DownloadButton(value=place / filename, interactive=bool(cards)) for filename in files]
         yield *[gr.skip()] * MAX_COUNT, said, *ready
 

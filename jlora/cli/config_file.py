@@ -58,9 +58,11 @@ def joined(options: type, flags: Sequence[str]) -> list[str]:
         into = others
         others.append(flag)
         known = name if name in single else f"--{name.removeprefix('--no-')}"
-        said = value if equals else name if known != name or following.startswith("--") else following
-        if known in single and once.setdefault(known, said) != said:
-            raise ValueError(f"{known} is given twice, as {once[known]} and as {said}. Leave one of them.")
+        if not equals:
+            takes_none = known != name or following.startswith("--")
+            value = name if takes_none else following
+        if known in single and once.setdefault(known, value) != value:
+            raise ValueError(f"{known} is given twice, as {once[known]} and as {value}. Leave one of them.")
     return others + [part for name, given in values.items() for part in (name, *given)]
 
 
