@@ -1,6 +1,7 @@
 """Rows of single tokens: a vocabulary that grows, PEFT's `trainable_token_indices` both ways, and runs with new tokens."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -138,6 +139,9 @@ def test_a_run_with_new_tokens(family, request, text_file, tmp_path, call, fails
     for kind in ("gguf-adapter", "mlx"):  # which are written for the base as it is
         assert "embedding" in fails("export", *place, "--to", kind, "--output", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+    two = [str(shutil.copytree(adapter, tmp_path / "both" / name)) for name in ("one", "two")]
+    for command in (["generate", "--prompts", "a", "--adapter", tmp_path / "both"], ["chat", "--adapter", *two]):
+        assert "side by side stand plain low-rank updates only. Load that adapter by itself" in fails(*command)
 
 
 @pytest.mark.parametrize(

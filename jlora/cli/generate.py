@@ -11,10 +11,10 @@ from jlora.cli.base import Weights, load_weights, resolve_model
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
 from jlora.files import base_model_of, load_adapters
-from jlora.files.adapters import adapter_directories
+from jlora.files.adapters import adapter_directories, tokens_of
 from jlora.generation import generate
 from jlora.lora import route
-from jlora.models import Model
+from jlora.models import Model, grow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ def load_choices(weights: Weights) -> tuple[Model, PyTree, PretrainedTokenizer, 
         return *load_weights(weights)[:3], ()
     base = dataclasses.replace(weights, model=_base(weights), adapter=None)
     model, params, tokenizer, _ = load_weights(base)
+    model, params = grow(model, params, max(map(tokens_of, found.values())))
     params = load_adapters(str(weights.adapter), params)
     note_other_base(found, str(base.model))
     return model, params, tokenizer, tuple(found)

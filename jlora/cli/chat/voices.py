@@ -11,10 +11,11 @@ from jlora.cli.base import Weights, load_weights
 from jlora.cli.chat.options import Chat, Speakers
 from jlora.data import CHAT_TEMPLATES
 from jlora.files import load_adapter
+from jlora.files.adapters import tokens_of
 from jlora.files.run_settings import RunSettings
 from jlora.generation import for_decoding
 from jlora.lora import remove_lora, route, stack_adapters
-from jlora.models import Model
+from jlora.models import Model, grow
 from jlora.tree.modules import nearest
 
 
@@ -75,6 +76,7 @@ def load_voices(options: Speakers, *, batch: int = 1) -> tuple[Model, Voices, Pr
         voices = Voices.of(remove_lora(tree), {name: tree})
     else:
         model, base, tokenizer, _ = load_weights(weights)
+        model, base = grow(model, base, max(map(tokens_of, places.values()), default=0))
         note_other_base(places, str(weights.model))
         voices = Voices.of(base, {name: load_adapter(path, base, model=model) for name, path in places.items()})
     return *voices.for_decoding(model, batch=batch), tokenizer, str(weights.model)
