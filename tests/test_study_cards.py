@@ -106,6 +106,7 @@ def test_files_give_back_the_cards():
 
 def test_what_a_model_writes_is_text_on_the_page():
     assert "to &lt;dust&gt;" in cards.as_html(ASH) and "<dust>" not in cards.as_html(ASH)
+    assert cards.as_html(LAVA).count('type="checkbox"') == 1
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "README.md", "app.py"])
@@ -194,13 +195,19 @@ def test_the_page_in_a_browser(app, browser, width, scheme, tmp_path):
     page.close()
 
 
-@pytest.mark.slow
-@ITS_OWN_WARNINGS
-def test_a_turned_card_stays_so_while_others_come(app, browser):
+def writing_page(app, browser):
+    """On which cards are being written."""
     page = browser.new_page()
     page.goto(app.url)
     page.get_by_role("textbox", name="Topic").fill("volcanoes")
     page.get_by_role("button", name="Write cards").click()
+    return page
+
+
+@pytest.mark.slow
+@ITS_OWN_WARNINGS
+def test_a_turned_card_stays_so_while_others_come(app, browser):
+    page = writing_page(app, browser)
     first = page.locator(".card").first
     first.click()
     assert page.locator(".card").count() < 4
@@ -215,10 +222,7 @@ def test_a_turned_card_stays_so_while_others_come(app, browser):
 @pytest.mark.slow
 @ITS_OWN_WARNINGS
 def test_a_deck_can_be_stopped(app, browser):
-    page = browser.new_page()
-    page.goto(app.url)
-    page.get_by_role("textbox", name="Topic").fill("volcanoes")
-    page.get_by_role("button", name="Write cards").click()
+    page = writing_page(app, browser)
     page.locator(".card").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text(re.compile(r"\d cards? about volcanoes, by keeper\. Stopped\.")).wait_for()
@@ -226,6 +230,8 @@ def test_a_deck_can_be_stopped(app, browser):
     with page.expect_download() as download:
         page.get_by_role("button", name="Save as CSV").click()
     assert len(download.value.path().read_text().splitlines()) == 1 + count < 5
+    time.sleep(1)
+    assert page.locator(".card").count() == count < 4
     page.get_by_role("button", name="Write cards").click()
     page.get_by_text("4 cards about volcanoes, by keeper.").wait_for(timeout=30_000)
     page.close()

@@ -73,12 +73,16 @@ def mean(table):
 def short_mean(table):
     """As `nearly_mean`, of rows that point in all directions: a fiftieth of them, so that the noise is more of it."""
     short = 0.02 * np.linalg.norm(table, axis=1).mean() * table[3] / np.linalg.norm(table[3])
-    return short + 3e-5 * table.std() * np.random.default_rng(0).normal(size=(2, table.shape[1]))
+    return short + noise(table)
 
 
 def nearly_mean(table):
     """As transformers' `resize_token_embeddings` draws new rows."""
-    return table.mean(0) + 3e-5 * table.std() * np.random.default_rng(0).normal(size=(2, table.shape[1]))
+    return table.mean(0) + noise(table)
+
+
+def noise(table):
+    return 3e-5 * table.std() * np.random.default_rng(0).normal(size=(2, table.shape[1]))
 
 
 NEVER_TRAINED = {

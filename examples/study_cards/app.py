@@ -87,12 +87,12 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
             raise gr.Error(str(error), print_exception=False) from error
         stopped.discard(request.session_hash)
         nothing = gr.DownloadButton(interactive=False)
-        yield *[gr.HTML("", visible=False)] * MAX_COUNT, "Reading the question…", nothing, nothing
+        yield *[""] * MAX_COUNT, "Reading the question…", nothing, nothing
         shown, cards = 0, []
         for cards, draft in deal(lambda *asked: voices.write(name, *asked), topic, level, count, seed=seed):
             places = [gr.skip()] * MAX_COUNT
             for place in range(shown, len(cards)):
-                places[place] = gr.HTML(as_html(cards[place]), visible=True)
+                places[place] = as_html(cards[place])
             shown = len(cards)
             yield *places, _progress(shown, count, draft), gr.skip(), gr.skip()
             if request.session_hash in stopped:
@@ -129,7 +129,7 @@ def page(voices: Voices, *, title: str) -> gr.Blocks:
             go, stop = gr.Button("Write cards", variant="primary"), gr.Button("Stop")
         said = gr.Markdown(elem_id="said")
         with gr.Row(elem_id="deck"):  # a place for each card: what is drawn again lies face up
-            deck = [gr.HTML(visible=False) for _ in range(MAX_COUNT)]
+            deck = [gr.HTML() for _ in range(MAX_COUNT)]
         with gr.Row():
             files = [
                 gr.DownloadButton("Save as CSV", interactive=False),

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -82,11 +82,16 @@ def load_weights(weights: Weights, *, to_write: bool = False) -> Loaded:
             warnings.simplefilter("ignore", AdapterBeside)
         model, params = load(name, dtype=jnp.dtype(_dtype(weights, name, to_write)), quantize=spec)
     if weights.adapter is not None:
-        model, params = grow(model, params, tokens_of(weights.adapter))
+        model, params = with_room(model, params, [weights.adapter])
         params = load_adapter(weights.adapter, params, model=model)
         note_other_base({"": Path(weights.adapter)}, name)
     tokenizer, files = tokenizer_of(find(name), weights.adapter, model)
     return Loaded(add_stops(model, tokenizer), params, tokenizer, files)
+
+
+def with_room(model: Model, params: PyTree, adapters: Iterable[str | Path]) -> tuple[Model, PyTree]:
+    """The base with rows for the tokens that the adapters train."""
+    return grow(model, params, max(map(tokens_of, adapters), default=0))
 
 
 def _dtype(weights: Weights, name: str, to_write: bool) -> str:

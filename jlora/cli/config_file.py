@@ -57,7 +57,7 @@ def joined(options: type, flags: Sequence[str]) -> list[str]:
             continue
         into = others
         others.append(flag)
-        known = name if name in single else f"--{name.removeprefix('--no-')}"
+        known = name if name in single else name.replace("--no-", "--", 1)
         if not equals:
             takes_none = known != name or following.startswith("--")
             value = name if takes_none else following

@@ -7,14 +7,14 @@ import jax
 from jlora._terminal import Part, console, say
 from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.as_trained import as_trained, note_other_base
-from jlora.cli.base import Weights, load_weights, resolve_model
+from jlora.cli.base import Weights, load_weights, resolve_model, with_room
 from jlora.cli.prompts import Prompts, encode_prompts, read_prompts, sampling
 from jlora.data import decode_continuation
 from jlora.files import base_model_of, load_adapters
-from jlora.files.adapters import adapter_directories, tokens_of
+from jlora.files.adapters import adapter_directories
 from jlora.generation import generate
 from jlora.lora import route
-from jlora.models import Model, grow
+from jlora.models import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def load_choices(weights: Weights) -> tuple[Model, PyTree, PretrainedTokenizer, 
         return *load_weights(weights)[:3], ()
     base = dataclasses.replace(weights, model=_base(weights), adapter=None)
     model, params, tokenizer, _ = load_weights(base)
-    model, params = grow(model, params, max(map(tokens_of, found.values())))
+    model, params = with_room(model, params, found.values())
     params = load_adapters(str(weights.adapter), params)
     note_other_base(found, str(base.model))
     return model, params, tokenizer, tuple(found)

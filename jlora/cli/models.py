@@ -8,13 +8,12 @@ from typing import NamedTuple
 from jlora._typing import PretrainedTokenizer, PyTree
 from jlora.cli.adapters import adapter_places, base_of
 from jlora.cli.as_trained import note_other_base
-from jlora.cli.base import Weights, load_weights, tokenizer_of
+from jlora.cli.base import Weights, load_weights, tokenizer_of, with_room
 from jlora.data.tokens import fingerprint
 from jlora.files import find, load_adapter
-from jlora.files.adapters import tokens_of
 from jlora.files.hf import add_stops
 from jlora.lora import remove_lora
-from jlora.models import Model, grow
+from jlora.models import Model
 
 BASE = "base"
 """The name of the base without an adapter."""
@@ -62,7 +61,7 @@ def _several(weights: Weights, base: str, places: Mapping[str, Path], *, with_ba
                 f"The adapters {first!r} and {name!r} were trained with different tokenizers or chat templates, so their figures "
                 "are of different tokens. Give them one by one."
             )
-    model, params = grow(add_stops(model, tokenizer), params, max(map(tokens_of, places.values())))
+    model, params = with_room(add_stops(model, tokenizer), params, places.values())
     note_other_base(places, base)
     adapted = {name: load_adapter(path, params, model=model) for name, path in places.items()}
     return Models(base, model, ({BASE: params} if with_base else {}) | adapted, tokenizer)

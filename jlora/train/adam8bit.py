@@ -100,8 +100,10 @@ def scale_by_adam8bit(
         for g, layers, mu, nu in zip(leaves, layers_of(updates), *moments, strict=True):
             g = g.astype(jnp.float32)
             # One after the other: the unpacked moments of all parameters are more than 8 bits save.
-            found.append(_leaf(moved, g if last is None else not_before(last, g), layers, mu, nu))
-            last = nu.absmax if isinstance(nu := found[-1][2], Packed) else last
+            update, mu, nu = _leaf(moved, g if last is None else not_before(last, g), layers, mu, nu)
+            found.append((update, mu, nu))
+            if isinstance(nu, Packed):
+                last = nu.absmax
         update, mu, nu = (treedef.unflatten([parts[i] for parts in found]) for i in range(3))
         return update, Adam8bitState(count, mu, nu)
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from jlora._typing import Params, PretrainedTokenizer, PyTree
 from jlora.cli.adapters import adapter_places, base_of
 from jlora.cli.as_trained import as_trained, note, note_other_base, settings_of
-from jlora.cli.base import Weights, load_weights
+from jlora.cli.base import Weights, load_weights, with_room
 from jlora.cli.chat.options import Chat, Speakers
 from jlora.data import CHAT_TEMPLATES
 from jlora.files import load_adapter
-from jlora.files.adapters import tokens_of
 from jlora.files.run_settings import RunSettings
 from jlora.generation import for_decoding
 from jlora.lora import remove_lora, route, stack_adapters
-from jlora.models import Model, grow
+from jlora.models import Model
 from jlora.tree.modules import nearest
 
 
@@ -76,7 +75,7 @@ def load_voices(options: Speakers, *, batch: int = 1) -> tuple[Model, Voices, Pr
         voices = Voices.of(remove_lora(tree), {name: tree})
     else:
         model, base, tokenizer, _ = load_weights(weights)
-        model, base = grow(model, base, max(map(tokens_of, places.values()), default=0))
+        model, base = with_room(model, base, places.values())
         note_other_base(places, str(weights.model))
         voices = Voices.of(base, {name: load_adapter(path, base, model=model) for name, path in places.items()})
     return *voices.for_decoding(model, batch=batch), tokenizer, str(weights.model)
